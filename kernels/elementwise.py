@@ -1,0 +1,85 @@
+"""What surrounds the recurrence in a mixer layer, as plain torch: convolution, norms, decay.
+
+These are the references that fused kernels are measured against; they run on any device.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Inside the square root of the L2 norm: small against any key that carries information.
+L2_EPSILON = 1e-6
+
+
+def short_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Causal depthwise convolution followed by SiLU.
+
+    Args:
+        x: [B, T, D].
+        weight: [D, W]; the last tap multiplies the present token.
+        bias: [D] or None.
+        cu_seqlens: [N+1] int, the boundaries of packed sequences (B = 1); taps never reach across one.
+
+    Returns:
+        [B, T, D], dtype of x.
+    """
+    length, width = x.shape[1], weight.shape[1]
+    padded = F.pad(x, (0, 0, width - 1, 0))
+    age = None if cu_seqlens is None else _position_in_sequence(cu_seqlens, length).unsqueeze(-1)
+    out = x * weight[:, -1]
+    for back in range(1, width):
+        earlier = padded[:, width - 1 - back : width - 1 - back + length]
+        if age is not None:
+            earlier = earlier * (age >= back).to(x.dtype)
+        out = out + earlier * weight[:, width - 1 - back]
+    return F.silu(out if bias is None else out + bias)
+
+
+def _position_in_sequence(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Each token's index within its packed sequence, [T] int64."""
+    tokens = torch.arange(length, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens.to(tokens.dtype), tokens, right=True) - 1
+    return tokens - cu_seqlens[sequence]
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """x / ||x|| over the last axis, computed in float32 (float64 for float64 input), dtype of x."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + L2_EPSILON)).to(x.dtype)
+
+
+def log_decay(raw: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
+    """Natural-log decay g = -exp(A_log) * softplus(raw + dt_bias), always <= 0.
+
+    Args:
+        raw: [..., H, K], any floating dtype.
+        A_log: [H] float32.
+        dt_bias: [H, K] float32.
+
+    Returns:
+        [..., H, K] float32 (float64 when the parameters are).
+
+    Source: GDN-2 (arXiv 2605.22791), the decay of the recurrence.
+    """
+    return -A_log.exp().unsqueeze(-1) * F.softplus(raw.to(A_log.dtype) + dt_bias)
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, activation: str) -> Tensor:
+    """RMSNorm over the last axis, times weight, times activation(gate).
+
+    Args:
+        x, gate: [..., V].
+        weight: [V].
+        activation: "silu" or "sigmoid".
+
+    Returns:
+        [..., V], dtype of x; computed in float32 (float64 for float64 input).
+    """
+    compute = torch.promote_types(x.dtype, torch.float32)
+    act = {"silu": F.silu, "sigmoid": torch.sigmoid}[activation]
+    normed = F.rms_norm(x.to(compute), (x.shape[-1],), weight.to(compute), eps)
+    return (normed * act(gate.to(compute))).to(x.dtype)

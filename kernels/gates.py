@@ -1,0 +1,39 @@
+"""CARVE's erase gate: the sigmoid of the erase logits plus the content term."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def erase_gate(logits: Tensor, plain: Tensor, content: Tensor) -> Tensor:
+    """sigmoid(logits + content), and exactly `plain` where the content term is zero.
+
+    On a CPU torch.sigmoid rounds an element differently in a vector loop and in its remainder, so its bits depend on
+    where the element stands. A caller's sigmoid(erase_logits) and CARVE without content agree in every bit only if
+    both stand in the caller's layout, which is why `plain` is formed there.
+
+    Args:
+        logits: erase logits, [..., K].
+        plain: sigmoid(logits), formed in the caller's layout; no gradient flows into it.
+        content: the content term, broadcastable to logits.
+    """
+    return _EraseGate.apply(logits, plain, content)
+
+
+class _EraseGate(torch.autograd.Function):
+    """erase_gate with the gradient of the sigmoid in both branches: U must learn from zero."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, plain: Tensor, content: Tensor) -> Tensor:
+        gate = torch.where(content == 0, plain, torch.sigmoid(logits + content))
+        ctx.save_for_backward(gate)
+        ctx.content_shape = content.shape
+        return gate
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_gate: Tensor) -> tuple[Tensor, None, Tensor]:
+        (gate,) = ctx.saved_tensors
+        d_logits = torch.ops.aten.sigmoid_backward(d_gate, gate)
+        return d_logits, None, d_logits.sum_to_size(ctx.content_shape)

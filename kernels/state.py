@@ -1,0 +1,23 @@
+"""The recurrent state that CARVE carries from one call to the next."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class CarveState(NamedTuple):
+    """Everything a later call needs to continue a CARVE sequence exactly.
+
+    N is the batch size, or the number of packed sequences. Floats are float32, or float64 for float64 inputs.
+
+    Attributes:
+        S: recurrent state, [N, HV, K, V].
+        mean: mean output of the last finished content chunk, [N, HV, V]; zero before the first one ends.
+        partial: sum of the outputs in the running content chunk, [N, HV, V].
+        count: tokens in the running content chunk, [N], int64, 0 <= count < content_chunk.
+    """
+
+    S: Tensor
+    mean: Tensor
+    partial: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs on a state
