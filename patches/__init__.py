@@ -1,0 +1,23 @@
+"""Runtime patches to Megatron-Core: one per file, applied by the entry points and never at import."""
+
+from megatron_carve.patches.cpu_mode import cpu_mode
+from megatron_carve.patches.dataset_helpers import dataset_helpers
+from megatron_carve.patches.flops import flops
+from megatron_carve.patches.layer_symbols import layer_symbols
+from megatron_carve.patches.mtp_stack import mtp_stack
+from megatron_carve.patches.patch import Patch, Replacement
+from megatron_carve.patches.torch_adam_resume import torch_adam_resume
+from megatron_carve.patches.training_events import TrainingListener, training_events
+
+__all__ = [
+    "Patch",
+    "Replacement",
+    "TrainingListener",
+    "cpu_mode",
+    "dataset_helpers",
+    "flops",
+    "layer_symbols",
+    "mtp_stack",
+    "torch_adam_resume",
+    "training_events",
+]

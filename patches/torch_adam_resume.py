@@ -1,0 +1,67 @@
+"""Resume the distributed optimizer when Adam is torch's own (neither Transformer Engine nor NVIDIA apex installed)."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_carve.patches.patch import Patch, Replacement
+
+_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+
+
+def _uses_torch_adam(distributed: Any) -> bool:
+    return isinstance(distributed.optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
+def _with_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A fresh torch Adam has no state, but describing it for loading needs exactly one step count."""
+
+    @functools.wraps(original)
+    def state_dict(self: Any) -> Any:
+        if _uses_torch_adam(self) and not self.optimizer.state and self.init_state_fn is not None:
+            self.init_state_fn(self.optimizer)
+            for state in self.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
+        return original(self)
+
+    return state_dict
+
+
+def _with_own_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Loading puts one shared step tensor into every parameter's state; torch Adam then counts it up per parameter."""
+
+    @functools.wraps(original)
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        original(self, state_dict)
+        if _uses_torch_adam(self):
+            for state in self.optimizer.state.values():
+                if isinstance(state.get("step"), torch.Tensor):
+                    state["step"] = state["step"].clone()
+
+    return load_state_dict
+
+
+def _without_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Per-parameter checkpoints hold no step, but the setter looks one up for every entry of torch Adam's state."""
+
+    @functools.wraps(original)
+    def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
+        return original(self, model_param, {"step": None, **tensors} if _uses_torch_adam(self) else tensors)
+
+    return set_states
+
+
+torch_adam_resume = Patch(
+    name="torch_adam_resume",
+    reason="resuming the distributed optimizer assumes a fused Adam; with torch's it fails or counts steps wrongly",
+    upstream="megatron/core/optimizer/distrib_optimizer.py, state_dict, load_state_dict, "
+    "_set_main_param_and_optimizer_states",
+    remove_when="the distributed optimizer resumes with torch.optim.AdamW",
+    replacements=[
+        Replacement(f"{_OPTIMIZER}.state_dict", _with_step),
+        Replacement(f"{_OPTIMIZER}.load_state_dict", _with_own_step),
+        Replacement(f"{_OPTIMIZER}._set_main_param_and_optimizer_states", _without_step),
+    ],
+)
