@@ -1,0 +1,190 @@
+"""Typed, validated configuration of the two mixers, and the sizes that follow from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+MixerKind = Literal["carve", "gdn2"]
+
+# Content chunks are made of whole WY chunks, the unit in which the recurrence is computed.
+CHUNK_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Section:
+    """One named slice of a fused projection; `size` counts output features over all tensor-parallel ranks."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerOptions:
+    """What a user may choose about a mixer beyond its sizes. Every field is part of the model.
+
+    Raises:
+        ValueError: naming the option, what was expected and what came.
+    """
+
+    decay_projection: Literal["low_rank", "full_rank"] = "low_rank"
+    """hidden -> value head dim -> H*K (low_rank), or hidden -> H*K (full_rank)."""
+    output_gate_projection: Literal["low_rank", "full_rank"] = "low_rank"
+    """hidden -> value head dim -> HV*V with a bias (low_rank), or hidden -> HV*V (full_rank)."""
+    output_gate_activation: Literal["silu", "sigmoid"] = "silu"
+    """Activation of the gate that multiplies the normalised output."""
+    negative_eigenvalues: bool = False
+    """Erase gate in [0, 2] instead of [0, 1], so that the transition may have negative eigenvalues."""
+    conv_bias: bool = False
+    """A bias in the short convolution."""
+    content_rank: int = 16
+    """CARVE: rank r of the projection of the chunk mean into the erase gate."""
+    content_chunk: int = 64
+    """CARVE: tokens per content chunk, a multiple of 64."""
+    content_grad: Literal["full", "detached"] = "full"
+    """CARVE: whether gradients flow back through the chunk mean."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _require(self.content_rank >= 1, "content_rank", "a positive integer", self.content_rank)
+        _require(
+            self.content_chunk >= CHUNK_TOKENS and self.content_chunk % CHUNK_TOKENS == 0,
+            "content_chunk",
+            f"a positive multiple of {CHUNK_TOKENS}",
+            self.content_chunk,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerConfig(MixerOptions):
+    """Sizes and options of a mixer, independent of the hidden size.
+
+    H key heads of K channels carry queries, keys, decay and erase gate; HV value heads of V channels carry
+    values, write gate and output. HV is a multiple of H: each key head serves HV/H value heads.
+    """
+
+    num_key_heads: int = 16
+    num_value_heads: int = 16
+    key_head_dim: int = 128
+    value_head_dim: int = 128
+    conv_width: int = 4
+    """Taps of the causal depthwise convolution on q, k and v."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_width"):
+            _require(getattr(self, name) >= 1, name, "a positive integer", getattr(self, name))
+        _require(
+            self.num_value_heads % self.num_key_heads == 0,
+            "num_value_heads",
+            f"a multiple of num_key_heads={self.num_key_heads}",
+            self.num_value_heads,
+        )
+
+    @property
+    def key_dim(self) -> int:
+        """H*K, the features of queries, keys, decay and erase gate."""
+        return self.num_key_heads * self.key_head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """HV*V, the features of values, output gate and output."""
+        return self.num_value_heads * self.value_head_dim
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options alone, as plain values (what a checkpoint stores beside Megatron's own sizes)."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(MixerOptions)}
+
+    def projection_sections(self, kind: MixerKind) -> tuple[Section, ...]:
+        """The fused input projection's named slices, in order: the one table that everything else follows."""
+        low_rank = self.value_head_dim
+        return (
+            Section("query", self.key_dim),
+            Section("key", self.key_dim),
+            Section("value", self.value_dim),
+            Section("erase", self.key_dim),
+            Section("write", self.num_value_heads if kind == "carve" else self.value_dim),
+            Section("decay", low_rank if self.decay_projection == "low_rank" else self.key_dim),
+            Section("gate", low_rank if self.output_gate_projection == "low_rank" else self.value_dim),
+        )
+
+    def check_tensor_parallel(self, size: int) -> None:
+        """Raise ValueError unless heads and low-rank features split over `size` tensor-parallel ranks."""
+        whole = [self.num_key_heads]  # num_value_heads is a multiple of it
+        if "low_rank" in (self.decay_projection, self.output_gate_projection):
+            whole.append(self.value_head_dim)
+        if any(n % size for n in whole):
+            legal = [n for n in range(1, self.num_key_heads + 1) if all(m % n == 0 for m in whole)]
+            raise ValueError(
+                f"tensor parallel size {size} does not divide num_key_heads={self.num_key_heads} and "
+                f"value_head_dim={self.value_head_dim}; legal sizes: {', '.join(map(str, legal))}"
+            )
+
+    def parameter_count(self, kind: MixerKind, hidden_size: int) -> int:
+        """Parameters of one mixer layer, its input norm included."""
+        count = hidden_size * sum(s.size for s in self.projection_sections(kind))
+        count += (2 * self.key_dim + self.value_dim) * (self.conv_width + int(self.conv_bias))
+        count += self.num_key_heads + self.key_dim  # A_log, dt_bias
+        if self.decay_projection == "low_rank":
+            count += self.value_head_dim * self.key_dim
+        if self.output_gate_projection == "low_rank":
+            count += (self.value_head_dim + 1) * self.value_dim
+        if kind == "carve":
+            count += self.num_value_heads * self.content_rank * (self.key_head_dim + self.value_head_dim)
+        return count + self.value_head_dim + self.value_dim * hidden_size + hidden_size
+
+    def flops_per_token(self, kind: MixerKind, hidden_size: int) -> int:
+        """Forward floating-point operations per token of one mixer layer: its matrix products and its recurrence.
+
+        The recurrence is counted as the token form does it, 8 K V per value head (erase read, update, output read),
+        which is what a model needs; how a kernel spends more in chunks is not credited.
+        """
+        products = self.parameter_count(kind, hidden_size)
+        return 2 * products + 8 * self.num_value_heads * self.key_head_dim * self.value_head_dim
+
+
+def check_types(instance: Any) -> None:
+    """Raise ValueError for the first dataclass field whose value is not of its annotated type.
+
+    Understands bool, int, float, str, Literal, list[T] and T | None. An int is accepted for a float.
+    """
+    for name, hint in get_type_hints(type(instance)).items():
+        value = getattr(instance, name)
+        if not _matches(value, hint):
+            raise ValueError(f"{name}: expected {describe_type(hint)}, got {value!r}")
+
+
+def describe_type(hint: Any) -> str:
+    """A type hint in a user's words."""
+    args = get_args(hint)
+    if type(None) in args:
+        return " or ".join([describe_type(a) for a in args if a is not type(None)] + ["null"])
+    if getattr(hint, "__origin__", None) is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if getattr(hint, "__origin__", None) is list:
+        return f"a list of {describe_type(args[0])}"
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    args = get_args(hint)
+    origin = getattr(hint, "__origin__", None)
+    if type(None) in args:
+        return value is None or any(_matches(value, a) for a in args if a is not type(None))
+    if origin is Literal:
+        return value in args and not isinstance(value, bool)
+    if origin is list:
+        return isinstance(value, list) and all(_matches(v, args[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _require(condition: bool, name: str, expected: str, actual: Any) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {actual!r}")

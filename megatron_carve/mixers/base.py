@@ -1,0 +1,236 @@
+"""The layer that both mixers share: projections, short convolution, decay, gated output norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from torch import Tensor
+
+from megatron_carve.checkpoint import sharded_mixer_state
+from megatron_carve.config import MixerConfig, MixerKind, MixerOptions
+from megatron_carve.kernels import resolve_backend
+from megatron_carve.kernels.elementwise import l2_normalize
+from megatron_carve.mixers.parts import GatedHeadNorm, HeadParallelLinear, LogDecay, ShortConvolution
+
+
+@dataclass
+class MixerSubmodules:
+    """The two large projections, which differ between Transformer Engine and local layers."""
+
+    in_proj: ModuleSpec | type
+    out_proj: ModuleSpec | type
+
+
+@dataclass(frozen=True)
+class MixerInputs:
+    """What the recurrence of one layer consumes, in [batch, time, heads, channels]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    erase: Tensor
+    write: Tensor
+
+
+class LinearAttentionMixer(MegatronModule):
+    """Base of the CARVE and GDN-2 mixers, used as `self_attention` of a Megatron TransformerLayer.
+
+    Args:
+        config: Megatron's configuration. Sizes come from its linear_* fields, options from its `mixer` field
+            when it has one.
+        submodules: the projections.
+        layer_number: 1-based, global.
+        options: MixerOptions by name; they win over `config.mixer`.
+        backend: "auto", "triton" or "torch", passed to the op.
+        pg_collection: Megatron's process groups; `tp` and `cp` are used.
+
+    Raises:
+        ValueError: sizes that do not fit each other or the tensor-parallel group; context parallelism.
+    """
+
+    kind: ClassVar[MixerKind]
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MixerSubmodules,
+        layer_number: int | None = None,
+        *,
+        options: dict[str, Any] | None = None,
+        pg_collection: ProcessGroupCollection,
+        cp_comm_type: str | None = None,
+        pp_layer_offset: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.layer_number = layer_number
+        self.mixer = mixer_config(config, options)
+        self.tp_group = pg_collection.tp
+        self.tp_size = self.tp_group.size()
+        self.mixer.check_tensor_parallel(self.tp_size)
+        if pg_collection.cp.size() > 1:
+            raise ValueError(
+                f"context_parallel_size: the mixers support 1 in this release, got {pg_collection.cp.size()}"
+            )
+        self.backend = getattr(config, "mixer_backend", "auto")
+        self.sections = self.mixer.projection_sections(self.kind)
+        self.local_sizes = {s.name: s.size // self.tp_size for s in self.sections}
+        self.in_proj = build_module(
+            submodules.in_proj,
+            config.hidden_size,
+            sum(s.size for s in self.sections),
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="fc1",
+            tp_group=self.tp_group,
+            name=None if name is None else f"{name}.in_proj",
+        )
+        self._build_head_parameters()
+        self.out_proj = build_module(
+            submodules.out_proj,
+            self.mixer.value_dim,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="fc2",
+            tp_group=self.tp_group,
+            name=None if name is None else f"{name}.out_proj",
+        )
+        if config.perform_initialization:
+            with get_cuda_rng_tracker().fork():
+                self.reset_parameters()
+
+    def _build_head_parameters(self) -> None:
+        """Everything that belongs to heads, sharded over the tensor-parallel group by heads."""
+        c, tp = self.mixer, self.tp_size
+        self.conv = ShortConvolution(self.config, self._conv_channels, c.conv_width, bias=c.conv_bias)
+        self.decay = LogDecay(self.config, c.num_key_heads // tp, c.key_head_dim)
+        if c.decay_projection == "low_rank":
+            self.decay_up = HeadParallelLinear(self.config, c.value_head_dim, c.key_dim // tp, bias=False)
+        if c.output_gate_projection == "low_rank":
+            self.gate_up = HeadParallelLinear(self.config, c.value_head_dim, c.value_dim // tp, bias=True)
+        self.out_norm = GatedHeadNorm(self.config, c.value_head_dim, c.output_gate_activation, self.tp_group)
+
+    @property
+    def _conv_channels(self) -> int:
+        return sum(self.local_sizes[name] for name in ("query", "key", "value"))
+
+    def reset_parameters(self) -> None:
+        """Initialise all but the two projections, which initialise themselves."""
+        self.conv.reset_parameters()
+        self.decay.reset_parameters()
+        for up in (getattr(self, "decay_up", None), getattr(self, "gate_up", None)):
+            if up is not None:
+                up.reset_parameters(self.config.init_method)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, inference_context=None,
+        packed_seq_params=None, **positional: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Mix tokens.
+
+        Args:
+            hidden_states: [T, B, hidden]; T is divided by the tensor-parallel size under sequence parallelism.
+            packed_seq_params: Megatron's packed sequences (`thd`, B = 1) or None.
+            positional: rotary embeddings and the like, which a recurrence has no use for.
+
+        Returns:
+            ([T, B, hidden], None), as Megatron's attention modules do.
+        """
+        if inference_context is not None:
+            raise NotImplementedError(f"{type(self).__name__} has no incremental decoding in this release")
+        cu_seqlens = packed_boundaries(packed_seq_params)
+        projected, _ = self.in_proj(hidden_states)
+        inputs, gate = self._prepare(projected.transpose(0, 1), cu_seqlens)
+        backend = resolve_backend(self.backend, inputs.v.device)
+        out = self.mix(inputs, backend, cu_seqlens)
+        out = self.out_norm(out, gate.unflatten(-1, out.shape[-2:]))
+        return self.out_proj(out.flatten(-2).transpose(0, 1).contiguous())
+
+    def _prepare(self, projected: Tensor, cu_seqlens: Tensor | None) -> tuple[MixerInputs, Tensor]:
+        """From the fused projection [B, T, sections] to the op's inputs and the output gate [B, T, HV*V]."""
+        part = dict(zip(self.local_sizes, projected.split(list(self.local_sizes.values()), dim=-1), strict=True))
+        mixed = self.conv(projected[..., : self._conv_channels], cu_seqlens)
+        q, k, v = mixed.split([self.local_sizes[name] for name in ("query", "key", "value")], dim=-1)
+        by_key = (-1, self.mixer.key_head_dim)
+        decay, gate = self._raw_decay_and_gate(part["decay"], part["gate"])
+        inputs = MixerInputs(
+            q=l2_normalize(q.unflatten(-1, by_key)),
+            k=l2_normalize(k.unflatten(-1, by_key)),
+            v=v.unflatten(-1, (-1, self.mixer.value_head_dim)),
+            g=self.decay(decay.unflatten(-1, by_key)),
+            erase=part["erase"].unflatten(-1, by_key),
+            write=part["write"],
+        )
+        return inputs, gate
+
+    def _raw_decay_and_gate(self, decay: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """Expand the low-rank sections, whose features are spread over the tensor-parallel ranks."""
+        if self.mixer.decay_projection == "low_rank":
+            decay = self.decay_up(all_gather_last_dim_from_tensor_parallel_region(decay, group=self.tp_group))
+        if self.mixer.output_gate_projection == "low_rank":
+            gate = self.gate_up(all_gather_last_dim_from_tensor_parallel_region(gate, group=self.tp_group))
+        return decay, gate
+
+    def mix(self, inputs: MixerInputs, backend: str, cu_seqlens: Tensor | None) -> Tensor:
+        """Apply the variant's gates and op. Returns [B, T, HV, V]."""
+        raise NotImplementedError
+
+    @property
+    def erase_scale(self) -> float:
+        """Upper end of the erase gate's range."""
+        return 2.0 if self.mixer.negative_eigenvalues else 1.0
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, tp_group=None):
+        """Megatron's distributed-checkpoint description; fused tensors are stored by named section."""
+        return sharded_mixer_state(
+            self, prefix, sharded_offsets, metadata,
+            tp_group=self.tp_group,
+            split={
+                "in_proj.weight": self.local_sizes,
+                "conv.weight": {n: self.local_sizes[n] for n in ("query", "key", "value")},
+                "conv.bias": {n: self.local_sizes[n] for n in ("query", "key", "value")},
+            },
+        )  # fmt: skip
+
+
+def mixer_config(config: TransformerConfig, options: dict[str, Any] | None = None) -> MixerConfig:
+    """Sizes from Megatron's linear_* fields; options from `options`, then `config.mixer`, then the defaults."""
+    known = set(MixerOptions.__dataclass_fields__)
+    chosen = {**(getattr(config, "mixer", None) or {}), **(options or {})}
+    if unknown := sorted(set(chosen) - known):
+        raise ValueError(f"mixer options: unknown {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return MixerConfig(
+        num_key_heads=config.linear_num_key_heads,
+        num_value_heads=config.linear_num_value_heads,
+        key_head_dim=config.linear_key_head_dim,
+        value_head_dim=config.linear_value_head_dim,
+        conv_width=config.linear_conv_kernel_dim,
+        **chosen,
+    )
+
+
+def packed_boundaries(packed_seq_params: Any) -> Tensor | None:
+    """The cu_seqlens of Megatron's packed sequences, padding between documents counted with the document."""
+    if packed_seq_params is None:
+        return None
+    if packed_seq_params.qkv_format != "thd":
+        raise ValueError(f"packed_seq_params.qkv_format: expected 'thd', got {packed_seq_params.qkv_format!r}")
+    padded = packed_seq_params.cu_seqlens_q_padded
+    return packed_seq_params.cu_seqlens_q if padded is None else padded

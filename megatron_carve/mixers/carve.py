@@ -1,0 +1,42 @@
+"""The CARVE mixer: an erase gate that also sees the memory, and one scalar write gate per head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_carve.kernels import chunk_carve
+from megatron_carve.mixers.base import LinearAttentionMixer, MixerInputs
+from megatron_carve.mixers.parts import tensor_parallel_parameter
+
+
+class CarveMixer(LinearAttentionMixer):
+    """CARVE (arXiv 2606.27229), in the reading that the README states."""
+
+    kind = "carve"
+
+    def _build_head_parameters(self) -> None:
+        super()._build_head_parameters()
+        c = self.mixer
+        heads = c.num_value_heads // self.tp_size
+        self.content_down = tensor_parallel_parameter(self.config, heads, c.content_rank, c.value_head_dim)
+        self.content_up = tensor_parallel_parameter(self.config, heads, c.key_head_dim, c.content_rank)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.normal_(self.content_down, std=0.02)
+        # Zero: the layer starts as GDN-2 with a scalar write gate, and content_up gets a gradient at the first step.
+        nn.init.zeros_(self.content_up)
+
+    def mix(self, inputs: MixerInputs, backend: str, cu_seqlens: Tensor | None) -> Tensor:
+        out, _ = chunk_carve(
+            inputs.q, inputs.k, inputs.v, inputs.g, inputs.erase,
+            torch.sigmoid(inputs.write),
+            self.content_down, self.content_up,
+            content_chunk=self.mixer.content_chunk,
+            content_grad=self.mixer.content_grad,
+            erase_scale=self.erase_scale,
+            cu_seqlens=cu_seqlens,
+            backend=backend,
+        )  # fmt: skip
+        return out

@@ -1,0 +1,27 @@
+"""The GDN-2 mixer: key-axis erase gate, value-axis write gate, channel-wise decay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_carve.kernels import chunk_gdn2
+from megatron_carve.mixers.base import LinearAttentionMixer, MixerInputs
+
+
+class GDN2Mixer(LinearAttentionMixer):
+    """Gated DeltaNet-2 (arXiv 2605.22791)."""
+
+    kind = "gdn2"
+
+    def mix(self, inputs: MixerInputs, backend: str, cu_seqlens: Tensor | None) -> Tensor:
+        # In float32 as CARVE's gate is, so that without content the two mixers agree in every bit.
+        b = self.erase_scale * torch.sigmoid(inputs.erase.float())
+        out, _ = chunk_gdn2(
+            inputs.q, inputs.k, inputs.v, inputs.g,
+            b,
+            torch.sigmoid(inputs.write).unflatten(-1, inputs.v.shape[-2:]),
+            cu_seqlens=cu_seqlens,
+            backend=backend,
+        )  # fmt: skip
+        return out

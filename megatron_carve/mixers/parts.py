@@ -1,0 +1,118 @@
+"""The small modules of a mixer whose parameters a tensor-parallel rank holds for its own heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_carve.kernels.elementwise import gated_rms_norm, log_decay, short_convolution
+
+# Range of the initial step sizes softplus(dt_bias), and of exp(A_log).
+STEP_RANGE = (0.001, 0.1)
+A_RANGE = (1.0, 16.0)
+
+
+def tensor_parallel_parameter(config: TransformerConfig, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """An uninitialised parameter sharded over tensor-parallel ranks on axis 0.
+
+    The marks make Megatron count it once in gradient norms and shard it in checkpoints.
+    """
+    data = torch.empty(*shape, dtype=dtype or config.params_dtype, device=torch.cuda.current_device())
+    parameter = nn.Parameter(data)
+    set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+    return parameter
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution and SiLU over this rank's channels. [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config: TransformerConfig, local_channels: int, width: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = tensor_parallel_parameter(config, local_channels, width)
+        self.bias = tensor_parallel_parameter(config, local_channels) if bias else None
+
+    def reset_parameters(self) -> None:
+        """Uniform in +-1/sqrt(width), as torch's convolutions; the bias starts at zero."""
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        return short_convolution(x, self.weight, self.bias, cu_seqlens=cu_seqlens)
+
+
+class GatedHeadNorm(nn.Module):
+    """RMSNorm per head times activation(gate). The weight [V] is shared by all heads, so every rank holds it."""
+
+    def __init__(self, config: TransformerConfig, head_dim: int, activation: str, tp_group: Any) -> None:
+        super().__init__()
+        self.eps, self.activation, self.tp_group = config.layernorm_epsilon, activation, tp_group
+        self.weight = nn.Parameter(torch.ones(head_dim, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        # A rank applies the weight to its own heads only, so its gradient is a sum over ranks. Megatron forms that
+        # sum for parameters marked as sequence-parallel, and only when sequence parallelism is on.
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010  Megatron reads it there
+        self.sum_gradient = not config.sequence_parallel and tp_group.size() > 1
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        weight = self.weight
+        if self.sum_gradient:
+            weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
+        return gated_rms_norm(x, gate, weight, eps=self.eps, activation=self.activation)
+
+
+class HeadParallelLinear(nn.Module):
+    """Replicated input features -> this rank's heads. [..., in] -> [..., out/tp]."""
+
+    def __init__(self, config: TransformerConfig, in_features: int, local_out_features: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = tensor_parallel_parameter(config, local_out_features, in_features)
+        self.bias = tensor_parallel_parameter(config, local_out_features) if bias else None
+
+    def reset_parameters(self, init_method: Callable[[Tensor], object]) -> None:
+        init_method(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class LogDecay(nn.Module):
+    """Raw decay [..., H, K] -> natural-log decay, with A_log [H] and dt_bias [H*K] of this rank's heads.
+
+    Both stay float32 in a model that is cast to bfloat16: their changes in a training step are far below
+    bfloat16's resolution at their size, so a cast would freeze them.
+    """
+
+    def __init__(self, config: TransformerConfig, local_heads: int, key_head_dim: int) -> None:
+        super().__init__()
+        self.A_log = tensor_parallel_parameter(config, local_heads, dtype=torch.float32)
+        self.dt_bias = tensor_parallel_parameter(config, local_heads * key_head_dim, dtype=torch.float32)
+
+    def reset_parameters(self) -> None:
+        """exp(A_log) uniform in [1, 16]; softplus(dt_bias) log-uniform in [0.001, 0.1]."""
+        with torch.no_grad():
+            self.A_log.uniform_(*A_RANGE).log_()
+            step = self.dt_bias.uniform_(*map(math.log, STEP_RANGE)).exp_()
+            step.add_(torch.log(-torch.expm1(-step)))  # the inverse of softplus
+
+    def forward(self, raw: Tensor) -> Tensor:
+        return log_decay(raw, self.A_log, self.dt_bias.view(raw.shape[-2:]))
+
+    def _apply(self, fn, recurse=True):
+        """Follow moves between devices, ignore casts."""
+
+        def move(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(device=moved.device)
+
+        return super()._apply(move, recurse)
