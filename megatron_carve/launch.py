@@ -1,0 +1,69 @@
+"""The process group's environment and store, before Megatron starts."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Literal
+
+import torch
+from torch.distributed import PrefixStore, Store, rendezvous
+
+# Tokenising a large corpus takes the first process hours; the others wait for it.
+PREPARATION_TIMEOUT = timedelta(days=7)
+
+
+def join_processes() -> tuple[Store, int, int]:
+    """(store shared by all processes, rank, world size), from torchrun's environment or for one process alone.
+
+    Raises:
+        RuntimeError: the environment is torchrun's only in part.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    present = [n for n in names if n in os.environ]
+    if not present or ("RANK" not in os.environ and "WORLD_SIZE" not in os.environ):
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    elif len(present) < len(names):
+        missing = ", ".join(n for n in names if n not in present)
+        raise RuntimeError(f"environment: {missing} not set beside {', '.join(present)}; launch with torchrun")
+    store, rank, world = next(rendezvous("env://"))
+    store.set_timeout(PREPARATION_TIMEOUT)
+    return store, rank, world
+
+
+def on_first_process(store: Store, rank: int, work: Callable[[], None]) -> None:
+    """Run `work` on rank 0 while the others wait; if it fails there, all processes raise.
+
+    Raises:
+        Exception: on rank 0 what `work` raised; elsewhere SystemExit(1), without a message of its own.
+    """
+    shared = PrefixStore("megatron_carve", store)
+    if rank == 0:
+        try:
+            work()
+        except BaseException:
+            shared.set("preparation", "failed")
+            raise
+        shared.set("preparation", "done")
+    elif shared.get("preparation") != b"done":
+        raise SystemExit(1)
+
+
+def use_device(device: str) -> Literal["cuda", "cpu"]:
+    """Resolve "auto" to "cuda" or "cpu" by what is there.
+
+    Raises:
+        ValueError: a GPU asked for where torch finds none.
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ValueError("run.device: expected a GPU for cuda, but torch finds none; use cpu or auto")
+    return "cuda" if device == "cuda" or (device == "auto" and available) else "cpu"
+
+
+def _free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])

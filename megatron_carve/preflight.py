@@ -1,0 +1,200 @@
+"""Everything that can fail through a user's input, checked before a model is built."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.distributed import Store
+
+from megatron_carve.arguments import LayerImplementation, default_settings, megatron_argv, owned_settings
+from megatron_carve.data import PreparedText, indexed_prefixes, prepare_text, require_indexed_tokens, require_tokens
+from megatron_carve.kernels import resolve_backend
+from megatron_carve.launch import join_processes, on_first_process, use_device
+from megatron_carve.notices import say_once
+from megatron_carve.patches import cpu_mode
+from megatron_carve.recall import RecallTask
+from megatron_carve.recipe import Recipe
+from megatron_carve.run_folder import CheckpointError, RunFolder
+from megatron_carve.tokenizer import Tokenizer, load_tokenizer
+
+# Letters that exist with Transformer Engine's layers only.
+TRANSFORMER_ENGINE_LETTERS = "MD+E"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked recipe and what was decided for it."""
+
+    recipe: Recipe
+    folder: RunFolder
+    store: Store
+    rank: int
+    device: str
+    layers: LayerImplementation
+    argv: list[str]
+    vocab_size: int
+    eod: int
+    chance_loss: float
+    text: PreparedText | None
+    resumes_at: int | None
+    """Step of the checkpoint in the run's own folder."""
+
+
+def prepare(recipe: Recipe) -> Plan:
+    """Check the recipe against this machine, its data and its checkpoints; tokenise the text.
+
+    Every process calls this. Files are read and written on rank 0 alone.
+
+    Raises:
+        ValueError, OSError, ImportError, NotImplementedError: in one line what is wrong. SystemExit on the other
+            ranks where only rank 0 can tell.
+    """
+    device: Literal["cuda", "cpu"] = use_device(recipe.run.device)
+    recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, device=device))
+    if device == "cpu":
+        cpu_mode.apply()  # before Megatron is imported, so that it does not pick GPU libraries
+    check_layout(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    resolve_backend(recipe.model.mixer_backend, torch.device(device))
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    recall = _recall_task(recipe) if recipe.data.source == "recall" else None
+    vocab_size = _vocab_size(recipe, tokenizer.vocab_size if recall is None else recall.vocab_size)
+    _check_data_files(recipe)
+    folder = RunFolder(recipe.run.path)
+    source, resumes_at = _checkpoint_to_load(recipe, folder)
+    layers = _layers(recipe, device)  # the first that imports Megatron, which takes seconds
+    argv = _argv(recipe, vocab_size, layers, device)
+    if source is not None:
+        argv.append(f"--load={source.checkpoints}")
+        if (saved_on := source.saved_recipe().run.device) != device:
+            say_once(f"the checkpoint was saved on {saved_on}: random states are drawn anew")
+            argv.append("--no-load-rng")
+
+    store, rank, _ = join_processes()
+
+    def on_disk() -> None:
+        folder.save_recipe(recipe)
+        if recipe.data.text is not None:
+            _prepared_text(recipe, tokenizer)
+
+    on_first_process(store, rank, on_disk)
+    return Plan(
+        recipe, folder, store, rank, device, layers, argv,
+        vocab_size=vocab_size,
+        eod=tokenizer.eod,
+        chance_loss=math.log(vocab_size) if recall is None else recall.chance_loss,
+        text=_prepared_text(recipe, tokenizer) if recipe.data.text is not None else None,
+        resumes_at=resumes_at,
+    )  # fmt: skip
+
+
+def check_layout(recipe: Recipe, world_size: int) -> None:
+    """Raise ValueError unless processes, batch and heads divide as the recipe says."""
+    p, t, m = recipe.parallel, recipe.training, recipe.model
+    model_size = p.tensor * p.pipeline * p.context
+    if world_size % model_size:
+        raise ValueError(
+            f"parallel: expected a number of processes that tensor * pipeline * context = {model_size} divides, "
+            f"got {world_size}"
+        )
+    replicas = world_size // model_size
+    if t.global_batch_size % (t.micro_batch_size * replicas):
+        raise ValueError(
+            "training.global_batch_size: expected a multiple of micro_batch_size * data-parallel replicas = "
+            f"{t.micro_batch_size} * {replicas}, got {t.global_batch_size}"
+        )
+    tensor_parallel = {"model.vocab_multiple": m.vocab_multiple}
+    if "*" in m.pattern:
+        tensor_parallel["model.num_attention_heads"] = m.num_attention_heads
+        tensor_parallel["model.num_query_groups"] = m.num_query_groups or m.num_attention_heads
+    if "-" in m.pattern:
+        tensor_parallel["model.ffn_hidden_size"] = m.ffn_hidden_size
+    for key, value in tensor_parallel.items():
+        if value % p.tensor:
+            raise ValueError(f"{key}: expected a multiple of parallel.tensor={p.tensor}, got {value}")
+
+
+def _recall_task(recipe: Recipe) -> RecallTask:
+    return RecallTask(seq_length=recipe.training.seq_length, **dataclasses.asdict(recipe.data.recall))
+
+
+def _vocab_size(recipe: Recipe, needed: int) -> int:
+    given = recipe.model.vocab_size
+    if given is not None and given < needed:
+        raise ValueError(f"model.vocab_size: expected at least the {needed} token ids of the data, got {given}")
+    return needed if given is None else given
+
+
+def _check_data_files(recipe: Recipe) -> None:
+    if recipe.data.text is not None and not Path(recipe.data.text).is_file():
+        raise FileNotFoundError(f"data.text: {recipe.data.text} is not a file")
+    if recipe.data.indexed is not None:
+        entries = indexed_prefixes(recipe.data.indexed)
+        require_indexed_tokens(entries, split=recipe.data.split, seq_length=recipe.training.seq_length)
+
+
+def _checkpoint_to_load(recipe: Recipe, folder: RunFolder) -> tuple[RunFolder | None, int | None]:
+    """(the run to load from, the step to resume at if it is this run)."""
+    step = folder.checkpoint_step()
+    if step is not None:
+        folder.check_same_model(recipe)
+        return folder, step
+    if recipe.checkpoint.load is None:
+        return None, None
+    other = RunFolder(Path(recipe.checkpoint.load))
+    if other.checkpoint_step() is None:
+        raise CheckpointError(f"checkpoint.load: no checkpoint in {other.checkpoints}; expected the folder of a run")
+    other.check_same_model(recipe)
+    return other, None
+
+
+def _layers(recipe: Recipe, device: str) -> LayerImplementation:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.ssm.gated_delta_net import HAVE_FLA
+
+    chosen = recipe.model.layers
+    best: LayerImplementation = "transformer_engine" if HAVE_TE and device == "cuda" else "local"
+    layers: LayerImplementation = best if chosen == "auto" else chosen
+    if layers == "transformer_engine" and not HAVE_TE:
+        raise ImportError(
+            'model.layers: transformer_engine is not installed; install "transformer-engine[pytorch]" or choose local'
+        )
+    if layers == "transformer_engine" and device == "cpu":
+        raise ValueError("model.layers: transformer_engine needs a GPU; choose local")
+    if layers == "local" and (needy := sorted(set(recipe.model.pattern) & set(TRANSFORMER_ENGINE_LETTERS))):
+        raise ValueError(f"model.pattern: the layers {', '.join(needy)} need Transformer Engine's layers")
+    if "G" in recipe.model.pattern and not (HAVE_FLA and device == "cuda"):
+        raise ImportError("model.pattern: the layer G (Megatron's GDN) needs flash-linear-attention and a GPU")
+    return layers
+
+
+def _argv(recipe: Recipe, vocab_size: int, layers: LayerImplementation, device: str) -> list[str]:
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return megatron_argv(
+        parser,
+        owned_settings(recipe, vocab_size=vocab_size, layers=layers, device=device),
+        default_settings(recipe, layers=layers, device=device),
+        recipe.megatron,
+    )
+
+
+def _prepared_text(recipe: Recipe, tokenizer: Tokenizer) -> PreparedText:
+    data = recipe.data
+    assert data.text is not None
+    prepared = prepare_text(
+        data.text,
+        tokenizer,
+        data.cache or RunFolder(recipe.run.path).path / "data",
+        text_key=data.text_key,
+        validation_fraction=data.validation_fraction,
+    )
+    require_tokens(prepared, recipe.training.seq_length)
+    return prepared

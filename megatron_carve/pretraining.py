@@ -1,0 +1,192 @@
+"""What Megatron's pretrain() asks of a program: the model's configuration, batches, the loss, datasets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    param_is_not_tensor_parallel_duplicate,
+    vocab_parallel_cross_entropy,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import param_is_not_shared
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training import get_args
+from megatron.training.argument_utils import core_transformer_config_from_args, hybrid_config_from_args
+from megatron.training.utils import is_first_or_last_pipeline_stage
+from torch import Tensor
+
+from megatron_carve.arguments import LayerImplementation
+from megatron_carve.config import MixerConfig
+from megatron_carve.data import PreparedText, build_gpt_datasets
+from megatron_carve.progress import LOSS, accuracy_name
+from megatron_carve.recall import RecallDataset
+from megatron_carve.recipe import Recipe
+from megatron_carve.specs import stack_spec
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+@dataclass
+class MixerTransformerConfig(TransformerConfig):
+    """Megatron's configuration with the mixers' options, which every layer of the model can then see."""
+
+    mixer: dict[str, Any] = field(default_factory=dict)
+    """config.MixerOptions by name."""
+    mixer_backend: str = "auto"
+    """"auto", "triton" or "torch"."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The data of a run, and what a step does with it."""
+
+    recipe: Recipe
+    vocab_size: int
+    eod: int
+    text: PreparedText | None = None
+
+    def datasets(self, num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+        """(train, validation, test) for this rank, as pretrain() asks for them."""
+        recipe, seed = self.recipe, self.recipe.training.seed
+        if recipe.data.source == "recall":
+            sizes = dataclasses.asdict(recipe.data.recall)
+            train, validation = (
+                RecallDataset(seq_length=recipe.training.seq_length, num_samples=count, seed=seed, split=split, **sizes)
+                for split, count in (("train", num_samples[0]), ("validation", num_samples[1]))
+            )
+            return train, validation, None
+        return build_gpt_datasets(
+            self.text if self.text is not None else list(recipe.data.indexed or ()),
+            split=recipe.data.split if self.text is None else None,
+            num_samples=(*num_samples[:2], 0),
+            seq_length=recipe.training.seq_length,
+            seed=seed,
+            eod=self.eod,
+            vocab_size=self.vocab_size,
+            cache_path=get_args().data_cache_path,
+            is_built_on_rank=partial(_reads_data, vp_stage),
+        )
+
+    def forward_step(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Callable]:
+        """One micro-batch: the model's output and the function that makes a loss of it.
+
+        While evaluating, the model returns logits instead of losses, so that accuracy is measured too.
+        """
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = next_batch(data_iterator, vp_stage)
+        evaluating = not model.training
+        output = model(
+            batch["tokens"], batch["position_ids"], None,
+            labels=None if evaluating else batch["labels"],
+            loss_mask=batch["loss_mask"],
+        )  # fmt: skip
+        if evaluating:
+            return output, partial(self._evaluate, batch["labels"], batch["loss_mask"])
+        return output, partial(_training_loss, batch["loss_mask"])
+
+    def _evaluate(self, labels: Tensor, mask: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Loss and accuracy from vocabulary-parallel logits [B, T, V/tp]."""
+        right = right_predictions(logits, labels)
+        losses = vocab_parallel_cross_entropy(logits.float().transpose(0, 1).contiguous(), labels.t().contiguous())
+        loss, count, report = _training_loss(mask, losses.t())
+        right_sum = (right.view(-1) * mask.view(-1)).sum()
+        return loss, count, {**report, accuracy_name(self.recipe): torch.stack([right_sum, count.float()])}
+
+
+def model_config(args: Any, recipe: Recipe, layers: LayerImplementation) -> Any:
+    """Megatron's HybridModelConfig for its validated arguments and our recipe."""
+    # Attributes of the arguments are stored in Megatron's checkpoints.
+    args.mixer = recipe.mixer.options
+    args.mixer_backend = recipe.model.mixer_backend
+    config = hybrid_config_from_args(args, config=core_transformer_config_from_args(args, MixerTransformerConfig))
+    config.hybrid_stack_spec = stack_spec(layers)
+    return config
+
+
+def count_parameters(models: list[torch.nn.Module]) -> int:
+    """Parameters of the whole model, from this rank's parts of it; every rank calls this together."""
+    mine = sum(
+        p.numel()
+        for model in models
+        for p in model.parameters()
+        if param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p)
+    )
+    total = torch.tensor(mine, dtype=torch.int64, device="cuda")
+    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return int(total)
+
+
+def next_batch(data_iterator: Iterator, vp_stage: int | None) -> dict[str, Any]:
+    """This rank's part of the next micro-batch; None where a pipeline stage needs nothing."""
+    args = get_args()
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(BATCH_KEYS)
+    batch: dict[str, Any] = {}
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        sample = next(data_iterator)
+        batch = {key: sample[key].cuda(non_blocking=True) for key in BATCH_KEYS}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=False,
+        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
+        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=mtp_on_this_rank(mtp_num_layers=args.mtp_num_layers, vp_stage=vp_stage),
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
+        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
+    )
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
+    return {key: batch.get(key) for key in BATCH_KEYS}
+
+
+def right_predictions(logits: Tensor, labels: Tensor) -> Tensor:
+    """1.0 where the label has the largest logit, [B, T]; logits [B, T, V/tp] are spread over the vocabulary."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    size = logits.shape[-1]
+    local = labels - parallel_state.get_tensor_model_parallel_rank() * size
+    mine = (local >= 0) & (local < size)
+    of_label = logits.gather(-1, local.clamp(0, size - 1).unsqueeze(-1)).squeeze(-1).float()
+    of_label = torch.where(mine, of_label, torch.full_like(of_label, -torch.inf))
+    largest = logits.amax(-1).float()
+    for value in (of_label, largest):
+        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX, group=group)
+    return (of_label >= largest).float()
+
+
+def mixer_flops(args: Any, letter: str) -> float:
+    """Forward floating-point operations per token of one `C` or `2` layer, from Megatron's arguments."""
+    sizes = MixerConfig(
+        num_key_heads=args.linear_num_key_heads,
+        num_value_heads=args.linear_num_value_heads,
+        key_head_dim=args.linear_key_head_dim,
+        value_head_dim=args.linear_value_head_dim,
+        conv_width=args.linear_conv_kernel_dim,
+        **args.mixer,
+    )
+    return sizes.flops_per_token("carve" if letter == "C" else "gdn2", args.hidden_size)
+
+
+def _training_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(sum of losses, number of tokens, report), Megatron's convention; Megatron divides."""
+    mask = mask.reshape(-1).float()
+    loss = (losses.reshape(-1).float() * mask).sum()
+    count = mask.sum()
+    return loss, count.to(torch.int), {LOSS: torch.stack([loss.detach(), count])}
+
+
+def _reads_data(vp_stage: int | None) -> bool:
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)

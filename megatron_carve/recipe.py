@@ -1,0 +1,272 @@
+"""Recipes: strict YAML, inheritance and command-line overrides, resolved into one typed object."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from megatron_carve.config import MixerConfig, describe_type
+from megatron_carve.recipe_schema import Checkpoint, Data, Model, Parallel, Run, Training
+
+INHERIT = "inherit"
+OVERRIDES = "command line"
+
+
+class RecipeError(ValueError):
+    """A mistake in a recipe or an override. The message names the file, the key, what was expected and what came."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that defines a training run. The sections' fields are documented in recipe_schema and config."""
+
+    model: Model
+    mixer: MixerConfig = field(default_factory=MixerConfig)
+    data: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+    parallel: Parallel = field(default_factory=Parallel)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    run: Run = field(default_factory=Run)
+    megatron: dict[str, Any] = field(default_factory=dict)
+    """Any other Megatron argument, by the name of its attribute (recompute_granularity, fp8, ...)."""
+
+    def __post_init__(self) -> None:
+        sequence = self.training.seq_length
+        if self.parallel.sequence and self.parallel.tensor > 1 and sequence % self.parallel.tensor:
+            raise ValueError(
+                f"training.seq_length: expected a multiple of parallel.tensor={self.parallel.tensor} under sequence "
+                f"parallelism, got {sequence}"
+            )
+        stages = self.model.pattern.split("/")[0].split("|")
+        if len(stages) > 1 and len(stages) % self.parallel.pipeline:
+            raise ValueError(
+                f"model.pattern: expected a number of '|'-separated stages that parallel.pipeline="
+                f"{self.parallel.pipeline} divides, got {len(stages)}"
+            )
+        if len(stages) == 1 and self.model.num_layers % self.parallel.pipeline:
+            raise ValueError(
+                f"parallel.pipeline: expected a divisor of the pattern's {self.model.num_layers} layers (or '|' "
+                f"between stages in model.pattern), got {self.parallel.pipeline}"
+            )
+        if set(self.model.pattern) & set("C2"):
+            try:
+                self.mixer.check_tensor_parallel(self.parallel.tensor)
+            except ValueError as error:
+                raise ValueError(f"parallel.tensor: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, in the order of the fields: what is saved with a run, and loads again as a recipe."""
+        return dataclasses.asdict(self)
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("megatron_carve.recipes")
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe, its ancestors and the overrides.
+
+    Args:
+        name_or_path: a name from recipe_names(), or the path of a YAML file.
+        overrides: "section.key=value", the value in YAML; the last one wins.
+
+    Raises:
+        RecipeError: anything that is wrong with them, before anything else has happened.
+    """
+    values, origin = _with_ancestors(_find(name_or_path, base=Path.cwd(), named_by=OVERRIDES), ())
+    for override in overrides:
+        _apply_override(values, origin, override)
+    return _build(values, origin, Path(name_or_path).stem)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with floats like 4e-4, and without duplicate keys."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)$"),
+    list("-+.0123456789"),
+)
+
+
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise RecipeError(f"line {key_node.start_mark.line + 1}: key {key!r} appears twice")
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{where}: not valid YAML: {reason}") from None
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+
+
+def _find(name_or_path: str, *, base: Path, named_by: str) -> Path:
+    if name_or_path in recipe_names():
+        return Path(str(resources.files("megatron_carve.recipes") / f"{name_or_path}.yaml"))
+    path = base / name_or_path
+    if path.is_file():
+        return path
+    raise RecipeError(f"{named_by}: no recipe {name_or_path!r}: neither a file nor one of {', '.join(recipe_names())}")
+
+
+def _with_ancestors(path: Path, descendants: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Merged raw values, and for each dotted key the file that set it."""
+    path = path.resolve()
+    if path in descendants:
+        raise RecipeError(f"{path}: inherits from itself through {' -> '.join(p.name for p in descendants)}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
+    document = _parse(text, str(path))
+    if not isinstance(document, dict):
+        raise RecipeError(f"{path}: expected sections such as model and training, got {document!r}")
+    parent = document.pop(INHERIT, None)
+    _check_keys(document, str(path))
+    if parent is None:
+        return document, {key: str(path) for key in _dotted(document)}
+    if not isinstance(parent, str):
+        raise RecipeError(f"{path}: {INHERIT}: expected a recipe's name or path, got {parent!r}")
+    values, origin = _with_ancestors(_find(parent, base=path.parent, named_by=str(path)), (*descendants, path))
+    _merge(values, document)
+    return values, origin | {key: str(path) for key in _dotted(document)}
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _apply_override(values: dict[str, Any], origin: dict[str, str], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"{OVERRIDES}: expected section.key=value, got {override!r}")
+    path = key.strip().split(".")
+    value: Any = _parse(text, f"{OVERRIDES}: {key}")
+    if _type_of(path) in (str, str | None) and value is not None and not isinstance(value, str):
+        value = text  # what a user types for a text is text: a run named 2026, a pattern 2-2-
+    nested: Any = value
+    for part in reversed(path):
+        nested = {part: nested}
+    _check_keys(nested, OVERRIDES)
+    _merge(values, nested)
+    origin.update(dict.fromkeys(_dotted(nested), OVERRIDES))
+
+
+def _sections(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _all_keys(cls: type = Recipe, prefix: str = "") -> Iterator[str]:
+    for name, hint in _sections(cls).items():
+        yield f"{prefix}{name}"
+        if dataclasses.is_dataclass(hint):
+            yield from _all_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+def _type_of(path: Sequence[str]) -> Any:
+    hint: Any = Recipe
+    for part in path:
+        if not dataclasses.is_dataclass(hint):
+            return None
+        hint = _sections(hint).get(part)  # type: ignore[arg-type]
+    return hint
+
+
+def _check_keys(values: Mapping[str, Any], where: str, cls: type = Recipe, prefix: str = "") -> None:
+    hints = _sections(cls)
+    for key, value in values.items():
+        if key not in hints:
+            raise RecipeError(f"{where}: unknown key {prefix}{key}{_suggestion(f'{prefix}{key}')}")
+        hint = hints[key]
+        if not dataclasses.is_dataclass(hint) and key != "megatron":
+            continue
+        if value is not None and not isinstance(value, Mapping):
+            raise RecipeError(f"{where}: {prefix}{key}: expected keys and values, got {value!r}")
+        if dataclasses.is_dataclass(hint):
+            _check_keys(value or {}, where, hint, f"{prefix}{key}.")  # type: ignore[arg-type]
+
+
+def _suggestion(key: str) -> str:
+    known = list(_all_keys())
+    same_name = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    nearest = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def _build(values: Mapping[str, Any], origin: Mapping[str, str], name: str) -> Recipe:
+    try:
+        recipe = _construct(Recipe, values, origin, "")
+    except RecipeError:
+        raise
+    except ValueError as error:  # checks across sections
+        raise RecipeError(f"{_files(origin.values())}: {error}") from None
+    if recipe.run.name is None:
+        recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, name=recipe.data.run_name(name)))
+    return recipe
+
+
+def _construct(cls: Any, values: Mapping[str, Any], origin: Mapping[str, str], prefix: str) -> Any:
+    arguments: dict[str, Any] = {}
+    for key, hint in _sections(cls).items():
+        if dataclasses.is_dataclass(hint):
+            arguments[key] = _construct(hint, values.get(key) or {}, origin, f"{prefix}{key}.")
+        elif values.get(key) is not None or (key in values and hint is not dict[str, Any]):
+            arguments[key] = values[key]
+    set_here = [f for k, f in origin.items() if k.startswith(prefix)] or list(origin.values())
+    for f in dataclasses.fields(cls):
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and f.name not in arguments:
+            hint = describe_type(_sections(cls)[f.name])
+            raise RecipeError(f"{_files(set_here)}: {prefix}{f.name}: required, expected {hint}")
+    try:
+        return cls(**arguments)
+    except RecipeError:
+        raise
+    except ValueError as error:
+        if not prefix:
+            raise
+        key = f"{prefix}{str(error).partition(':')[0]}"
+        raise RecipeError(f"{origin.get(key) or _files(set_here)}: {prefix}{error}") from None
+
+
+def _files(origins: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(origins)) or OVERRIDES

@@ -1,0 +1,158 @@
+"""Train a model: `torchrun ... -m megatron_carve.train RECIPE [section.key=value ...]`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from megatron_carve.recipe import load_recipe, recipe_names
+
+if TYPE_CHECKING:
+    from megatron_carve.preflight import Plan
+    from megatron_carve.progress import Progress
+
+USAGE = """\
+usage: python -m megatron_carve.train RECIPE [section.key=value ...]
+       torchrun --nproc-per-node N -m megatron_carve.train RECIPE [section.key=value ...]
+
+RECIPE is a YAML file or one of: {names}.
+Keys and their defaults are documented in megatron_carve/recipe_schema.py and megatron_carve/config.py."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit status. A user's mistake ends in one line on stderr and status 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE.format(names=", ".join(recipe_names())))
+        return 0 if words else 2
+    try:
+        recipe = load_recipe(words[0], words[1:])
+        _configure_log()
+        with warnings.catch_warnings():
+            # Here because torch takes seconds to import; a typing mistake need not wait.
+            from megatron_carve.preflight import prepare
+
+            warnings.simplefilter("ignore")  # Megatron warns of every optional package, which our log says once
+            plan = prepare(recipe)
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        if os.environ.get("RANK", "0") == "0":  # every process finds the same mistake; one of them says it
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return _train(plan)
+
+
+def _train(plan: Plan) -> int:
+    from megatron_carve.progress import Progress
+
+    recipe = plan.recipe
+    total = recipe.training.total_steps
+    if plan.resumes_at is not None and plan.resumes_at >= total:
+        if plan.rank == 0:
+            print(f"{plan.folder.path}: finished at step {plan.resumes_at}; for more, raise training.steps={total}")
+        return 0
+    if plan.rank == 0:
+        start = "starting" if plan.resumes_at is None else f"resuming at step {plan.resumes_at}"
+        print(f"{recipe.run.name}: {recipe.model.pattern} on {plan.device}, {start}, {total} steps", flush=True)
+    progress = Progress(recipe, chance_loss=plan.chance_loss)
+    with _megatron_output(plan):
+        parameters = _pretrain(plan, progress)
+    progress.finish(parameters=parameters, device=plan.device, layers=plan.layers)
+    return 0
+
+
+def _pretrain(plan: Plan, progress: Progress) -> int:
+    """Hand everything to Megatron. Returns the model's number of parameters."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists, before Blackwell
+    import torch
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_carve.pretraining import Task, count_parameters, model_config
+
+    _apply_patches(progress)
+    sys.argv = [sys.argv[0], *plan.argv]
+    args = parse_and_validate_args()
+    config = model_config(args, plan.recipe, plan.layers)
+    models: list[torch.nn.Module] = []
+
+    def remember(built: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        models.extend(built)
+        return built
+
+    config.post_wrap_hooks = [remember]
+    task = Task(plan.recipe, plan.vocab_size, plan.eod, plan.text)
+
+    def datasets(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple:
+        return task.datasets(num_samples, vp_stage)
+
+    setattr(datasets, "is_distributed", True)  # noqa: B010  Megatron's mark: every rank builds its own part
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, config),
+            datasets,
+            ModelType.encoder_or_decoder,
+            task.forward_step,
+            store=torch.distributed.PrefixStore("megatron", plan.store),
+        )
+        return count_parameters(models)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _apply_patches(progress: Progress) -> None:
+    from megatron_carve import patches
+    from megatron_carve.pretraining import mixer_flops
+    from megatron_carve.stack import MixerStack
+
+    for patch in (
+        patches.dataset_helpers,
+        patches.layer_symbols,
+        patches.torch_adam_resume,
+        patches.mtp_stack(MixerStack),
+        patches.flops(mixer_flops),
+        patches.training_events(progress),
+    ):
+        patch.apply()
+
+
+@contextlib.contextmanager
+def _megatron_output(plan: Plan) -> Iterator[None]:
+    """Megatron prints hundreds of lines; unless asked otherwise they go to a file per rank."""
+    if plan.recipe.run.megatron_output == "console":
+        yield
+        return
+    plan.folder.logs.mkdir(parents=True, exist_ok=True)
+    log = plan.folder.logs / f"rank{plan.rank}.log"
+    with log.open("a", buffering=1) as file, contextlib.redirect_stdout(file):
+        errors = logging.StreamHandler(sys.stderr)
+        errors.setLevel(logging.ERROR)
+        handlers: list[logging.Handler] = [logging.StreamHandler(file), errors]
+        logging.basicConfig(handlers=handlers, format="%(levelname)s %(name)s %(message)s", force=True)
+        logging.captureWarnings(True)
+        try:
+            yield
+        except Exception:
+            print(f"rank {plan.rank} failed; what Megatron printed before is in {log}", file=sys.stderr)
+            raise
+
+
+def _configure_log() -> None:
+    """Our notices go to rank 0's console, one line each."""
+    logger = logging.getLogger("megatron_carve")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logger.propagate = False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
