@@ -1,0 +1,105 @@
+"""Whole training runs on a GPU: layers of both kinds, checkpoints between them, the 1.3B recipes."""
+
+import importlib.util
+import random
+import shutil
+
+import pytest
+from support.train import losses, train
+
+pytestmark = pytest.mark.gpu
+
+needs_te = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
+)
+needs_fla = pytest.mark.skipif(
+    importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed"
+)
+
+STEPS = 40
+SHORT = ("debug", f"training.steps={STEPS}", "run.log_interval=1", "checkpoint.interval=20", "data.recall.num_pairs=8")
+# Relative; runs drift apart by rounding as they go, here measured at 1e-6 after 10 steps and 3e-5 after 40.
+SAME_CURVE = 2e-3
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The debug recipe on the CPU, and on the GPU with each kind of layers."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(folder, *SHORT, "run.name=cpu", "run.device=cpu", threads=2)
+    train(folder, *SHORT, "run.name=local", "model.layers=local")
+    if importlib.util.find_spec("transformer_engine"):
+        train(folder, *SHORT, "run.name=transformer_engine", "model.layers=transformer_engine")
+    return folder
+
+
+@pytest.mark.parametrize("layers", ["local", pytest.param("transformer_engine", marks=needs_te)])
+def test_gpu_gives_the_cpu_loss_curve(runs, layers):
+    # Each device draws its own initial weights, so both continue from one checkpoint.
+    name = f"cpu-to-{layers}"
+    out = branch_off_at_step_20(runs, "cpu", name, f"model.layers={layers}")
+    assert "saved on cpu" in out
+    expected, actual = losses(runs, "cpu"), losses(runs, name)
+    for step in range(21, STEPS + 1):
+        assert actual[step] == pytest.approx(expected[step], rel=SAME_CURVE), f"step {step}"
+
+
+@needs_te
+def test_both_kinds_of_layers_give_one_loss_curve(runs):
+    local, te = losses(runs, "local"), losses(runs, "transformer_engine")
+    for step, loss in local.items():
+        assert te[step] == pytest.approx(loss, rel=SAME_CURVE), f"step {step}"
+
+
+@needs_te
+@pytest.mark.parametrize(("source", "target"), [("local", "transformer_engine"), ("transformer_engine", "local")])
+def test_checkpoint_of_one_kind_of_layers_resumes_in_the_other(runs, source, target):
+    name = f"{source}-to-{target}"
+    branch_off_at_step_20(runs, source, name, f"model.layers={target}")
+    resumed, straight = losses(runs, name), losses(runs, source)
+    for step in range(21, STEPS + 1):
+        assert resumed[step] == pytest.approx(straight[step], rel=SAME_CURVE), f"step {step}"
+
+
+def branch_off_at_step_20(folder, source, name, *words):
+    """Copy the run `source` as it was at step 20 and continue it under another name; returns what was printed."""
+    shutil.copytree(folder / "runs" / source, folder / "runs" / name)
+    (folder / "runs" / name / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("20")
+    out = train(folder, *SHORT, f"run.name={name}", *words).stdout
+    assert "resuming at step 20" in out
+    return out
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns(tmp_path, precision):
+    train(tmp_path, *SHORT, f"training.precision={precision}", "training.lr=3e-3", "checkpoint.interval=null")
+    curve = losses(tmp_path, "debug")
+    assert curve[STEPS] < 3.6 < 4.5 < curve[1]
+
+
+@needs_fla
+def test_all_four_letters_of_our_stack_in_one_pattern(tmp_path):
+    # Deterministic mode takes Megatron's GDN through torch, where the peer's kernels refuse some Triton versions.
+    train(
+        tmp_path, *SHORT, "model.pattern=C-2-*-G-", "megatron.deterministic_mode=true", "checkpoint.interval=null",
+    )  # fmt: skip
+    curve = losses(tmp_path, "debug")
+    assert curve[STEPS] < 3.7 < curve[1]
+
+
+@needs_te
+@pytest.mark.parametrize(
+    "recipe", ["carve_1p3b_hybrid", "carve_1p3b_recurrent", "gdn2_1p3b_hybrid", "gdn2_1p3b_recurrent"]
+)
+def test_optimizer_steps_of_a_full_size_recipe(tmp_path, recipe):
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "and", "sleeps"]
+    text = " ".join(random.Random(0).choices(words, k=20_000))
+    (tmp_path / "words.txt").write_text(text)
+    train(
+        tmp_path, recipe, "data.text=words.txt", "run.name=full", "training.tokens=null", "training.steps=2",
+        "training.global_batch_size=1", "training.warmup_fraction=0", "training.eval_iters=1",
+        "checkpoint.interval=null", "run.log_interval=1",
+    )  # fmt: skip
+    curve = losses(tmp_path, "full")
+    assert 9 < curve[1] < 12  # log(32000) = 10.4 for a model that knows nothing
+    assert curve[2] < curve[1]

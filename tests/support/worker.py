@@ -1,0 +1,243 @@
+"""One process of a parallel run on the CPU: builds a model, steps it, and writes losses, gradients and parameters.
+
+Run under torchrun by support.parallel; arguments are one JSON object.
+"""
+
+import json
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+
+def main(job: dict) -> None:
+    from megatron_carve import patches
+
+    patches.cpu_mode.apply()
+    patches.layer_symbols.apply()
+    patches.torch_adam_resume.apply()
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=job["tp"], pipeline_model_parallel_size=job["pp"]
+    )
+    model_parallel_cuda_manual_seed(7)
+    config = transformer_config(job)
+    model = build_model(config, job)
+    if job.get("save"):
+        # Zero-initialised and constant parameters would hide errors: make every parameter matter.
+        perturb(model)
+        os.makedirs(job["save"], exist_ok=True)
+        dist_checkpointing.save(model.sharded_state_dict(metadata=checkpoint_metadata()), job["save"])
+    else:
+        loaded = dist_checkpointing.load(model.sharded_state_dict(metadata=checkpoint_metadata()), job["load"])
+        model.load_state_dict(loaded, strict=True)
+
+    ddp = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(use_distributed_optimizer=job["distributed_optimizer"], grad_reduce_in_fp32=True),
+        model,
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam", lr=1e-2, weight_decay=0.0, clip_grad=0.0, params_dtype=config.params_dtype,
+            use_distributed_optimizer=job["distributed_optimizer"],
+        ),
+        [ddp],
+    )  # fmt: skip
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    results: dict = {"losses": [], "grad_norms": []}
+    for step in range(job["steps"]):
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches(job, step)),
+            model=ddp,
+            num_microbatches=job["micro_batches"] // parallel_state.get_data_parallel_world_size(),
+            seq_length=job["seq_length"],
+            micro_batch_size=job["micro_batch_size"],
+            forward_only=False,
+        )
+        if step == 0:
+            results["gradients"] = whole_gradients(model, job)
+        _, norm, _ = optimizer.step()
+        results["losses"].append(mean_loss(reports, world))
+        results["grad_norms"].append(float(norm))
+    if rank == 0:
+        torch.save(results, job["out"])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def transformer_config(job: dict):
+    from megatron_carve.pretraining import MixerTransformerConfig
+
+    return MixerTransformerConfig(
+        num_layers=len(job["pattern"].replace("|", "")),
+        hidden_size=32,
+        num_attention_heads=4,
+        ffn_hidden_size=48,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=12,
+        mixer={"content_rank": 4, **job.get("mixer", {})},
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        is_hybrid_model=True,
+        transformer_impl="local",
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        window_size=(15, 0),
+        tensor_model_parallel_size=job["tp"],
+        pipeline_model_parallel_size=job["pp"],
+        sequence_parallel=job["sp"],
+        pipeline_dtype=getattr(torch, job["dtype"]),
+        params_dtype=getattr(torch, job["dtype"]),
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        deallocate_pipeline_outputs=True,
+        recompute_granularity=job.get("recompute"),
+        recompute_method="uniform" if job.get("recompute") == "full" else None,
+        recompute_num_layers=1 if job.get("recompute") == "full" else None,
+        batch_p2p_comm=True,
+    )
+
+
+def build_model(config, job: dict):
+    from megatron.core import parallel_state
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_carve.specs import stack_spec
+
+    return HybridModel(
+        config,
+        stack_spec("local"),
+        vocab_size=64,
+        max_sequence_length=job["seq_length"],
+        hybrid_layer_pattern=job["pattern"],
+        position_embedding_type="rope",
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def checkpoint_metadata() -> dict:
+    from megatron.core import parallel_state
+
+    return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
+def perturb(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def micro_batches(job: dict, step: int) -> list[torch.Tensor]:
+    """This data-parallel rank's [B, T+1] token batches."""
+    from megatron.core import parallel_state
+
+    generator = torch.Generator().manual_seed(100 + step)
+    shape = (job["micro_batches"], job["micro_batch_size"], job["seq_length"] + 1)
+    tokens = torch.randint(0, 64, shape, generator=generator)
+    return list(tokens.chunk(parallel_state.get_data_parallel_world_size())[parallel_state.get_data_parallel_rank()])
+
+
+def forward_step(data_iterator, model):
+    tokens = next(data_iterator)
+    positions = torch.arange(tokens.shape[1] - 1).expand(tokens.shape[0], -1)
+    output = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
+
+    def loss(losses):
+        total = losses.float().sum()
+        count = torch.tensor(losses.numel(), dtype=torch.int)
+        return total, count, {"loss": torch.stack([total.detach(), count.float()])}
+
+    return output, loss
+
+
+def mean_loss(reports: list[dict], world: int) -> float:
+    from megatron.core import parallel_state
+
+    total = sum((r["loss"] for r in reports), torch.zeros(2))
+    if parallel_state.is_pipeline_last_stage():
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    dist.broadcast(total, src=world - 1)
+    return (total[0] / total[1]).item()
+
+
+def whole_gradients(model: torch.nn.Module, job: dict) -> dict[str, torch.Tensor]:
+    """Every parameter's gradient, put together from all ranks through the sharded checkpoint's own description."""
+    from megatron.core import dist_checkpointing, parallel_state
+
+    if job["distributed_optimizer"] and parallel_state.get_data_parallel_world_size() > 1:
+        gather_scattered_gradients(model)
+    with torch.no_grad():
+        kept = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for p in model.parameters():
+            p.copy_(p.main_grad)
+        check_replicas(model)
+        folder = job["out"] + ".gradients"
+        if dist.get_rank() == 0:
+            os.makedirs(folder)
+        dist.barrier()
+        dist_checkpointing.save(model.sharded_state_dict(metadata=checkpoint_metadata()), folder)
+        for name, p in model.named_parameters():
+            p.copy_(kept[name])
+    dist.barrier()
+    if dist.get_rank():
+        return {}
+    dcp_to_torch_save(folder, folder + ".pt")
+    stored = torch.load(folder + ".pt", weights_only=False)
+    return {name: value for name, value in stored.items() if isinstance(value, torch.Tensor)}
+
+
+def gather_scattered_gradients(model: torch.nn.Module) -> None:
+    """With the distributed optimizer a rank holds the sum over replicas for its own shard of the buffer only."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    buffers = {id(p.main_grad.untyped_storage()): p.main_grad for p in model.parameters()}
+    for view in buffers.values():
+        whole = torch.empty(0, dtype=view.dtype).set_(view.untyped_storage())
+        shards = list(whole.chunk(group.size()))
+        for owner, shard in zip(dist.get_process_group_ranks(group), shards, strict=True):
+            dist.broadcast(shard, src=owner, group=group)
+
+
+def check_replicas(model: torch.nn.Module) -> None:
+    """A parameter that every tensor-parallel rank holds must have the same gradient on each."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    for name, p in model.named_parameters():
+        if not getattr(p, "tensor_model_parallel", False):
+            everyone = [torch.empty_like(p) for _ in range(group.size())]
+            dist.all_gather(everyone, p.detach().contiguous(), group=group)
+            for other in everyone:
+                torch.testing.assert_close(other, everyone[0], rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
