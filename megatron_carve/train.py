@@ -152,6 +152,8 @@ def _configure_log() -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     logger.propagate = False
+    # It warns where a CUDA compiler is installed and no GPU is, which concerns nothing here.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,85 @@
+"""A Megatron of one process on the CPU, for tests that build layers and models in-process."""
+
+import contextlib
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+
+
+@contextlib.contextmanager
+def one_process():
+    """Process group and parallel state of world size 1, with the CPU mode and our letters; undone at the end."""
+    from megatron_carve import patches
+
+    patches.cpu_mode.apply()
+    patches.layer_symbols.apply()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    saved = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(11)
+    torch.manual_seed(11)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+        for name, value in saved.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+        patches.layer_symbols.revert()
+        patches.cpu_mode.revert()
+
+
+def groups():
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def config(num_layers: int = 1, **changes):
+    """A small configuration; `mixer` and any Megatron field can be given."""
+    from megatron_carve.pretraining import MixerTransformerConfig
+
+    return MixerTransformerConfig(
+        **{
+            "num_layers": num_layers, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 12, "normalization": "RMSNorm", "add_bias_linear": False,
+            "gated_linear_unit": True, "activation_func": torch.nn.functional.silu, "is_hybrid_model": True,
+            "transformer_impl": "local", "attention_dropout": 0.0, "hidden_dropout": 0.0,
+            "gradient_accumulation_fusion": False, "masked_softmax_fusion": False, "persist_layer_norm": False,
+            **changes,
+        }
+    )  # fmt: skip
+
+
+def hybrid_model(pattern: str, spec=None, *, vocab_size: int = 64, length: int = 128, **changes):
+    """A HybridModel of `pattern` on one process."""
+    from megatron.core.models.hybrid.hybrid_layer_allocation import get_hybrid_total_layer_count
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    from megatron_carve.specs import stack_spec
+
+    return HybridModel(
+        config(get_hybrid_total_layer_count(pattern), **changes),
+        spec or stack_spec("local"),
+        vocab_size=vocab_size,
+        max_sequence_length=length,
+        hybrid_layer_pattern=pattern,
+        position_embedding_type="rope",
+        pg_collection=groups(),
+    )
+
+
+def token_losses(model, tokens: torch.Tensor) -> torch.Tensor:
+    """Next-token losses [B, T] of [B, T+1] tokens."""
+    positions = torch.arange(tokens.shape[1] - 1).expand(tokens.shape[0], -1)
+    return model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())

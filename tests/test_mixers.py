@@ -1,0 +1,201 @@
+"""The mixer layers: sizes, gates, precision, packing, errors."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.megatron import config, groups, hybrid_model, one_process
+
+from megatron_carve.config import MixerConfig
+from megatron_carve.recipe import load_recipe
+
+HIDDEN, LENGTH, BATCH = 32, 150, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def megatron():
+    with one_process():
+        yield
+
+
+def build(kind: str, *, options=None, **changes):
+    from megatron.core.transformer.spec_utils import build_module
+
+    from megatron_carve.specs import mixer_layer_spec
+
+    layer = build_module(
+        mixer_layer_spec(kind, "local", **({"options": options} if options else {})),
+        config=config(**changes),
+        layer_number=1,
+        pg_collection=groups(),
+    )
+    return layer.self_attention
+
+
+def hidden_states(length: int = LENGTH) -> torch.Tensor:
+    return torch.randn(length, BATCH, HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layers"),
+    [("gdn2_1p3b_recurrent", 1_302_638_112), ("gdn2_1p3b_hybrid", 1_300_314_384)],
+)
+def test_built_1p3b_models_have_the_published_number_of_parameters(recipe, layers):
+    r = load_recipe(recipe)
+    m, x = r.model, r.mixer
+    model = hybrid_model(
+        m.pattern, vocab_size=128, hidden_size=m.hidden_size, ffn_hidden_size=m.ffn_hidden_size,
+        num_attention_heads=m.num_attention_heads, linear_num_key_heads=x.num_key_heads,
+        linear_num_value_heads=x.num_value_heads, linear_key_head_dim=x.key_head_dim,
+        linear_value_head_dim=x.value_head_dim, perform_initialization=False,
+    )  # fmt: skip
+    assert sum(p.numel() for p in model.decoder.layers.parameters()) == layers
+
+
+@pytest.mark.parametrize("kind", ["carve", "gdn2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"decay_projection": "full_rank"},
+        {"output_gate_projection": "full_rank"},
+        {"conv_bias": True, "content_rank": 3},
+    ],
+    ids=str,
+)
+def test_every_option_builds_the_parameters_that_the_formula_counts(kind, options):
+    mixer = build(kind, options=options)
+    sizes = MixerConfig(num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=12, **options)
+    built = sum(p.numel() for p in mixer.parameters()) + HIDDEN  # and the input norm, which the layer holds
+    assert built == sizes.parameter_count(kind, HIDDEN)
+    out, bias = mixer(hidden_states())
+    out.square().sum().backward()
+    assert out.shape == (LENGTH, BATCH, HIDDEN)
+    assert bias is None
+    without = [n for n, p in mixer.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    # U is zero at first, so D has no gradient yet; its own gradient then moves U.
+    assert without == (["content_down"] if kind == "carve" else [])
+
+
+def test_carve_starts_as_gdn2_with_a_scalar_write_gate():
+    carve, gdn2 = build("carve"), build("gdn2")
+    own = dict(carve.named_parameters())
+    with torch.no_grad():
+        for name, parameter in gdn2.named_parameters():
+            if name != "in_proj.weight":
+                parameter.copy_(own[name])
+        names = [s.name for s in carve.sections]
+        parts = dict(zip(names, carve.in_proj.weight.split([s.size for s in carve.sections]), strict=True))
+        parts["write"] = parts["write"].repeat_interleave(12, dim=0)
+        gdn2.in_proj.weight.copy_(torch.cat(list(parts.values())))
+    x = hidden_states()
+    before = carve(x)[0]
+    torch.testing.assert_close(gdn2(x)[0], before, rtol=1e-5, atol=1e-6)
+    torch.nn.init.normal_(carve.content_up)
+    torch.nn.init.normal_(carve.content_down)
+    changed = (carve(x)[0] != before).any(-1).any(-1)
+    # The first content chunk has none before it; the content term acts from its end on.
+    assert not changed[:64].any()
+    assert changed[64:].all()
+
+
+@pytest.mark.parametrize("kind", ["carve", "gdn2"])
+def test_later_tokens_do_not_change_earlier_outputs(kind):
+    mixer = perturbed(build(kind))
+    x = hidden_states()
+    y = x.clone()
+    y[101:] = 10 * torch.randn_like(y[101:])
+    assert torch.equal(mixer(x)[0][:101], mixer(y)[0][:101])
+    assert not torch.equal(mixer(x)[0][101:], mixer(y)[0][101:])
+
+
+@pytest.mark.parametrize("kind", ["carve", "gdn2"])
+def test_packed_documents_equal_the_documents_alone(kind):
+    mixer = perturbed(build(kind))
+    lengths = [1, 70, 3, 130]
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    x = hidden_states(sum(lengths))[:, :1]
+    packed = SimpleNamespace(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_q_padded=None)
+    together = mixer(x, packed_seq_params=packed)[0]
+    alone = torch.cat([mixer(part)[0] for part in x.split(lengths)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["carve", "gdn2"])
+@pytest.mark.parametrize(("negative", "limit"), [(False, 1.0), (True, 2.0)])
+def test_negative_eigenvalues_double_the_erase_gate(kind, negative, limit, monkeypatch):
+    mixer = build(kind, options={"negative_eigenvalues": negative})
+    scale, logits = 50.0, hidden_states()
+    gates = []
+    if kind == "gdn2":
+        from megatron_carve.mixers import gdn2 as module
+
+        original = module.chunk_gdn2
+        monkeypatch.setattr(module, "chunk_gdn2", lambda *a, **k: gates.append(a[4]) or original(*a, **k))
+    else:
+        from megatron_carve.mixers import carve as module
+
+        original = module.chunk_carve
+        monkeypatch.setattr(
+            module, "chunk_carve", lambda *a, **k: gates.append(k["erase_scale"] * a[4].sigmoid()) or original(*a, **k)
+        )
+    mixer(scale * logits)
+    assert gates[0].max().item() == pytest.approx(limit, rel=1e-3)
+    assert gates[0].min() >= 0
+
+
+def test_decay_stays_float32_in_a_bfloat16_model_and_its_small_steps_are_kept():
+    from megatron.core.transformer.module import Float16Module
+
+    model = hybrid_model("C-2-", bf16=True, params_dtype=torch.bfloat16)
+    wrapped = Float16Module(model.config, model)
+    decay = {n: p for n, p in wrapped.named_parameters() if n.endswith(("A_log", "dt_bias"))}
+    others = [p for n, p in wrapped.named_parameters() if n not in decay]
+    assert {p.dtype for p in decay.values()} == {torch.float32}
+    assert len(decay) == 4
+    assert {p.dtype for p in others} == {torch.bfloat16}
+    bias = next(p for n, p in decay.items() if n.endswith("dt_bias"))
+    before = bias.detach().clone()
+    with torch.no_grad():
+        bias += 1e-5
+    assert ((bias - before) > 0).all()  # bfloat16 would have rounded the step away
+
+
+def test_decay_starts_in_the_published_ranges():
+    mixer = build("gdn2", linear_num_key_heads=8, linear_num_value_heads=8, linear_key_head_dim=64)
+    rate, step = mixer.decay.A_log.exp(), torch.nn.functional.softplus(mixer.decay.dt_bias)
+    assert 1 <= rate.min() < rate.max() <= 16
+    assert step.min() >= 0.001 * (1 - 1e-3)
+    assert step.max() <= 0.1 * (1 + 1e-3)
+    # log-uniform: a third of the decades holds a third of the channels
+    share = ((step > 0.001 * 10 ** (2 / 3)) & (step < 0.001 * 10 ** (4 / 3))).float().mean()
+    assert share == pytest.approx(1 / 3, abs=0.08)
+
+
+def test_what_the_layer_cannot_do_is_refused():
+    mixer = build("carve")
+    with pytest.raises(NotImplementedError, match="decoding"):
+        mixer(hidden_states(), inference_context=object())
+    with pytest.raises(ValueError, match="qkv_format: expected 'thd', got 'sbhd'"):
+        mixer(hidden_states(), packed_seq_params=SimpleNamespace(qkv_format="sbhd"))
+    with pytest.raises(ValueError, match=r"unknown content_rnak; known: .*content_rank"):
+        build("carve", options={"content_rnak": 4})
+    with pytest.raises(ValueError, match="content_chunk: expected a positive multiple of 64, got 100"):
+        build("carve", mixer={"content_chunk": 100})
+    with pytest.raises(ValueError, match="num_value_heads: expected a multiple of num_key_heads=3"):
+        build("gdn2", linear_num_key_heads=3)
+
+
+def test_options_of_the_spec_win_over_those_of_the_configuration():
+    mixer = build("carve", mixer={"content_rank": 5, "conv_bias": True}, options={"content_rank": 7})
+    assert (mixer.mixer.content_rank, mixer.mixer.conv_bias) == (7, True)
+    assert mixer.content_down.shape == (4, 7, 12)
+
+
+def perturbed(module: torch.nn.Module) -> torch.nn.Module:
+    """Away from special initial values such as U = 0."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p += 0.2 * torch.randn_like(p)
+    return module

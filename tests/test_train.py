@@ -1,0 +1,160 @@
+"""The training program from end to end, as a user runs it: learn, be killed, resume, run on several processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.parallel import launch
+from support.train import losses, train
+
+TINY = """
+inherit: debug
+model: {pattern: C-2-, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 2}
+mixer: {num_key_heads: 2, num_value_heads: 2, key_head_dim: 16, value_head_dim: 16, content_rank: 4}
+training: {steps: 12, seq_length: 96, micro_batch_size: 2, global_batch_size: 4, eval_interval: 6, eval_iters: 2}
+checkpoint: {interval: 4}
+run: {log_interval: 1}
+"""
+TEXT = "".join(f"line {i}: the cat sat on the mat, and then it sat again. ünïcode\n" for i in range(400))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "tiny.yaml").write_text(TINY)
+    (folder / "cats.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(folder):
+    """A run that nothing interrupts."""
+    return train(folder, "tiny.yaml", "run.name=straight", "data.text=cats.txt")
+
+
+def test_a_run_on_text_learns_and_leaves_everything(folder, straight):
+    run = folder / "runs" / "straight"
+    curve = losses(folder, "straight")
+    assert list(curve) == list(range(1, 13))
+    assert curve[1] == pytest.approx(np.log(257), rel=0.1)
+    assert curve[12] < curve[1] - 0.5
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["final_loss"] == curve[12]
+    assert summary["steps"] == 12
+    assert summary["chance_loss"] == pytest.approx(np.log(257))
+    assert summary["final_validation"]["validation_loss"] < 5.5
+    assert 0 <= summary["final_validation"]["accuracy"] <= 1
+    assert np.asarray(Image.open(run / "loss.png").convert("L")).std() > 10
+    assert list((run / "tensorboard").glob("events.*"))
+    assert (run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "12"
+    for said in ("step 12/12", "tokens/s", "left", "validation loss", "next-token accuracy"):
+        assert said in straight.stdout
+    assert "Warning" not in straight.stdout + straight.stderr
+
+
+def test_a_finished_run_is_not_trained_again(folder, straight):
+    again = train(folder, "tiny.yaml", "run.name=straight", "data.text=cats.txt")
+    assert "finished at step 12" in again.stdout
+    assert list(losses(folder, "straight")) == list(range(1, 13))
+
+
+def test_the_saved_recipe_describes_the_run(folder, straight):
+    from megatron_carve.recipe import load_recipe
+
+    saved = load_recipe(str(folder / "runs" / "straight" / "recipe.yaml"))
+    assert saved.training.steps == 12
+    assert saved.data.text == "cats.txt"
+    assert saved.run.name == "straight"
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
+def test_an_interrupted_run_resumes_with_the_same_losses(folder, straight, how):
+    name = how.name
+    words = ["tiny.yaml", f"run.name={name}", "data.text=cats.txt"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_carve.train", *words], cwd=folder, stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    metrics = folder / "runs" / name / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(losses(folder, name)) >= 6):
+        assert process.poll() is None, "it ended before it could be interrupted"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(how)
+    status = process.wait(60)
+    assert status == (-signal.SIGKILL if how == signal.SIGKILL else 0)
+    tracker = folder / "runs" / name / "checkpoints" / "latest_checkpointed_iteration.txt"
+    at = int(tracker.read_text())
+    assert at >= 6 if how == signal.SIGTERM else at in (4, 8)
+    if at < 12:
+        assert f"resuming at step {at}" in train(folder, *words).stdout
+    expected, actual = losses(folder, "straight"), losses(folder, name)
+    assert actual.keys() == expected.keys()
+    for step, loss in expected.items():
+        assert actual[step] == pytest.approx(loss, rel=1e-6), f"step {step}"
+
+
+def test_two_replicas_train_as_one_process(folder, straight):
+    launch(2, ["-m", "megatron_carve.train", "tiny.yaml", "run.name=replicas", "data.text=cats.txt"], cwd=folder)
+    expected, actual = losses(folder, "straight"), losses(folder, "replicas")
+    assert actual.keys() == expected.keys()
+    for step, loss in expected.items():
+        assert actual[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
+
+
+def test_a_run_continues_another_at_another_layout(folder, straight):
+    words = ["tiny.yaml", "run.name=split", "data.text=cats.txt", "checkpoint.load=runs/straight"]
+    launch(2, ["-m", "megatron_carve.train", *words, "parallel.tensor=2", "training.steps=14"], cwd=folder)
+    train(folder, *words[:1], "run.name=whole", *words[2:], "training.steps=14")
+    expected, actual = losses(folder, "whole"), losses(folder, "split")
+    assert list(actual) == list(expected) == [13, 14]
+    for step, loss in expected.items():
+        assert actual[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
+
+
+def test_the_recall_task_and_multi_token_prediction(folder):
+    out = train(folder, "tiny.yaml", "run.name=recall", "model.pattern=C-*-/2-", "training.steps=6").stdout
+    assert "recall accuracy" in out
+    summary = json.loads((folder / "runs" / "recall" / "summary.json").read_text())
+    assert summary["chance_loss"] == pytest.approx(np.log(32))
+    assert summary["accuracy_name"] == "recall accuracy"
+
+
+def test_json_lines_and_indexed_datasets(folder):
+    documents = [{"body": f"document {i} " * 30} for i in range(60)]
+    (folder / "docs.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+    words = ["tiny.yaml", "training.steps=3", "checkpoint.interval=null"]
+    train(folder, *words, "run.name=lines", "data.text=docs.jsonl", "data.text_key=body")
+    assert losses(folder, "lines")[3] < losses(folder, "lines")[1]
+    (prefix,) = {p.with_suffix("") for p in (folder / "runs" / "lines" / "data").glob("docs-*/train.bin")}
+    train(folder, *words, "run.name=indexed", f"data.indexed=[{prefix}]", "data.split='80,20,0'")
+    assert losses(folder, "indexed")[1] == pytest.approx(losses(folder, "lines")[1], rel=0.1)
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_kept(folder, straight):
+    checkpoints = folder / "runs" / "straight" / "checkpoints"
+    before = {p: p.stat().st_mtime_ns for p in checkpoints.rglob("*")}
+    run = train(
+        folder, "tiny.yaml", "run.name=straight", "data.text=cats.txt", "mixer.content_rank=8", check=False
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1
+    assert "mixer.content_rank is 4 there and 8 here" in run.stderr
+    assert {p: p.stat().st_mtime_ns for p in checkpoints.rglob("*")} == before
+
+
+def test_a_failing_rank_ends_the_job_with_its_own_error(folder):
+    with pytest.raises(AssertionError, match=r"megatron\.recompute_granularity"):
+        launch(
+            2,
+            ["-m", "megatron_carve.train", "tiny.yaml", "run.name=bad", "megatron.recompute_granularity=half"],
+            cwd=folder,
+        )
+    assert not (folder / "runs" / "bad").exists()
