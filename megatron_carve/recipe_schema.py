@@ -191,9 +191,8 @@ class Training(_Checked):
 
     def check(self) -> None:
         if (self.steps is None) == (self.tokens is None):
-            raise ValueError("steps: expected exactly one of steps and tokens, got " + (
-                "neither" if self.steps is None else "both"
-            ))  # fmt: skip
+            found = "neither" if self.steps is None else "both (set one of them to null)"
+            raise ValueError(f"steps: expected exactly one of steps and tokens, got {found}")
         _at_least(self, 1, "steps", "seq_length", "micro_batch_size", "global_batch_size", "eval_interval")
         _at_least(self, 1, "eval_iters")
         _at_least(self, 0, "weight_decay", "clip_grad", "min_lr", "seed")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.megatron import config, groups, hybrid_model, one_process
+from support.models import config, groups, hybrid_model, one_process
 
 from megatron_carve.config import MixerConfig
 from megatron_carve.recipe import load_recipe

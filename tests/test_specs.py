@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from support.megatron import config, groups, hybrid_model, one_process, token_losses
+from support.models import config, groups, hybrid_model, one_process, token_losses
 
 from megatron_carve.mixers import CarveMixer, GDN2Mixer
 

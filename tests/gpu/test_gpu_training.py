@@ -17,7 +17,10 @@ needs_fla = pytest.mark.skipif(
 )
 
 STEPS = 40
-SHORT = ("debug", f"training.steps={STEPS}", "run.log_interval=1", "checkpoint.interval=20", "data.recall.num_pairs=8")
+SHORT = (
+    "debug", f"training.steps={STEPS}", "training.micro_batch_size=4", "training.global_batch_size=4",
+    "run.log_interval=1", "checkpoint.interval=20",
+)  # fmt: skip
 # Relative; runs drift apart by rounding as they go, here measured at 1e-6 after 10 steps and 3e-5 after 40.
 SAME_CURVE = 2e-3
 
