@@ -57,6 +57,11 @@ class Recipe:
                 f"between stages in model.pattern), got {self.parallel.pipeline}"
             )
         if set(self.model.pattern) & set("C2"):
+            if self.training.precision != "fp32" and not self.parallel.distributed_optimizer:
+                raise ValueError(
+                    "parallel.distributed_optimizer: expected true with C or 2 layers in "
+                    f"{self.training.precision}, since Megatron's plain optimizer cannot save their float32 decay"
+                )
             try:
                 self.mixer.check_tensor_parallel(self.parallel.tensor)
             except ValueError as error:

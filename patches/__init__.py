@@ -1,9 +1,10 @@
-"""Runtime patches to Megatron-Core: one per file, applied by the entry points and never at import."""
+"""Runtime patches to Megatron-Core: one per file, applied by whoever needs them and never at import."""
 
 from megatron_carve.patches.cpu_mode import cpu_mode
 from megatron_carve.patches.dataset_helpers import dataset_helpers
 from megatron_carve.patches.flops import flops
 from megatron_carve.patches.layer_symbols import layer_symbols
+from megatron_carve.patches.mixed_precision_groups import mixed_precision_groups
 from megatron_carve.patches.mtp_stack import mtp_stack
 from megatron_carve.patches.patch import Patch, Replacement
 from megatron_carve.patches.torch_adam_resume import torch_adam_resume
@@ -17,6 +18,7 @@ __all__ = [
     "dataset_helpers",
     "flops",
     "layer_symbols",
+    "mixed_precision_groups",
     "mtp_stack",
     "torch_adam_resume",
     "training_events",

@@ -101,6 +101,17 @@ def test_an_interrupted_run_resumes_with_the_same_losses(folder, straight, how):
         assert actual[step] == pytest.approx(loss, rel=1e-6), f"step {step}"
 
 
+def test_a_bf16_run_resumes_with_the_same_losses(folder):
+    """Its model has float32 parameters among 16-bit ones."""
+    words = ["tiny.yaml", "run.name=bf16", "training.precision=bf16", "training.steps=6", "checkpoint.interval=3"]
+    train(folder, *words)
+    straight = losses(folder, "bf16")
+    (folder / "runs" / "bf16" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
+    (folder / "runs" / "bf16" / "metrics.jsonl").unlink()
+    train(folder, *words)
+    assert losses(folder, "bf16") == pytest.approx({step: straight[step] for step in (4, 5, 6)}, rel=1e-6)
+
+
 def test_two_replicas_train_as_one_process(folder, straight):
     launch(2, ["-m", "megatron_carve.train", "tiny.yaml", "run.name=replicas", "data.text=cats.txt"], cwd=folder)
     expected, actual = losses(folder, "straight"), losses(folder, "replicas")

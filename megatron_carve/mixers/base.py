@@ -18,6 +18,7 @@ from megatron_carve.config import MixerConfig, MixerKind, MixerOptions
 from megatron_carve.kernels import resolve_backend
 from megatron_carve.kernels.elementwise import l2_normalize
 from megatron_carve.mixers.parts import GatedHeadNorm, HeadParallelLinear, LogDecay, ShortConvolution
+from megatron_carve.patches import mixed_precision_groups
 
 
 @dataclass
@@ -71,6 +72,9 @@ class LinearAttentionMixer(MegatronModule):
         name: str | None = None,
     ) -> None:
         super().__init__(config)
+        # Here, so that it also holds in programs that know this package through a spec alone: the decay stays float32
+        # in a 16-bit model, which Megatron's distributed optimizer does not save rightly by itself.
+        mixed_precision_groups.apply()
         self.layer_number = layer_number
         self.mixer = mixer_config(config, options)
         self.tp_group = pg_collection.tp
