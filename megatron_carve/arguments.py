@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
+from megatron_carve.config import LayerImplementation
 from megatron_carve.recipe import Recipe, RecipeError
-
-LayerImplementation = Literal["transformer_engine", "local"]
 
 
 def owned_settings(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 MixerKind = Literal["carve", "gdn2"]
+LayerImplementation = Literal["transformer_engine", "local"]
 
 # Content chunks are made of whole WY chunks, the unit in which the recurrence is computed.
 CHUNK_TOKENS = 64

@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 from torch.distributed import Store
 
-from megatron_carve.arguments import LayerImplementation, default_settings, megatron_argv, owned_settings
-from megatron_carve.data import PreparedText, indexed_prefixes, prepare_text, require_indexed_tokens, require_tokens
+from megatron_carve.arguments import default_settings, megatron_argv, owned_settings
+from megatron_carve.config import LayerImplementation
+from megatron_carve.data import indexed_prefixes, require_indexed_tokens
 from megatron_carve.kernels import resolve_backend
 from megatron_carve.launch import join_processes, on_first_process, use_device
 from megatron_carve.notices import say_once
@@ -22,6 +23,7 @@ from megatron_carve.patches import cpu_mode
 from megatron_carve.recall import RecallTask
 from megatron_carve.recipe import Recipe
 from megatron_carve.run_folder import CheckpointError, RunFolder
+from megatron_carve.text import PreparedText, prepare_text, require_tokens
 from megatron_carve.tokenizer import Tokenizer, load_tokenizer
 
 # Letters that exist with Transformer Engine's layers only.

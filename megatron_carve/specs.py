@@ -35,8 +35,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from megatron_carve.arguments import LayerImplementation
-from megatron_carve.config import MixerKind
+from megatron_carve.config import LayerImplementation, MixerKind
 from megatron_carve.local_layers import RMSNorm, StandaloneRMSNorm, fused_rms_norm_affine
 from megatron_carve.mixers import CarveMixer, GDN2Mixer, MixerSubmodules
 from megatron_carve.notices import say_once

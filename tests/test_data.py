@@ -16,15 +16,10 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split
 
-from megatron_carve import data
-from megatron_carve.data import (
-    build_gpt_datasets,
-    indexed_prefixes,
-    prepare_text,
-    require_indexed_tokens,
-    require_tokens,
-)
+from megatron_carve import text as text_module
+from megatron_carve.data import build_gpt_datasets, indexed_prefixes, require_indexed_tokens
 from megatron_carve.recall import RecallDataset, RecallTask
+from megatron_carve.text import prepare_text, require_tokens
 from megatron_carve.tokenizer import Tokenizer, load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -90,7 +85,7 @@ def texts(prefix):
 
 @pytest.mark.parametrize("block", [5, 16, 64, 1 << 20])
 def test_plain_text_round_trip(corpus, prepare, monkeypatch, block):
-    monkeypatch.setattr(data, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(text_module, "_BLOCK_BYTES", block)
     spy = Spy()
     prepared = prepare(corpus, spy)
     train, validation = sequences(prepared.train_prefix), sequences(prepared.validation_prefix)
@@ -123,7 +118,7 @@ def test_prepared_counts(corpus, prepare):
 @pytest.mark.parametrize("text", ["日🙂é" * 37, "🙂" * 25])
 @pytest.mark.parametrize("fraction", [0.01, 0.02, 0.05, 0.1, 0.3, 0.5, 0.9])
 def test_text_without_lines_is_cut_between_characters(tmp_path, prepare, monkeypatch, text, fraction):
-    monkeypatch.setattr(data, "_BLOCK_BYTES", 11)
+    monkeypatch.setattr(text_module, "_BLOCK_BYTES", 11)
     prepared = prepare(write(tmp_path / "one_line.txt", text), validation_fraction=fraction)
     train, validation = texts(prepared.train_prefix)[0], texts(prepared.validation_prefix)[0]
     assert train + validation == text
@@ -149,8 +144,8 @@ def test_wide_vocabulary_is_not_wrapped(tmp_path, prepare):
 
 
 def test_very_long_document_is_cut_into_sequences_the_index_can_hold(corpus, prepare, monkeypatch):
-    monkeypatch.setattr(data, "_BLOCK_BYTES", 64)
-    monkeypatch.setattr(data, "_MAX_SEQUENCE_TOKENS", 1000)
+    monkeypatch.setattr(text_module, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(text_module, "_MAX_SEQUENCE_TOKENS", 1000)
     prepared = prepare(corpus)
     train = IndexedDataset(prepared.train_prefix)
     assert max(train.sequence_lengths) <= 1000
@@ -211,7 +206,7 @@ def test_second_call_reads_the_cache(corpus, prepare):
 def test_cache_is_found_without_torch_and_megatron(corpus, prepare, tmp_path):
     first = prepare(corpus)
     code = (
-        "import sys; from megatron_carve.data import *; from megatron_carve.tokenizer import load_tokenizer\n"
+        "import sys; from megatron_carve.text import *; from megatron_carve.tokenizer import load_tokenizer\n"
         "found = prepare_text(sys.argv[1], load_tokenizer('bytes'), sys.argv[2], progress=False)\n"
         "require_tokens(found, 16)\n"
         "assert not {'torch', 'megatron.core'} & set(sys.modules), 'heavy import'\n"
@@ -255,7 +250,7 @@ def edit_end(path):
     ids=["time", "start", "end", "spec", "vocabulary", "fraction", "key"],
 )
 def test_any_change_converts_again(corpus, prepare, monkeypatch, change, tokenizer, options):
-    monkeypatch.setattr(data, "_EDGE_BYTES", 64)
+    monkeypatch.setattr(text_module, "_EDGE_BYTES", 64)
     first = prepare(corpus)
     if change:
         change(corpus)
@@ -268,7 +263,7 @@ def test_any_change_converts_again(corpus, prepare, monkeypatch, change, tokeniz
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_interrupted_conversion_leaves_nothing(corpus, prepare, tmp_path, monkeypatch, error):
-    monkeypatch.setattr(data, "_BLOCK_BYTES", 256)
+    monkeypatch.setattr(text_module, "_BLOCK_BYTES", 256)
 
     def interrupt(call):
         if call == 5:
@@ -280,7 +275,7 @@ def test_interrupted_conversion_leaves_nothing(corpus, prepare, tmp_path, monkey
 
 
 def test_killed_conversion_is_not_taken_for_a_finished_one(corpus, prepare, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_BLOCK_BYTES", 256)
+    monkeypatch.setattr(text_module, "_BLOCK_BYTES", 256)
 
     def die(call):
         if call == 5:
@@ -334,7 +329,7 @@ def test_file_that_changes_while_read_is_refused(corpus, prepare, tmp_path):
 
 
 def test_file_that_shrinks_while_read_is_refused(corpus, prepare, monkeypatch):
-    monkeypatch.setattr(data, "_BLOCK_BYTES", 16)
+    monkeypatch.setattr(text_module, "_BLOCK_BYTES", 16)
     # Larger than the reader's buffer, so that the loss is noticed by the read itself.
     write(corpus, LINES * 200)
     with pytest.raises(ValueError, match=r"data\.text: .* changed while it was being read"):
@@ -382,7 +377,7 @@ def test_missing_file_and_directory_are_refused(tmp_path, prepare):
 
 
 def test_invalid_byte_beyond_the_first_block(tmp_path, prepare, monkeypatch):
-    monkeypatch.setattr(data, "_BLOCK_BYTES", 16)
+    monkeypatch.setattr(text_module, "_BLOCK_BYTES", 16)
     path = write(tmp_path / "latin.txt", "日本語 text without line ends ".encode() * 20 + b"\xff" + b"more " * 20)
     at = path.read_bytes().index(b"\xff")
     with pytest.raises(ValueError, match=rf"byte 0xff at byte offset {at}$"):
@@ -502,7 +497,7 @@ def assert_windows(dataset, stream, length=32):
 
 
 def test_gpt_datasets_of_prepared_text(corpus, prepare, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_BLOCK_BYTES", 100)
+    monkeypatch.setattr(text_module, "_BLOCK_BYTES", 100)
     prepared = prepare(corpus, validation_fraction=0.2)
     train, validation, test = gpt_datasets(prepared, tmp_path / "index", (20, 5, 0))
     assert test is None
