@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: train test lint clean
 
 train: $(INSTALLED)
-	$(VENV_PYTHON) -m megatron_carve.train $(RECIPE) $(OVERRIDES)
+	$(VENV_PYTHON) -m megatron_carve.train $(RECIPE) $(foreach word,$(OVERRIDES),'$(word)')
 
 test: lint
 	$(VENV)/bin/pytest

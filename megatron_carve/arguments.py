@@ -10,6 +10,27 @@ from typing import Any
 from megatron_carve.config import LayerImplementation
 from megatron_carve.recipe import Recipe, RecipeError
 
+DATA_PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path")
+
+# Megatron reads these in its own scripts, not in its library: here they would be accepted and do nothing.
+WITHOUT_EFFECT = frozenset(
+    [
+        "mock_data",
+        "sft",
+        "eod_mask_loss",
+        "reset_position_ids",
+        "reset_attention_mask",
+        "per_split_data_args_path",
+        "yaml_cfg",
+        "dataloader_inter_document_masking",
+        "fim_data",
+        "multiple_validation_sets",
+        "per_dataset_sequences_path",
+        "use_checkpoint_args",
+        "padded_vocab_size",
+    ]
+)
+
 
 def owned_settings(
     recipe: Recipe, *, vocab_size: int, layers: LayerImplementation, device: str
@@ -25,7 +46,8 @@ def owned_settings(
     run = r.path
     spread_optimizer = p.distributed_optimizer
     return {
-        "hybrid_layer_pattern": ("model.pattern", m.pattern),
+        # On one pipeline stage the boundaries mean nothing, and Megatron would take them for virtual stages.
+        "hybrid_layer_pattern": ("model.pattern", m.pattern if p.pipeline > 1 else m.pattern.replace("|", "")),
         "hidden_size": ("model.hidden_size", m.hidden_size),
         "ffn_hidden_size": ("model.ffn_hidden_size", m.ffn_hidden_size),
         "num_attention_heads": ("model.num_attention_heads", m.num_attention_heads),
@@ -79,6 +101,19 @@ def owned_settings(
         "save_interval": ("checkpoint.interval", recipe.checkpoint.interval),
         "tensorboard_dir": ("run.folder", str(run / "tensorboard")),
         "log_interval": ("run.log_interval", r.log_interval),
+        # Decided by the keys named, so that these arguments stay as they are.
+        "load": ("checkpoint.load", None),
+        "finetune": ("checkpoint.weights_only", False),
+        "train_samples": ("training.steps", None),
+        "lr_warmup_iters": ("training.warmup_fraction", None),
+        "lr_warmup_samples": ("training.warmup_fraction", None),
+        "lr_decay_iters": ("training.steps", None),
+        "lr_decay_samples": ("training.steps", None),
+        "spec": ("model.pattern", None),
+        "num_layers": ("model.pattern", None),
+        "split": ("data.split", None),
+        **dict.fromkeys(DATA_PATHS, ("data.indexed", None)),
+        **dict.fromkeys(("tokenizer_model", "vocab_file", "merge_file"), ("data.tokenizer", None)),
     }
 
 
@@ -127,6 +162,8 @@ def megatron_argv(
     for name in extra:
         if name in owned:
             raise RecipeError(f"megatron.{name}: set {owned[name][0]} instead, which decides it")
+        if name in WITHOUT_EFFECT:
+            raise RecipeError(f"megatron.{name}: has no effect in this program")
         if name not in actions:
             near = difflib.get_close_matches(name, actions, n=1)
             hint = f"; did you mean megatron.{near[0]}?" if near else ""
@@ -144,9 +181,14 @@ def _flags(actions: list[argparse.Action], value: Any, where: str) -> list[str]:
     if switches:
         if not isinstance(value, bool):
             raise RecipeError(f"{where}: expected true or false, got {value!r}")
-        if value == switches[0].default:
+        if value == bool(switches[0].default):
             return []
-        return [next(a.option_strings[0] for a in switches if a.const == value)]
+        for switch in switches:
+            if isinstance(switch, argparse.BooleanOptionalAction):
+                return [switch.option_strings[0 if value else -1]]
+            if switch.const == value:
+                return [switch.option_strings[0]]
+        raise RecipeError(f"{where}: Megatron has no way to set it to {str(value).lower()}")
     if value is None:
         return []
     action = actions[0]

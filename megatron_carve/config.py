@@ -9,6 +9,9 @@ from typing import Any, Literal, get_args, get_type_hints
 MixerKind = Literal["carve", "gdn2"]
 LayerImplementation = Literal["transformer_engine", "local"]
 
+# Letters of our layers in a hybrid pattern.
+MIXER_LETTERS: dict[str, MixerKind] = {"C": "carve", "2": "gdn2"}
+
 # Content chunks are made of whole WY chunks, the unit in which the recurrence is computed.
 CHUNK_TOKENS = 64
 

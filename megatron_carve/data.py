@@ -18,6 +18,9 @@ _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_HEADER_BYTES = 34
 _INDEX_COUNT_OFFSET = 18
 
+# How much of an indexed file is searched for ids outside the vocabulary: all of small ones, samples of large ones.
+_SAMPLES, _SAMPLE_TOKENS = 64, 1 << 20
+
 
 def indexed_prefixes(entries: list[str]) -> list[str]:
     """Check a list in the form of Megatron's --data-path and return it.
@@ -71,6 +74,27 @@ def require_indexed_tokens(entries: list[str], *, split: str, seq_length: int) -
                     f"({part.size} of its {lengths.size} sequences), but seq_length {seq_length} needs at least "
                     f"{seq_length + 1}"
                 )
+
+
+def require_known_ids(entries: list[str], *, vocab_size: int) -> None:
+    """Check token ids of indexed datasets against the vocabulary, in samples spread over each file.
+
+    Raises:
+        ValueError: an id outside the vocabulary; names data.indexed, the file and the remedy.
+    """
+    from megatron.core.datasets.indexed_dataset import DType
+
+    for prefix in _blend_prefixes(entries):
+        with open(f"{prefix}.idx", "rb") as index:
+            code = index.read(_INDEX_HEADER_BYTES)[_INDEX_COUNT_OFFSET - 1]
+        tokens = np.memmap(f"{prefix}.bin", dtype=DType.dtype_from_code(code), mode="r")
+        starts = np.unique(np.linspace(0, max(0, tokens.size - _SAMPLE_TOKENS), _SAMPLES, dtype=np.int64))
+        largest = max(int(tokens[start : start + _SAMPLE_TOKENS].max()) for start in starts)
+        if largest >= vocab_size:
+            raise ValueError(
+                f"data.indexed: {prefix}.bin holds the token id {largest}, outside the vocabulary of {vocab_size}; "
+                "name the tokenizer that made it (data.tokenizer) or give model.vocab_size"
+            )
 
 
 @dataclass(frozen=True)

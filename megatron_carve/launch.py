@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,7 +20,7 @@ def join_processes() -> tuple[Store, int, int]:
     """(store shared by all processes, rank, world size), from torchrun's environment or for one process alone.
 
     Raises:
-        RuntimeError: the environment is torchrun's only in part.
+        ValueError: the environment is torchrun's only in part, or many processes were started without it.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     present = [n for n in names if n in os.environ]
@@ -27,28 +28,36 @@ def join_processes() -> tuple[Store, int, int]:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     elif len(present) < len(names):
         missing = ", ".join(n for n in names if n not in present)
-        raise RuntimeError(f"environment: {missing} not set beside {', '.join(present)}; launch with torchrun")
+        raise ValueError(f"environment: {missing} not set beside {', '.join(present)}; launch with torchrun")
     store, rank, world = next(rendezvous("env://"))
-    store.set_timeout(PREPARATION_TIMEOUT)
     return store, rank, world
 
 
-def on_first_process(store: Store, rank: int, work: Callable[[], None]) -> None:
-    """Run `work` on rank 0 while the others wait; if it fails there, all processes raise.
+def on_first_process[T](store: Store, rank: int, name: str, work: Callable[[], T]) -> T:
+    """Run `work`, called `name` (once a program), on rank 0 and give its result to all; if it fails there, all end.
 
     Raises:
         Exception: on rank 0 what `work` raised; elsewhere SystemExit(1), without a message of its own.
     """
-    shared = PrefixStore("megatron_carve", store)
-    if rank == 0:
-        try:
-            work()
-        except BaseException:
-            shared.set("preparation", "failed")
-            raise
-        shared.set("preparation", "done")
-    elif shared.get("preparation") != b"done":
-        raise SystemExit(1)
+    # Keys stay in the store when torchrun restarts the processes.
+    shared = PrefixStore(f"megatron_carve/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    patience = store.timeout  # type: ignore[attr-defined]  # its type stub lacks it
+    store.set_timeout(PREPARATION_TIMEOUT)
+    try:
+        if rank == 0:
+            try:
+                result = work()
+            except BaseException:
+                shared.set(name, "")
+                raise
+            shared.set(name, pickle.dumps(result))  # type: ignore[arg-type]  # bytes are taken, whatever the stub says
+            return result
+        answer = shared.get(name)
+        if not answer:
+            raise SystemExit(1)
+        return pickle.loads(answer)
+    finally:
+        store.set_timeout(patience)
 
 
 def use_device(device: str) -> Literal["cuda", "cpu"]:

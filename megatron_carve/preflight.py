@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import math
 import os
+import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,11 +19,11 @@ from torch.distributed import Store
 
 from megatron_carve.arguments import default_settings, megatron_argv, owned_settings
 from megatron_carve.config import LayerImplementation
-from megatron_carve.data import indexed_prefixes, require_indexed_tokens
+from megatron_carve.data import indexed_prefixes, require_indexed_tokens, require_known_ids
 from megatron_carve.kernels import resolve_backend
 from megatron_carve.launch import join_processes, on_first_process, use_device
 from megatron_carve.notices import say_once
-from megatron_carve.patches import cpu_mode
+from megatron_carve.patches import cpu_mode, layer_symbols
 from megatron_carve.recall import RecallTask
 from megatron_carve.recipe import Recipe
 from megatron_carve.run_folder import CheckpointError, RunFolder
@@ -28,6 +32,22 @@ from megatron_carve.tokenizer import Tokenizer, load_tokenizer
 
 # Letters that exist with Transformer Engine's layers only.
 TRANSFORMER_ENGINE_LETTERS = "MD+E"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins; found on rank 0, the same for all."""
+
+    load_from: Path | None
+    """Folder of checkpoints, or None for fresh weights."""
+    step: int
+    resumes: bool
+    """The checkpoint is this run's own."""
+    new_random_state: bool
+    vocab_size: int
+    eod: int
+    chance_loss: float
+    text: PreparedText | None
 
 
 @dataclass(frozen=True)
@@ -41,18 +61,13 @@ class Plan:
     device: str
     layers: LayerImplementation
     argv: list[str]
-    vocab_size: int
-    eod: int
-    chance_loss: float
-    text: PreparedText | None
-    resumes_at: int | None
-    """Step of the checkpoint in the run's own folder."""
+    start: Start
 
 
 def prepare(recipe: Recipe) -> Plan:
     """Check the recipe against this machine, its data and its checkpoints; tokenise the text.
 
-    Every process calls this. Files are read and written on rank 0 alone.
+    Every process calls this. The run's folder, data and checkpoints are read and written on rank 0 alone.
 
     Raises:
         ValueError, OSError, ImportError, NotImplementedError: in one line what is wrong. SystemExit on the other
@@ -64,36 +79,43 @@ def prepare(recipe: Recipe) -> Plan:
         cpu_mode.apply()  # before Megatron is imported, so that it does not pick GPU libraries
     check_layout(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     resolve_backend(recipe.model.mixer_backend, torch.device(device))
+    folder = RunFolder(recipe.run.path)
+    store, rank, _ = join_processes()
+    start = on_first_process(store, rank, "start", lambda: _find_start(recipe, folder))
+    layers = _layers(recipe, device)  # the first that imports Megatron, which takes seconds
+    argv = _argv(recipe, start, layers, device)
+    on_first_process(store, rank, "recipe", lambda: folder.save_recipe(recipe))
+    return Plan(recipe, folder, store, rank, device, layers, argv, start)
+
+
+def _find_start(recipe: Recipe, folder: RunFolder) -> Start:
+    """Everything that is read from disk. Text is tokenised last, when nothing else can be wrong with the data."""
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     recall = _recall_task(recipe) if recipe.data.source == "recall" else None
-    vocab_size = _vocab_size(recipe, tokenizer.vocab_size if recall is None else recall.vocab_size)
-    _check_data_files(recipe)
-    folder = RunFolder(recipe.run.path)
-    source, resumes_at = _checkpoint_to_load(recipe, folder)
-    layers = _layers(recipe, device)  # the first that imports Megatron, which takes seconds
-    argv = _argv(recipe, vocab_size, layers, device)
-    if source is not None:
-        argv.append(f"--load={source.checkpoints}")
-        if (saved_on := source.saved_recipe().run.device) != device:
-            say_once(f"the checkpoint was saved on {saved_on}: random states are drawn anew")
-            argv.append("--no-load-rng")
-
-    store, rank, _ = join_processes()
-
-    def on_disk() -> None:
-        folder.save_recipe(recipe)
-        if recipe.data.text is not None:
-            _prepared_text(recipe, tokenizer)
-
-    on_first_process(store, rank, on_disk)
-    return Plan(
-        recipe, folder, store, rank, device, layers, argv,
+    ids = tokenizer.vocab_size if recall is None else recall.vocab_size
+    vocab_size = _vocab_size(recipe, ids)
+    if recipe.data.text is not None and not Path(recipe.data.text).is_file():
+        raise FileNotFoundError(f"data.text: {recipe.data.text} is not a file")
+    if recipe.data.indexed is not None:
+        entries = indexed_prefixes(recipe.data.indexed)
+        require_indexed_tokens(entries, split=recipe.data.split, seq_length=recipe.training.seq_length)
+        require_known_ids(entries, vocab_size=vocab_size)
+    elif recall is None and vocab_size > 4 * ids:
+        say_once(f"model.vocab_size={vocab_size}, but data.tokenizer {recipe.data.tokenizer} uses {ids} of the ids")
+    source, step, resumes = _checkpoint_to_load(recipe, folder)
+    saved_on = source.saved_recipe().run.device if source is not None else recipe.run.device
+    if saved_on != recipe.run.device:
+        say_once(f"the checkpoint was saved on {saved_on}: random states are drawn anew")
+    return Start(
+        load_from=source.checkpoints if source is not None else None,
+        step=step,
+        resumes=resumes,
+        new_random_state=saved_on != recipe.run.device,
         vocab_size=vocab_size,
         eod=tokenizer.eod,
-        chance_loss=math.log(vocab_size) if recall is None else recall.chance_loss,
+        chance_loss=math.log(ids) if recall is None else recall.chance_loss,
         text=_prepared_text(recipe, tokenizer) if recipe.data.text is not None else None,
-        resumes_at=resumes_at,
-    )  # fmt: skip
+    )
 
 
 def check_layout(recipe: Recipe, world_size: int) -> None:
@@ -110,6 +132,13 @@ def check_layout(recipe: Recipe, world_size: int) -> None:
         raise ValueError(
             "training.global_batch_size: expected a multiple of micro_batch_size * data-parallel replicas = "
             f"{t.micro_batch_size} * {replicas}, got {t.global_batch_size}"
+        )
+    micro_batches = t.global_batch_size // (t.micro_batch_size * replicas)
+    stages = m.pattern.split("/")[0].count("|") + 1
+    if p.pipeline > 1 and stages > p.pipeline and micro_batches % p.pipeline:
+        raise ValueError(
+            f"training.global_batch_size: with {stages} stages on parallel.pipeline={p.pipeline}, expected a number of "
+            f"micro-batches per replica that {p.pipeline} divides, got {micro_batches}"
         )
     tensor_parallel = {"model.vocab_multiple": m.vocab_multiple}
     if "*" in m.pattern:
@@ -133,27 +162,24 @@ def _vocab_size(recipe: Recipe, needed: int) -> int:
     return needed if given is None else given
 
 
-def _check_data_files(recipe: Recipe) -> None:
-    if recipe.data.text is not None and not Path(recipe.data.text).is_file():
-        raise FileNotFoundError(f"data.text: {recipe.data.text} is not a file")
-    if recipe.data.indexed is not None:
-        entries = indexed_prefixes(recipe.data.indexed)
-        require_indexed_tokens(entries, split=recipe.data.split, seq_length=recipe.training.seq_length)
-
-
-def _checkpoint_to_load(recipe: Recipe, folder: RunFolder) -> tuple[RunFolder | None, int | None]:
-    """(the run to load from, the step to resume at if it is this run)."""
+def _checkpoint_to_load(recipe: Recipe, folder: RunFolder) -> tuple[RunFolder | None, int, bool]:
+    """(the run to load from, the step to begin after, whether it is this run)."""
     step = folder.checkpoint_step()
     if step is not None:
         folder.check_same_model(recipe)
-        return folder, step
+        for key in ("text", "indexed"):
+            was, now = getattr(folder.saved_recipe().data, key), getattr(recipe.data, key)
+            if was != now:
+                say_once(f"data.{key} was {was} when the checkpoint was saved and is {now} now")
+        return folder, step, True
     if recipe.checkpoint.load is None:
-        return None, None
+        return None, 0, False
     other = RunFolder(Path(recipe.checkpoint.load))
-    if other.checkpoint_step() is None:
+    step = other.checkpoint_step()
+    if step is None:
         raise CheckpointError(f"checkpoint.load: no checkpoint in {other.checkpoints}; expected the folder of a run")
     other.check_same_model(recipe)
-    return other, None
+    return other, 0 if recipe.checkpoint.weights_only else step, False
 
 
 def _layers(recipe: Recipe, device: str) -> LayerImplementation:
@@ -176,16 +202,46 @@ def _layers(recipe: Recipe, device: str) -> LayerImplementation:
     return layers
 
 
-def _argv(recipe: Recipe, vocab_size: int, layers: LayerImplementation, device: str) -> list[str]:
+def _argv(recipe: Recipe, start: Start, layers: LayerImplementation, device: str) -> list[str]:
     from megatron.training.arguments import add_megatron_arguments
 
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    return megatron_argv(
+    argv = megatron_argv(
         parser,
-        owned_settings(recipe, vocab_size=vocab_size, layers=layers, device=device),
+        owned_settings(recipe, vocab_size=start.vocab_size, layers=layers, device=device),
         default_settings(recipe, layers=layers, device=device),
         recipe.megatron,
     )
+    if start.load_from is not None:
+        argv.append(f"--load={start.load_from}")
+        argv += ["--no-load-rng"] if start.new_random_state else []
+        argv += ["--finetune"] if recipe.checkpoint.weights_only and not start.resumes else []
+    _try_in_megatron(argv, recipe, layers)
+    return argv
+
+
+def _try_in_megatron(argv: list[str], recipe: Recipe, layers: LayerImplementation) -> None:
+    """Let Megatron check its arguments and build its configuration, which it does with assertions.
+
+    Raises:
+        ValueError: what Megatron objects to, in one line.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+
+    from megatron_carve.pretraining import model_config
+
+    layer_symbols.apply()
+    words, sys.argv = sys.argv, [sys.argv[0], *argv]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            args = parse_args()
+            validate_args(args)
+            model_config(args, recipe, layers)
+    except (AssertionError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ValueError(f"Megatron refuses its arguments: {reason}") from error
+    finally:
+        sys.argv = words
 
 
 def _prepared_text(recipe: Recipe, tokenizer: Tokenizer) -> PreparedText:

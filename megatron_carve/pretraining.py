@@ -23,7 +23,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_carve.config import LayerImplementation, MixerConfig
+from megatron_carve.config import MIXER_LETTERS, LayerImplementation, MixerConfig
 from megatron_carve.data import build_gpt_datasets
 from megatron_carve.progress import LOSS, accuracy_name
 from megatron_carve.recall import RecallDataset
@@ -56,6 +56,9 @@ class Task:
     def datasets(self, num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
         """(train, validation, test) for this rank, as pretrain() asks for them."""
         recipe, seed = self.recipe, self.recipe.training.seed
+        # Megatron calls this after loading a checkpoint. Validation begins anew at each start: what a run has used of
+        # it says nothing where the number of evaluations has changed.
+        get_args().consumed_valid_samples = 0
         if recipe.data.source == "recall":
             sizes = dataclasses.asdict(recipe.data.recall)
             train, validation = (
@@ -132,6 +135,10 @@ def next_batch(data_iterator: Iterator, vp_stage: int | None) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         sample = next(data_iterator)
+        if int(sample["tokens"].max()) >= args.vocab_size:  # on the CPU still, so this waits for nothing
+            raise ValueError(
+                f"data: token id {int(sample['tokens'].max())} is outside the vocabulary of {args.vocab_size}"
+            )
         batch = {key: sample[key].cuda(non_blocking=True) for key in BATCH_KEYS}
     batch = get_batch_on_this_tp_rank(
         batch,
@@ -157,14 +164,14 @@ def right_predictions(logits: Tensor, labels: Tensor) -> Tensor:
     """1.0 where the label has the largest logit, [B, T]; logits [B, T, V/tp] are spread over the vocabulary."""
     group = parallel_state.get_tensor_model_parallel_group()
     size = logits.shape[-1]
-    local = labels - parallel_state.get_tensor_model_parallel_rank() * size
-    mine = (local >= 0) & (local < size)
-    of_label = logits.gather(-1, local.clamp(0, size - 1).unsqueeze(-1)).squeeze(-1).float()
-    of_label = torch.where(mine, of_label, torch.full_like(of_label, -torch.inf))
-    largest = logits.amax(-1).float()
-    for value in (of_label, largest):
-        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX, group=group)
-    return (of_label >= largest).float()
+    largest, place = logits.max(-1)
+    first = place + parallel_state.get_tensor_model_parallel_rank() * size
+    overall = largest.clone()
+    torch.distributed.all_reduce(overall, torch.distributed.ReduceOp.MAX, group=group)
+    # Of equal logits the first counts, so that a model that says the same of every token is not right about all.
+    first = torch.where(largest == overall, first, torch.full_like(first, torch.iinfo(first.dtype).max))
+    torch.distributed.all_reduce(first, torch.distributed.ReduceOp.MIN, group=group)
+    return (first == labels).float()
 
 
 def mixer_flops(args: Any, letter: str) -> float:
@@ -177,7 +184,7 @@ def mixer_flops(args: Any, letter: str) -> float:
         conv_width=args.linear_conv_kernel_dim,
         **args.mixer,
     )
-    return sizes.flops_per_token("carve" if letter == "C" else "gdn2", args.hidden_size)
+    return sizes.flops_per_token(MIXER_LETTERS[letter], args.hidden_size)
 
 
 def _training_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

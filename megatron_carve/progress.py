@@ -26,18 +26,22 @@ class Progress:
     Args:
         recipe: of the run.
         chance_loss: loss in nats of a uniform guess.
-        console: where lines go.
+        first_step: the first that this start of the program trains.
+        console: where lines go; the present standard output if None.
     """
 
-    def __init__(self, recipe: Recipe, *, chance_loss: float, console: TextIO = sys.stdout) -> None:
+    def __init__(
+        self, recipe: Recipe, *, chance_loss: float, first_step: int = 1, console: TextIO | None = None
+    ) -> None:
         self.recipe = recipe
         self.folder = RunFolder(recipe.run.path)
         self.writes = False
         self.accuracy_name = accuracy_name(recipe)
         self.chance_loss = chance_loss
-        self.console = console
-        self.step = 0
-        self.first_step: int | None = None
+        self.console = console or sys.stdout
+        self.step = first_step - 1
+        self.first_step = first_step
+        self._began_writing = False
         self.started = time.monotonic()
         self._ends: deque[float] = deque(maxlen=SPEED_WINDOW + 1)
 
@@ -47,8 +51,6 @@ class Progress:
 
     def on_step(self, iteration: int, losses: dict[str, Any], learning_rate: float | None, grad_norm: Any) -> None:
         self.step = iteration
-        if self.first_step is None:
-            self.first_step = iteration
         self._ends.append(time.monotonic())
         self.writes = LOSS in losses and _is_last_process()
         if not self.writes:
@@ -74,13 +76,13 @@ class Progress:
         if self.accuracy_name in losses:
             record["accuracy"] = _number(losses[self.accuracy_name])
         self._record(record)
-        accuracy = f", {self.accuracy_name} {record['accuracy']:.1%}" if "accuracy" in record else ""
-        self.say(f"  validation at step {self.step}: loss {record['validation_loss']:.4f}{accuracy}")
+        accuracy = f", {self.accuracy_name} {_text(record['accuracy'], '.1%')}" if "accuracy" in record else ""
+        self.say(f"  validation at step {self.step}: loss {_text(record['validation_loss'], '.4f')}{accuracy}")
         self._ends.clear()  # the time of an evaluation is not training time
 
-    def finish(self, *, parameters: int, device: str, layers: str) -> None:
-        """Write the loss curve and the summary and say where they are; does nothing where nothing was trained."""
-        if not self.writes:
+    def finish(self, *, parameters: int | None, device: str, layers: str) -> None:
+        """Write the loss curve and the summary from the run's metrics, and say where they are."""
+        if not self.folder.metrics.exists():
             return
         history = read_metrics(self.folder.metrics)
         train = [r for r in history if "loss" in r]
@@ -106,8 +108,19 @@ class Progress:
         self.say(self._closing(summary))
 
     def _record(self, record: dict[str, Any]) -> None:
+        if not self._began_writing:
+            self._began_writing = True
+            self._forget_later_steps()
         with self.folder.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+    def _forget_later_steps(self) -> None:
+        """A killed run may have got further than its checkpoint; those steps are trained, and recorded, again."""
+        if self.folder.metrics.exists():
+            kept = [r for r in read_metrics(self.folder.metrics) if r["step"] < self.first_step]
+            partial = self.folder.metrics.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            partial.replace(self.folder.metrics)
 
     def _speed(self) -> float | None:
         if len(self._ends) < 2:
@@ -117,9 +130,9 @@ class Progress:
 
     def _line(self, r: dict[str, Any]) -> str:
         total = self.recipe.training.total_steps
-        parts = [f"step {r['step']:>{len(str(total))}}/{total}", f"loss {r['loss']:.4f}"]
+        parts = [f"step {r['step']:>{len(str(total))}}/{total}", f"loss {_text(r['loss'], '.4f')}"]
         if r["grad_norm"] is not None:
-            parts.append(f"grad norm {r['grad_norm']:.2f}")
+            parts.append(f"grad norm {_text(r['grad_norm'], '.2f')}")
         if r["learning_rate"] is not None:
             parts.append(f"lr {r['learning_rate']:.2e}")
         if r["tokens_per_second"]:
@@ -128,13 +141,15 @@ class Progress:
         return " | ".join(parts)
 
     def _closing(self, s: dict[str, Any]) -> str:
-        lines = [f"trained {s['parameters']:,} parameters to step {s['steps']}; final loss {s['final_loss']:.4f} nats"]
+        what = "" if s["parameters"] is None else f" {s['parameters']:,} parameters"
+        loss = "not a number" if s["final_loss"] is None else f"{s['final_loss']:.4f} nats"
+        lines = [f"trained{what} to step {s['steps']}; final loss {loss}"]
         lines[-1] += f" (chance: {self.chance_loss:.4f})"
         final = s["final_validation"]
         if final:
-            lines.append(f"validation loss {final['validation_loss']:.4f} nats")
+            lines.append(f"validation loss {_text(final['validation_loss'], '.4f')} nats")
             if "accuracy" in final:
-                lines[-1] += f", {self.accuracy_name} {final['accuracy']:.1%}"
+                lines[-1] += f", {self.accuracy_name} {_text(final['accuracy'], '.1%')}"
         lines.append(f"loss curve {self.folder.loss_curve}, summary {self.folder.summary}")
         return "\n".join(lines)
 
@@ -161,8 +176,9 @@ def draw_loss_curve(path: Path, history: list[dict[str, Any]], recipe: Recipe, c
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    train = [(r["step"], r["loss"]) for r in history if "loss" in r]
-    validation = [(r["step"], r["validation_loss"]) for r in history if "validation_loss" in r]
+    train, validation = (
+        [(r["step"], r[key]) for r in history if r.get(key) is not None] for key in ("loss", "validation_loss")
+    )
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -186,9 +202,14 @@ def _is_last_process() -> bool:
     )
 
 
-def _number(value: Any) -> float:
+def _number(value: Any) -> float | None:
+    """A plain number; None, which JSON has and NaN it has not, for what is none."""
     number = value.item() if isinstance(value, torch.Tensor) else float(value)
-    return number if math.isfinite(number) else float("nan")
+    return number if math.isfinite(number) else None
+
+
+def _text(number: float | None, form: str) -> str:
+    return "nan" if number is None else format(number, form)
 
 
 def _short(n: float) -> str:

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from megatron_carve.config import MixerConfig, describe_type
+from megatron_carve.config import MIXER_LETTERS, MixerConfig, describe_type
 from megatron_carve.recipe_schema import Checkpoint, Data, Model, Parallel, Run, Training
 
 INHERIT = "inherit"
@@ -56,7 +56,7 @@ class Recipe:
                 f"parallel.pipeline: expected a divisor of the pattern's {self.model.num_layers} layers (or '|' "
                 f"between stages in model.pattern), got {self.parallel.pipeline}"
             )
-        if set(self.model.pattern) & set("C2"):
+        if set(self.model.pattern) & set(MIXER_LETTERS):
             if self.training.precision != "fp32" and not self.parallel.distributed_optimizer:
                 raise ValueError(
                     "parallel.distributed_optimizer: expected true with C or 2 layers in "
@@ -113,6 +113,8 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise RecipeError(f"line {key_node.start_mark.line + 1}: expected a name as key, got {key!r}")
         if key in seen:
             raise RecipeError(f"line {key_node.start_mark.line + 1}: key {key!r} appears twice")
         seen.add(key)

@@ -1,6 +1,6 @@
 """The sections of a recipe: every key, its type, its default and what it means.
 
-Defaults are the published training setup of the 1.3B models. The section `mixer` is config.MixerConfig.
+Defaults are the training setup published for GDN-2's 1.3B models. The section `mixer` is config.MixerConfig.
 """
 
 from __future__ import annotations
@@ -154,8 +154,9 @@ class Data(_Checked):
         return "text" if self.text is not None else "indexed" if self.indexed is not None else "recall"
 
     def run_name(self, recipe: str) -> str:
-        """Default name of a run: different data, different run."""
-        return recipe if self.text is None else f"{recipe}-{Path(self.text).stem}"
+        """Default name of a run: the recipe's, with that of the data if some is given."""
+        given = [self.text] if self.text is not None else (self.indexed or [])
+        return "-".join([recipe, *(Path(name).stem for name in given if not name.replace(".", "").isdigit())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +174,7 @@ class Training(_Checked):
     lr: float = 4e-4
     min_lr: float | None = None
     """A tenth of lr if null."""
-    lr_schedule: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_fraction: float = 0.01
     """Part of all steps."""
     weight_decay: float = 0.1
@@ -256,10 +257,14 @@ class Checkpoint(_Checked):
     interval: int | None = 1000
     """Steps between checkpoints; null saves none, not even at the end."""
     load: str | None = None
-    """Folder of another run's checkpoints to start from, when this run has none yet."""
+    """Folder of another run to continue, when this run has no checkpoint yet: weights, optimizer, step and data."""
+    weights_only: bool = False
+    """Take only the weights from `load`; step, optimizer and data begin anew."""
 
     def check(self) -> None:
         _at_least(self, 1, "interval")
+        if self.weights_only and self.load is None:
+            raise ValueError("weights_only: expected load to name a run, got null")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_carve.config import MIXER_LETTERS
 from megatron_carve.recipe import Recipe, RecipeError, load_recipe
 
 
@@ -83,9 +84,9 @@ class RunFolder:
     def check_same_model(self, recipe: Recipe) -> None:
         """Raise CheckpointError unless the checkpoint here is of the model that `recipe` describes."""
         theirs, ours = architecture(self.saved_recipe()), architecture(recipe)
-        different = [key for key in ours if theirs.get(key) != ours[key]]
+        different = [key for key in ours | theirs if theirs.get(key) != ours.get(key)]
         if different:
-            listed = "; ".join(f"{k} is {theirs.get(k)!r} there and {ours[k]!r} here" for k in different)
+            listed = "; ".join(f"{k} is {theirs.get(k)!r} there and {ours.get(k)!r} here" for k in different)
             raise CheckpointError(
                 f"{self.checkpoints}: the checkpoint is of another model ({listed}); choose another run.name, "
                 "or change the recipe back"
@@ -100,12 +101,14 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
         del model[choice_of_implementation]
     model["pattern"] = model["pattern"].replace("|", "")
     flat = {f"model.{k}": v for k, v in model.items()}
-    if set(model["pattern"]) & set("C2G"):
+    if set(model["pattern"]) & {*MIXER_LETTERS, "G"}:
         flat |= {f"mixer.{k}": v for k, v in values["mixer"].items() if k != "content_grad"}
     if recipe.data.source == "recall":
         flat |= {f"data.recall.{k}": values["data"]["recall"][k] for k in ("num_keys", "num_values")}
     else:
         flat["data.tokenizer"] = recipe.data.tokenizer
+    same_model = ("recompute_", "fp8", "log_", "num_workers", "timing_", "profile", "nccl", "tp_comm_", "cuda_graph")
+    flat |= {f"megatron.{k}": v for k, v in values["megatron"].items() if not k.startswith(same_model)}
     return flat
 
 

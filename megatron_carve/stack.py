@@ -13,10 +13,11 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
+from megatron_carve.config import MIXER_LETTERS
 from megatron_carve.notices import say_once
 
 # Letter -> field of MixerStackSubmodules.
-MIXER_LAYERS = {"C": "carve_layer", "2": "gdn2_layer"}
+MIXER_LAYERS = {letter: f"{kind}_layer" for letter, kind in MIXER_LETTERS.items()}
 
 
 @dataclass

@@ -30,17 +30,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE.format(names=", ".join(recipe_names())))
         return 0 if words else 2
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists, before Blackwell
     try:
         recipe = load_recipe(words[0], words[1:])
         _configure_log()
         with warnings.catch_warnings():
             # Here because torch takes seconds to import; a typing mistake need not wait.
+            from megatron_carve.patches import PatchError
             from megatron_carve.preflight import prepare
 
             warnings.simplefilter("ignore")  # Megatron warns of every optional package, which our log says once
-            plan = prepare(recipe)
+            try:
+                plan = prepare(recipe)
+            except PatchError as error:
+                raise ValueError(error) from error
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        if os.environ.get("RANK", "0") == "0":  # every process finds the same mistake; one of them says it
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a node finds the same mistake
             print(f"error: {error}", file=sys.stderr)
         return 2
     return _train(plan)
@@ -49,25 +54,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(plan: Plan) -> int:
     from megatron_carve.progress import Progress
 
-    recipe = plan.recipe
+    recipe, start = plan.recipe, plan.start
     total = recipe.training.total_steps
-    if plan.resumes_at is not None and plan.resumes_at >= total:
+    progress = Progress(recipe, chance_loss=start.chance_loss, first_step=start.step + 1)
+    if start.step >= total:
         if plan.rank == 0:
-            print(f"{plan.folder.path}: finished at step {plan.resumes_at}; for more, raise training.steps={total}")
+            progress.say(f"{recipe.run.name}: the checkpoint is at step {start.step} of {total}: nothing left to train")
+            if start.resumes and not plan.folder.summary.exists():  # it was killed between its last save and these
+                progress.finish(parameters=None, device=plan.device, layers=plan.layers)
         return 0
     if plan.rank == 0:
-        start = "starting" if plan.resumes_at is None else f"resuming at step {plan.resumes_at}"
-        print(f"{recipe.run.name}: {recipe.model.pattern} on {plan.device}, {start}, {total} steps", flush=True)
-    progress = Progress(recipe, chance_loss=plan.chance_loss)
+        verb = "resuming" if start.resumes else "continuing another run"
+        begin = f"{verb} at step {start.step}" if start.step else "starting"
+        progress.say(f"{recipe.run.name}: {recipe.model.pattern} on {plan.device}, {begin}, {total} steps")
     with _megatron_output(plan):
         parameters = _pretrain(plan, progress)
-    progress.finish(parameters=parameters, device=plan.device, layers=plan.layers)
+    if progress.writes:
+        progress.finish(parameters=parameters, device=plan.device, layers=plan.layers)
     return 0
 
 
 def _pretrain(plan: Plan, progress: Progress) -> int:
     """Hand everything to Megatron. Returns the model's number of parameters."""
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists, before Blackwell
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -87,7 +95,7 @@ def _pretrain(plan: Plan, progress: Progress) -> int:
         return built
 
     config.post_wrap_hooks = [remember]
-    task = Task(plan.recipe, plan.vocab_size, plan.eod, plan.text)
+    task = Task(plan.recipe, plan.start.vocab_size, plan.start.eod, plan.start.text)
 
     def datasets(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple:
         return task.datasets(num_samples, vp_stage)
@@ -109,6 +117,8 @@ def _pretrain(plan: Plan, progress: Progress) -> int:
 
 def _apply_patches(progress: Progress) -> None:
     from megatron_carve import patches
+    from megatron_carve.config import MIXER_LETTERS
+    from megatron_carve.notices import say_once
     from megatron_carve.pretraining import mixer_flops
     from megatron_carve.stack import MixerStack
 
@@ -117,10 +127,11 @@ def _apply_patches(progress: Progress) -> None:
         patches.layer_symbols,
         patches.torch_adam_resume,
         patches.mtp_stack(MixerStack),
-        patches.flops(mixer_flops),
+        patches.flops(mixer_flops, MIXER_LETTERS),
         patches.training_events(progress),
     ):
         patch.apply()
+    say_once(f"patches to Megatron-Core: {', '.join(patches.applied_patches())}")
 
 
 @contextlib.contextmanager
@@ -131,6 +142,8 @@ def _megatron_output(plan: Plan) -> Iterator[None]:
         return
     plan.folder.logs.mkdir(parents=True, exist_ok=True)
     log = plan.folder.logs / f"rank{plan.rank}.log"
+    root = logging.getLogger()
+    kept = root.handlers[:]
     with log.open("a", buffering=1) as file, contextlib.redirect_stdout(file):
         errors = logging.StreamHandler(sys.stderr)
         errors.setLevel(logging.ERROR)
@@ -139,14 +152,19 @@ def _megatron_output(plan: Plan) -> Iterator[None]:
         logging.captureWarnings(True)
         try:
             yield
-        except Exception:
-            print(f"rank {plan.rank} failed; what Megatron printed before is in {log}", file=sys.stderr)
+        except BaseException as error:
+            if not isinstance(error, SystemExit) or error.code:
+                print(f"rank {plan.rank} failed; what Megatron printed before is in {log}", file=sys.stderr)
             raise
+        finally:
+            logging.captureWarnings(False)
+            root.handlers[:] = kept
 
 
 def _configure_log() -> None:
     """Our notices go to rank 0's console, one line each."""
     logger = logging.getLogger("megatron_carve")
+    logger.handlers.clear()
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)

@@ -6,14 +6,16 @@ from megatron_carve.patches.flops import flops
 from megatron_carve.patches.layer_symbols import layer_symbols
 from megatron_carve.patches.mixed_precision_groups import mixed_precision_groups
 from megatron_carve.patches.mtp_stack import mtp_stack
-from megatron_carve.patches.patch import Patch, Replacement
+from megatron_carve.patches.patch import Patch, PatchError, Replacement, applied_patches
 from megatron_carve.patches.torch_adam_resume import torch_adam_resume
 from megatron_carve.patches.training_events import TrainingListener, training_events
 
 __all__ = [
     "Patch",
+    "PatchError",
     "Replacement",
     "TrainingListener",
+    "applied_patches",
     "cpu_mode",
     "dataset_helpers",
     "flops",

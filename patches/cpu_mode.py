@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_carve.patches.patch import Patch, Replacement
+from megatron_carve.patches.patch import Patch, PatchError, Replacement
 
 
 def _means_cuda(device: Any) -> bool:
@@ -136,6 +136,7 @@ def _constant(value: Any) -> Callable[[Any], Any]:
 
 
 _mode = _CudaTensorsOnCpu()
+_entered: dict[str, bool] = {}
 _tracker_logger = logging.getLogger("megatron.core.tensor_parallel.random")
 
 
@@ -144,17 +145,20 @@ def _enter() -> None:
     # makes their import fail, and Megatron then uses its own code.
     for library in ("transformer_engine", "apex"):
         if sys.modules.get(library) is not None:
-            raise RuntimeError(f"patch cpu_mode: must be applied before {library} is imported")
+            raise PatchError(f"patch cpu_mode: must be applied before {library} is imported")
         sys.modules[library] = None  # type: ignore[assignment]
     _mode.__enter__()
+    _entered["mode"] = True
     # CPU and "GPU" random states are one here; the tracker warns about that at every fork.
     _tracker_logger.setLevel(logging.ERROR)
 
 
 def _leave() -> None:
     for library in ("transformer_engine", "apex"):
-        sys.modules.pop(library, None)
-    _mode.__exit__(None, None, None)
+        if sys.modules.get(library, "") is None:
+            del sys.modules[library]
+    if _entered.pop("mode", None):
+        _mode.__exit__(None, None, None)
     _tracker_logger.setLevel(logging.NOTSET)
 
 

@@ -15,6 +15,18 @@ logger = logging.getLogger("megatron_carve")
 
 _MISSING = object()
 
+# Patches in force by name, so that none is ever applied twice.
+_applied: dict[str, Patch] = {}
+
+
+class PatchError(RuntimeError):
+    """A patch that does not fit the installed version."""
+
+
+def applied_patches() -> list[str]:
+    """Names of the patches in force, in the order of their application."""
+    return list(_applied)
+
 
 @dataclass(frozen=True)
 class Replacement:
@@ -65,24 +77,27 @@ class Patch:
         """Apply once; a second call does nothing.
 
         Raises:
-            RuntimeError: the installed version is not among those tested, or a target is not where it should be.
+            PatchError: the installed version is not among those tested, or a target is not where it should be.
                 Nothing has been changed then.
         """
         if self._applied:
             return
         self._check_version()
-        if self.on_apply:
-            self.on_apply()
-        try:
-            found = [self._find(r) for r in self.replacements]
-        except RuntimeError:
-            if self.on_revert:
-                self.on_revert()
-            raise
-        for replacement, (owner, attribute, original) in zip(self.replacements, found, strict=True):
-            self._originals.append((owner, attribute, original))
-            setattr(owner, attribute, replacement.make(None if original is _MISSING else original))
+        if (older := _applied.get(self.name)) is not None:
+            older.revert()  # the same patch made anew, with another listener for instance
         self._applied = True
+        _applied[self.name] = self
+        try:
+            if self.on_apply:
+                self.on_apply()
+            found = [self._find(r) for r in self.replacements]
+            for replacement, (owner, attribute, original) in zip(self.replacements, found, strict=True):
+                changed = replacement.make(None if original is _MISSING else original)
+                self._originals.append((owner, attribute, original))
+                setattr(owner, attribute, changed)
+        except BaseException:
+            self.revert()
+            raise
         logger.debug("patch %s applied: %s", self.name, self.reason)
 
     def revert(self) -> None:
@@ -98,14 +113,15 @@ class Patch:
             else:
                 setattr(owner, attribute, original)
         self._applied = False
+        _applied.pop(self.name, None)
 
     def _check_version(self) -> None:
         try:
             installed = importlib.metadata.version(self.distribution)
         except importlib.metadata.PackageNotFoundError:
-            raise RuntimeError(f"patch {self.name}: {self.distribution} is not installed") from None
+            raise PatchError(f"patch {self.name}: {self.distribution} is not installed") from None
         if not SpecifierSet(self.versions).contains(installed, prereleases=True):
-            raise RuntimeError(
+            raise PatchError(
                 f"patch {self.name}: tested with {self.distribution} {self.versions}, but {installed} is installed; "
                 f"install a tested version, or check whether the patch can go ({self.remove_when})"
             )
@@ -122,13 +138,13 @@ class Patch:
         # Through __dict__ where possible, so that class attributes come back as they were (staticmethods, for one).
         original = vars(owner).get(attribute, getattr(owner, attribute, _MISSING))
         if replacement.new and original is not _MISSING:
-            raise RuntimeError(f"patch {self.name}: {replacement.target} exists already; another plugin may own it")
+            raise PatchError(f"patch {self.name}: {replacement.target} exists already; another plugin may own it")
         if not replacement.new and original is _MISSING:
             raise self._moved(replacement.target)
         return owner, attribute, original
 
-    def _moved(self, target: str) -> RuntimeError:
-        return RuntimeError(
+    def _moved(self, target: str) -> PatchError:
+        return PatchError(
             f"patch {self.name}: {target} was not found in {self.distribution} "
             f"{importlib.metadata.version(self.distribution)}; install a version in {self.versions}"
         )

@@ -59,8 +59,12 @@ def test_a_run_on_text_learns_and_leaves_everything(folder, straight):
 
 
 def test_a_finished_run_is_not_trained_again(folder, straight):
+    summary = folder / "runs" / "straight" / "summary.json"
+    before = json.loads(summary.read_text())
+    summary.unlink()  # as if killed just before it was written
     again = train(folder, "tiny.yaml", "run.name=straight", "data.text=cats.txt")
-    assert "finished at step 12" in again.stdout
+    assert "at step 12 of 12: nothing left to train" in again.stdout
+    assert json.loads(summary.read_text())["final_loss"] == before["final_loss"]
     assert list(losses(folder, "straight")) == list(range(1, 13))
 
 
@@ -122,12 +126,22 @@ def test_two_replicas_train_as_one_process(folder, straight):
 
 def test_a_run_continues_another_at_another_layout(folder, straight):
     words = ["tiny.yaml", "run.name=split", "data.text=cats.txt", "checkpoint.load=runs/straight"]
-    launch(2, ["-m", "megatron_carve.train", *words, "parallel.tensor=2", "training.steps=14"], cwd=folder)
+    out = launch(2, ["-m", "megatron_carve.train", *words, "parallel.tensor=2", "training.steps=14"], cwd=folder).stdout
+    assert "continuing another run at step 12" in out
     train(folder, *words[:1], "run.name=whole", *words[2:], "training.steps=14")
     expected, actual = losses(folder, "whole"), losses(folder, "split")
     assert list(actual) == list(expected) == [13, 14]
     for step, loss in expected.items():
         assert actual[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
+
+
+def test_weights_alone_start_a_run_anew(folder, straight):
+    words = ["tiny.yaml", "run.name=fresh", "data.text=cats.txt", "checkpoint.load=runs/straight"]
+    train(folder, *words, "checkpoint.weights_only=true", "training.steps=4")
+    curve = losses(folder, "fresh")
+    assert list(curve) == [1, 2, 3, 4]
+    assert curve[1] < losses(folder, "straight")[1] - 0.3
+    assert "resuming at step 4" in train(folder, *words, "checkpoint.weights_only=true", "training.steps=5").stdout
 
 
 def test_the_recall_task_and_multi_token_prediction(folder):
