@@ -105,8 +105,8 @@ def owned_settings(
         "load": ("checkpoint.load", None),
         "finetune": ("checkpoint.weights_only", False),
         "train_samples": ("training.steps", None),
-        "lr_warmup_iters": ("training.warmup_fraction", None),
-        "lr_warmup_samples": ("training.warmup_fraction", None),
+        "lr_warmup_iters": ("training.warmup_fraction", 0),
+        "lr_warmup_samples": ("training.warmup_fraction", 0),
         "lr_decay_iters": ("training.steps", None),
         "lr_decay_samples": ("training.steps", None),
         "spec": ("model.pattern", None),
@@ -195,6 +195,10 @@ def _flags(actions: list[argparse.Action], value: Any, where: str) -> list[str]:
     items = value if isinstance(value, list) else [value]
     if isinstance(value, list) and action.nargs not in ("*", "+") and not isinstance(action.nargs, int):
         raise RecipeError(f"{where}: expected one value, got {value!r}")
+    count_fits = len(items) == action.nargs if isinstance(action.nargs, int) else items or action.nargs == "*"
+    if not count_fits:
+        wanted = action.nargs if isinstance(action.nargs, int) else "at least one"
+        raise RecipeError(f"{where}: expected {wanted} values, got {len(items)}")
     for item in items:
         _check_value(action, str(item), where)
     # One word, so that a value like -1 is not read as a flag; several values cannot be written so.

@@ -33,6 +33,18 @@ def join_processes() -> tuple[Store, int, int]:
     return store, rank, world
 
 
+def world_size() -> int:
+    """The number of processes that torchrun says it started; 1 without it.
+
+    Raises:
+        ValueError: WORLD_SIZE is no number.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdigit():
+        raise ValueError(f"environment: WORLD_SIZE: expected a number of processes, got {text!r}")
+    return int(text)
+
+
 def on_first_process[T](store: Store, rank: int, name: str, work: Callable[[], T]) -> T:
     """Run `work`, called `name` (once a program), on rank 0 and give its result to all; if it fails there, all end.
 

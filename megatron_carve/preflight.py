@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import io
 import math
-import os
 import sys
 import traceback
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from megatron_carve.arguments import default_settings, megatron_argv, owned_sett
 from megatron_carve.config import LayerImplementation
 from megatron_carve.data import indexed_prefixes, require_indexed_tokens, require_known_ids
 from megatron_carve.kernels import resolve_backend
-from megatron_carve.launch import join_processes, on_first_process, use_device
+from megatron_carve.launch import join_processes, on_first_process, use_device, world_size
 from megatron_carve.notices import say_once
 from megatron_carve.patches import cpu_mode, layer_symbols
 from megatron_carve.recall import RecallTask
@@ -77,7 +76,7 @@ def prepare(recipe: Recipe) -> Plan:
     recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, device=device))
     if device == "cpu":
         cpu_mode.apply()  # before Megatron is imported, so that it does not pick GPU libraries
-    check_layout(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    check_layout(recipe, world_size())
     resolve_backend(recipe.model.mixer_backend, torch.device(device))
     folder = RunFolder(recipe.run.path)
     store, rank, _ = join_processes()

@@ -73,7 +73,7 @@ class Recipe:
 
     def dump(self) -> str:
         """The resolved recipe as YAML."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def recipe_names() -> list[str]:
@@ -102,11 +102,16 @@ class _Loader(yaml.SafeLoader):
     """YAML with floats like 4e-4, and without duplicate keys."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that _Loader would read as floats."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)$"),
+        list("-+.0123456789"),
+    )
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -130,7 +135,7 @@ def _parse(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{where}: not valid YAML: {reason}") from None
-    except RecipeError as error:
+    except ValueError as error:  # ours, or of a scalar such as an impossible date
         raise RecipeError(f"{where}: {error}") from None
 
 
@@ -179,15 +184,23 @@ def _apply_override(values: dict[str, Any], origin: dict[str, str], override: st
     if not separator or not key:
         raise RecipeError(f"{OVERRIDES}: expected section.key=value, got {override!r}")
     path = key.strip().split(".")
-    value: Any = _parse(text, f"{OVERRIDES}: {key}")
-    if _type_of(path) in (str, str | None) and value is not None and not isinstance(value, str):
-        value = text  # what a user types for a text is text: a run named 2026, a pattern 2-2-
+    is_text = _type_of(path) in (str, str | None)
+    value: Any = _text_value(text) if is_text else _parse(text, f"{OVERRIDES}: {key}")
     nested: Any = value
     for part in reversed(path):
         nested = {part: nested}
     _check_keys(nested, OVERRIDES)
     _merge(values, nested)
     origin.update(dict.fromkeys(_dotted(nested), OVERRIDES))
+
+
+def _text_value(text: str) -> str | None:
+    """What is typed for a text is text (a run named 2026, a pattern *-C-), but null and quotes keep their meaning."""
+    try:
+        value = _parse(text, "")
+    except RecipeError:
+        return text
+    return value if value is None or isinstance(value, str) else text
 
 
 def _sections(cls: type) -> dict[str, Any]:
@@ -256,8 +269,8 @@ def _construct(cls: Any, values: Mapping[str, Any], origin: Mapping[str, str], p
     for key, hint in _sections(cls).items():
         if dataclasses.is_dataclass(hint):
             arguments[key] = _construct(hint, values.get(key) or {}, origin, f"{prefix}{key}.")
-        elif values.get(key) is not None or (key in values and hint is not dict[str, Any]):
-            arguments[key] = values[key]
+        elif values.get(key) is not None or (key in values and hint != dict[str, Any]):
+            arguments[key] = _words(values[key]) if hint == list[str] | None else values[key]
     set_here = [f for k, f in origin.items() if k.startswith(prefix)] or list(origin.values())
     for f in dataclasses.fields(cls):
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -272,7 +285,17 @@ def _construct(cls: Any, values: Mapping[str, Any], origin: Mapping[str, str], p
         if not prefix:
             raise
         key = f"{prefix}{str(error).partition(':')[0]}"
-        raise RecipeError(f"{origin.get(key) or _files(set_here)}: {prefix}{error}") from None
+        where = [origin[key]] if key in origin else set_here
+        if where != [OVERRIDES] and OVERRIDES in set_here:  # an override may have broken a key of the file
+            where = [*where, OVERRIDES]
+        raise RecipeError(f"{_files(where)}: {prefix}{error}") from None
+
+
+def _words(value: Any) -> Any:
+    """YAML reads the weights among the words of `data.indexed` as numbers."""
+    if not isinstance(value, list):
+        return value
+    return [str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for v in value]
 
 
 def _files(origins: Iterable[str]) -> str:

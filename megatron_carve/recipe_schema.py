@@ -83,6 +83,9 @@ class Model(_Checked):
                 f"pattern: expected letters of {LAYER_LETTERS} and | /, got {', '.join(map(repr, unknown))} "
                 f"in {self.pattern!r}"
             )
+        _, *heads = self.pattern.split("/")
+        if any("|" in head for head in heads) or len(set(heads)) > 1:
+            raise ValueError(f"pattern: expected the same layers, without |, after every /, got {self.pattern!r}")
         _at_least(self, 1, "hidden_size", "ffn_hidden_size", "num_attention_heads", "attention_head_dim")
         _at_least(self, 1, "num_query_groups", "attention_window", "vocab_size", "vocab_multiple", "rotary_base")
         _above_zero(self, "norm_epsilon", "init_std")
@@ -91,6 +94,9 @@ class Model(_Checked):
                 f"num_attention_heads: expected a divisor of hidden_size={self.hidden_size} (or attention_head_dim), "
                 f"got {self.num_attention_heads}"
             )
+        head_dim = self.attention_head_dim or self.hidden_size // self.num_attention_heads
+        if "*" in self.pattern and self.position_embedding == "rope" and head_dim % 2:
+            raise ValueError(f"attention_head_dim: expected an even number with rope, got {head_dim}")
         if self.num_query_groups is not None and self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_query_groups: expected a divisor of num_attention_heads={self.num_attention_heads}, "
@@ -196,7 +202,9 @@ class Training(_Checked):
             raise ValueError(f"steps: expected exactly one of steps and tokens, got {found}")
         _at_least(self, 1, "steps", "seq_length", "micro_batch_size", "global_batch_size", "eval_interval")
         _at_least(self, 1, "eval_iters")
-        _at_least(self, 0, "weight_decay", "clip_grad", "min_lr", "seed")
+        _at_least(self, 0, "weight_decay", "clip_grad", "min_lr")
+        if not 0 < self.seed < 2**32:
+            raise ValueError(f"seed: expected above 0 and below 2**32, got {self.seed}")
         _above_zero(self, "lr", "adam_eps", "tokens")
         for name in ("adam_beta1", "adam_beta2", "warmup_fraction"):
             if not 0 <= getattr(self, name) < 1:
@@ -284,7 +292,7 @@ class Run(_Checked):
 
     def check(self) -> None:
         _at_least(self, 1, "log_interval")
-        if self.name is not None and (not self.name or Path(self.name).name != self.name):
+        if self.name is not None and (self.name in ("", "..") or Path(self.name).name != self.name):
             raise ValueError(f"name: expected a file name without separators, got {self.name!r}")
 
     @property

@@ -49,7 +49,7 @@ class RunFolder:
         """Write the resolved recipe, whole or not at all."""
         self.path.mkdir(parents=True, exist_ok=True)
         partial = self.recipe.with_suffix(".partial")
-        partial.write_text("# The resolved recipe of this run; it loads again as a recipe.\n" + recipe.dump())
+        partial.write_text("# The resolved recipe of this run.\n" + recipe.dump(), encoding="utf-8")
         os.replace(partial, self.recipe)
 
     def checkpoint_step(self) -> int | None:

@@ -135,6 +135,7 @@ def _constant(value: Any) -> Callable[[Any], Any]:
     return lambda original: value
 
 
+_GPU_LIBRARIES = ("transformer_engine", "apex")
 _mode = _CudaTensorsOnCpu()
 _entered: dict[str, bool] = {}
 _tracker_logger = logging.getLogger("megatron.core.tensor_parallel.random")
@@ -143,10 +144,10 @@ _tracker_logger = logging.getLogger("megatron.core.tensor_parallel.random")
 def _enter() -> None:
     # Where these are installed Megatron takes kernels from them that crash on CPU tensors; a None in sys.modules
     # makes their import fail, and Megatron then uses its own code.
-    for library in ("transformer_engine", "apex"):
+    for library in _GPU_LIBRARIES:
         if sys.modules.get(library) is not None:
             raise PatchError(f"patch cpu_mode: must be applied before {library} is imported")
-        sys.modules[library] = None  # type: ignore[assignment]
+    sys.modules.update(dict.fromkeys(_GPU_LIBRARIES))  # type: ignore[arg-type]
     _mode.__enter__()
     _entered["mode"] = True
     # CPU and "GPU" random states are one here; the tracker warns about that at every fork.
@@ -154,7 +155,7 @@ def _enter() -> None:
 
 
 def _leave() -> None:
-    for library in ("transformer_engine", "apex"):
+    for library in _GPU_LIBRARIES:
         if sys.modules.get(library, "") is None:
             del sys.modules[library]
     if _entered.pop("mode", None):

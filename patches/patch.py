@@ -93,7 +93,8 @@ class Patch:
             found = [self._find(r) for r in self.replacements]
             for replacement, (owner, attribute, original) in zip(self.replacements, found, strict=True):
                 changed = replacement.make(None if original is _MISSING else original)
-                self._originals.append((owner, attribute, original))
+                inherited = isinstance(owner, type) and attribute not in vars(owner)
+                self._originals.append((owner, attribute, _MISSING if inherited else original))
                 setattr(owner, attribute, changed)
         except BaseException:
             self.revert()

@@ -17,7 +17,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from megatron.core.datasets.utils import Split
 
 from megatron_carve import text as text_module
-from megatron_carve.data import build_gpt_datasets, indexed_prefixes, require_indexed_tokens
+from megatron_carve.data import build_gpt_datasets, indexed_prefixes, require_indexed_tokens, require_known_ids
 from megatron_carve.recall import RecallDataset, RecallTask
 from megatron_carve.text import prepare_text, require_tokens
 from megatron_carve.tokenizer import Tokenizer, load_tokenizer
@@ -703,3 +703,19 @@ def test_recall_smallest_sequence_has_one_answer():
     assert RecallTask(seq_length=10, num_pairs=4).num_answers == 1
     with pytest.raises(ValueError, match=r"num_pairs 4 needs a seq_length of at least 10"):
         RecallTask(seq_length=9, num_pairs=4)
+
+
+def test_ids_outside_the_vocabulary_are_found(tmp_path, monkeypatch):
+    from megatron_carve import data
+
+    prefix = str(tmp_path / "ids")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    builder.add_item(torch.tensor([1, 2, 900, 3] * 100))
+    builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+    require_known_ids([prefix], vocab_size=901)
+    monkeypatch.setattr(data, "_SAMPLE_TOKENS", 50)  # found in samples too
+    with pytest.raises(
+        ValueError, match=r"ids\.bin holds the token id 900, outside the vocabulary of 900; name the tok"
+    ):
+        require_known_ids(["0.5", prefix], vocab_size=900)

@@ -179,3 +179,11 @@ def test_transformer_engine_layers_without_transformer_engine():
         pytest.skip("Transformer Engine is installed")
     with pytest.raises(ImportError, match=r"model.layers: transformer_engine is not installed; install"):
         toolkit("transformer_engine")
+
+
+def test_of_equal_logits_the_first_is_the_prediction():
+    from megatron_carve.pretraining import right_predictions
+
+    logits = torch.tensor([[[0.0, 2.0, 1.0], [3.0, 3.0, 3.0], [1.0, 5.0, 5.0]]])
+    assert right_predictions(logits, torch.tensor([[1, 0, 1]])).tolist() == [[1.0, 1.0, 1.0]]
+    assert right_predictions(logits, torch.tensor([[2, 2, 2]])).tolist() == [[0.0, 0.0, 0.0]]

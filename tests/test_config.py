@@ -1,0 +1,248 @@
+"""Mixer configuration: what it refuses, and the sizes that follow from it, against sums written by hand."""
+
+import dataclasses
+
+import pytest
+
+from megatron_carve.config import CHUNK_TOKENS, MixerConfig, MixerOptions
+from megatron_carve.recipe import Recipe, load_recipe
+
+# Odd sizes that share no factor by accident, and two value heads for each key head.
+TINY = {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 3, "value_head_dim": 5, "conv_width": 3}
+HIDDEN = 7
+
+# Layers of TINY at hidden size 7: H=2, HV=4, K=3, V=5, so H*K=6 and HV*V=20; convolution over 6+6+20=32 channels.
+COMMON = (
+    7 * (6 + 6 + 20 + 6)  # query, key, value, erase
+    + 2 + 6  # A_log per key head, dt_bias per key channel
+    + 5  # output norm, one weight for all heads
+    + 20 * 7  # output projection
+    + 7  # input norm
+)  # fmt: skip
+CONV, CONV_BIAS = 32 * 3, 32
+WRITE = {"carve": 7 * 4, "gdn2": 7 * 20}
+LOW_DECAY, FULL_DECAY = 7 * 5 + 5 * 6, 7 * 6
+LOW_GATE, FULL_GATE = 7 * 5 + 5 * 20 + 20, 7 * 20
+CONTENT = 4 * (2 * 5 + 3 * 2)  # per value head a map down V -> 2 and a map up 2 -> K
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("option", "value", "expected"),
+        [
+            ("decay_projection", "half_rank", "one of low_rank, full_rank"),
+            ("decay_projection", None, "one of low_rank, full_rank"),
+            ("output_gate_projection", "lowrank", "one of low_rank, full_rank"),
+            ("output_gate_activation", "gelu", "one of silu, sigmoid"),
+            ("negative_eigenvalues", 1, "true or false"),
+            ("conv_bias", "yes", "true or false"),
+            ("content_rank", 8.0, "an integer"),
+            ("content_rank", True, "an integer"),
+            ("content_rank", 0, "a positive integer"),
+            ("content_chunk", "64", "an integer"),
+            ("content_chunk", 0, "a positive multiple of 64"),
+            ("content_chunk", -64, "a positive multiple of 64"),
+            ("content_chunk", 96, "a positive multiple of 64"),
+            ("content_grad", True, "one of full, detached"),
+            ("num_key_heads", 0, "a positive integer"),
+            ("num_value_heads", -2, "a positive integer"),
+            ("key_head_dim", None, "an integer"),
+            ("value_head_dim", 0, "a positive integer"),
+            ("conv_width", 0, "a positive integer"),
+        ],
+    )
+    def test_names_option_expected_and_actual(self, option, value, expected):
+        with pytest.raises(ValueError) as error:
+            MixerConfig(**{option: value})
+        assert str(error.value) == f"{option}: expected {expected}, got {value!r}"
+
+    @pytest.mark.parametrize(("keys", "values"), [(4, 6), (4, 2), (3, 4)])
+    def test_value_heads_are_a_multiple_of_key_heads(self, keys, values):
+        with pytest.raises(ValueError) as error:
+            MixerConfig(num_key_heads=keys, num_value_heads=values)
+        assert str(error.value) == f"num_value_heads: expected a multiple of num_key_heads={keys}, got {values}"
+
+    def test_options_alone_are_checked_too(self):
+        with pytest.raises(ValueError) as error:
+            MixerOptions(content_rank="8")
+        assert str(error.value) == "content_rank: expected an integer, got '8'"
+
+    @pytest.mark.parametrize(
+        "accepted",
+        [
+            {"content_chunk": 2 * CHUNK_TOKENS},
+            {"content_rank": 1},
+            {"num_key_heads": 3, "num_value_heads": 9},
+            {"conv_width": 1},
+            {"output_gate_activation": "sigmoid", "content_grad": "detached", "negative_eigenvalues": True},
+        ],
+    )
+    def test_edges_of_the_ranges_are_accepted(self, accepted):
+        config = MixerConfig(**accepted)
+        assert {name: getattr(config, name) for name in accepted} == accepted
+
+    def test_is_frozen(self):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            MixerConfig().content_rank = 4
+
+
+class TestSizes:
+    def test_options_are_those_a_checkpoint_needs_beside_megatrons_sizes(self):
+        config = MixerConfig(**TINY, content_rank=2, conv_bias=True)
+        assert config.options == {
+            "decay_projection": "low_rank",
+            "output_gate_projection": "low_rank",
+            "output_gate_activation": "silu",
+            "negative_eigenvalues": False,
+            "conv_bias": True,
+            "content_rank": 2,
+            "content_chunk": 64,
+            "content_grad": "full",
+        }
+
+    @pytest.mark.parametrize(
+        ("kind", "options", "sizes"),
+        [
+            ("carve", {}, {"write": 4, "decay": 5, "gate": 5}),
+            ("gdn2", {}, {"write": 20, "decay": 5, "gate": 5}),
+            ("carve", {"decay_projection": "full_rank"}, {"write": 4, "decay": 6, "gate": 5}),
+            ("gdn2", {"output_gate_projection": "full_rank"}, {"write": 20, "decay": 5, "gate": 20}),
+            (
+                "gdn2",
+                {"decay_projection": "full_rank", "output_gate_projection": "full_rank"},
+                {"write": 20, "decay": 6, "gate": 20},
+            ),
+        ],
+    )
+    def test_projection_sections(self, kind, options, sizes):
+        sections = MixerConfig(**TINY, **options).projection_sections(kind)
+        expected = {"query": 6, "key": 6, "value": 20, "erase": 6, **sizes}
+        assert [(s.name, s.size) for s in sections] == list(expected.items())
+
+    @pytest.mark.parametrize(
+        ("kind", "options", "expected"),
+        [
+            ("gdn2", {}, COMMON + CONV + WRITE["gdn2"] + LOW_DECAY + LOW_GATE),
+            ("carve", {}, COMMON + CONV + WRITE["carve"] + LOW_DECAY + LOW_GATE + CONTENT),
+            ("gdn2", {"conv_bias": True}, COMMON + CONV + CONV_BIAS + WRITE["gdn2"] + LOW_DECAY + LOW_GATE),
+            (
+                "carve",
+                {"conv_bias": True, "decay_projection": "full_rank"},
+                COMMON + CONV + CONV_BIAS + WRITE["carve"] + FULL_DECAY + LOW_GATE + CONTENT,
+            ),
+            (
+                "gdn2",
+                {"output_gate_projection": "full_rank"},
+                COMMON + CONV + WRITE["gdn2"] + LOW_DECAY + FULL_GATE,
+            ),
+            (
+                "carve",
+                {"decay_projection": "full_rank", "output_gate_projection": "full_rank"},
+                COMMON + CONV + WRITE["carve"] + FULL_DECAY + FULL_GATE + CONTENT,
+            ),
+        ],
+    )
+    def test_parameter_count_is_the_sum_of_the_tensors(self, kind, options, expected):
+        assert MixerConfig(**TINY, content_rank=2, **options).parameter_count(kind, HIDDEN) == expected
+
+    @pytest.mark.parametrize(
+        "irrelevant",
+        [
+            {"negative_eigenvalues": True},
+            {"content_chunk": 128},
+            {"content_grad": "detached"},
+            {"output_gate_activation": "sigmoid"},
+        ],
+    )
+    def test_options_without_parameters_do_not_change_the_count(self, irrelevant):
+        for kind in ("carve", "gdn2"):
+            assert MixerConfig(**TINY, **irrelevant).parameter_count(kind, HIDDEN) == MixerConfig(
+                **TINY
+            ).parameter_count(kind, HIDDEN)
+
+    def test_content_rank_has_no_part_in_gdn2(self):
+        assert MixerConfig(**TINY, content_rank=2).parameter_count("gdn2", HIDDEN) == MixerConfig(
+            **TINY, content_rank=3
+        ).parameter_count("gdn2", HIDDEN)
+
+    def test_flops_add_the_recurrence_to_the_products(self):
+        config = MixerConfig(**TINY, content_rank=2)
+        recurrence = 4 * 8 * 3 * 5  # 8 K V for each of 4 value heads
+        for kind in ("carve", "gdn2"):
+            assert config.flops_per_token(kind, HIDDEN) == 2 * config.parameter_count(kind, HIDDEN) + recurrence
+
+
+class TestTensorParallel:
+    @pytest.mark.parametrize(
+        ("config", "legal"),
+        [
+            ({"num_key_heads": 12, "num_value_heads": 24, "value_head_dim": 8}, {1, 2, 4}),
+            ({"num_key_heads": 12, "num_value_heads": 12, "value_head_dim": 9}, {1, 3}),
+            ({"num_key_heads": 4, "num_value_heads": 4, "value_head_dim": 5}, {1}),
+            ({"num_key_heads": 16, "num_value_heads": 16, "value_head_dim": 128}, {1, 2, 4, 8, 16}),
+            # One low-rank projection is enough to tie the value head dim.
+            (
+                {"num_key_heads": 6, "num_value_heads": 6, "value_head_dim": 5, "decay_projection": "full_rank"},
+                {1},
+            ),
+            # Without any, heads alone decide.
+            (
+                {
+                    "num_key_heads": 6, "num_value_heads": 12, "value_head_dim": 5,
+                    "decay_projection": "full_rank", "output_gate_projection": "full_rank",
+                },
+                {1, 2, 3, 6},
+            ),
+        ],
+    )  # fmt: skip
+    def test_legal_sizes(self, config, legal):
+        config = MixerConfig(**config)
+        listed = ", ".join(map(str, sorted(legal)))
+        for size in range(1, 33):
+            if size in legal:
+                config.check_tensor_parallel(size)
+                assert all(s.size % size == 0 for s in config.projection_sections("carve"))
+            else:
+                with pytest.raises(ValueError) as error:
+                    config.check_tensor_parallel(size)
+                assert f"tensor parallel size {size} does not divide" in str(error.value)
+                assert str(error.value).endswith(f"legal sizes: {listed}")
+                assert f"num_key_heads={config.num_key_heads}" in str(error.value)
+
+
+def layer_parameters(recipe: Recipe) -> int:
+    """Parameters of all layers, without embeddings and the final norm."""
+    m = recipe.model
+    h, heads = m.hidden_size, m.num_attention_heads
+    head_dim = h // heads
+    assert head_dim * heads == h
+    counts = {
+        "C": recipe.mixer.parameter_count("carve", h),
+        "2": recipe.mixer.parameter_count("gdn2", h),
+        "*": 4 * h * h + h,  # query, key, value and output projections, input norm
+        "-": 3 * h * m.ffn_hidden_size + h,  # gate, up and down projections, input norm
+    }
+    return sum(counts[letter] for letter in m.pattern)
+
+
+class TestPublishedSizes:
+    @pytest.mark.parametrize(
+        ("name", "pattern", "ffn", "parameters"),
+        [
+            ("gdn2_1p3b_recurrent", "2-" * 18, 6208, 1_302_638_112),
+            ("gdn2_1p3b_hybrid", "2-*-" * 9, 6784, 1_300_314_384),
+        ],
+    )
+    def test_gdn2(self, name, pattern, ffn, parameters):
+        recipe = load_recipe(name)
+        assert (recipe.model.pattern, recipe.model.ffn_hidden_size) == (pattern, ffn)
+        assert (recipe.model.hidden_size, recipe.model.num_attention_heads) == (2304, 18)
+        assert layer_parameters(recipe) == parameters
+
+    @pytest.mark.parametrize("layout", ["recurrent", "hybrid"])
+    def test_carve_differs_by_its_gates_alone(self, layout):
+        carve, gdn2 = load_recipe(f"carve_1p3b_{layout}"), load_recipe(f"gdn2_1p3b_{layout}")
+        layers = carve.model.pattern.count("C")
+        # Per layer: a write gate of 16 instead of 2048 features, and per head two maps of rank 16.
+        difference = 2304 * (16 - 2048) + 16 * 16 * (128 + 128)
+        assert layer_parameters(carve) - layer_parameters(gdn2) == layers * difference
