@@ -27,7 +27,7 @@ from megatron_carve.recall import RecallTask
 from megatron_carve.recipe import Recipe
 from megatron_carve.run_folder import CheckpointError, RunFolder
 from megatron_carve.text import PreparedText, prepare_text, require_tokens
-from megatron_carve.tokenizer import Tokenizer, load_tokenizer
+from megatron_carve.tokenizer import load_tokenizer
 
 # Letters that exist with Transformer Engine's layers only.
 TRANSFORMER_ENGINE_LETTERS = "MD+E"
@@ -46,7 +46,6 @@ class Start:
     vocab_size: int
     eod: int
     chance_loss: float
-    text: PreparedText | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class Plan:
     layers: LayerImplementation
     argv: list[str]
     start: Start
+    text: PreparedText | None
 
 
 def prepare(recipe: Recipe) -> Plan:
@@ -83,12 +83,19 @@ def prepare(recipe: Recipe) -> Plan:
     start = on_first_process(store, rank, "start", lambda: _find_start(recipe, folder))
     layers = _layers(recipe, device)  # the first that imports Megatron, which takes seconds
     argv = _argv(recipe, start, layers, device)
-    on_first_process(store, rank, "recipe", lambda: folder.save_recipe(recipe))
-    return Plan(recipe, folder, store, rank, device, layers, argv, start)
+    # Last, when nothing else can be wrong: the first writes, and tokenising takes long.
+    text = on_first_process(store, rank, "text", lambda: _write(recipe, folder))
+    return Plan(recipe, folder, store, rank, device, layers, argv, start, text)
+
+
+def _write(recipe: Recipe, folder: RunFolder) -> PreparedText | None:
+    text = _prepared_text(recipe) if recipe.data.text is not None else None
+    folder.save_recipe(recipe)
+    return text
 
 
 def _find_start(recipe: Recipe, folder: RunFolder) -> Start:
-    """Everything that is read from disk. Text is tokenised last, when nothing else can be wrong with the data."""
+    """Everything that is read from disk before anything is written."""
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     recall = _recall_task(recipe) if recipe.data.source == "recall" else None
     ids = tokenizer.vocab_size if recall is None else recall.vocab_size
@@ -113,7 +120,6 @@ def _find_start(recipe: Recipe, folder: RunFolder) -> Start:
         vocab_size=vocab_size,
         eod=tokenizer.eod,
         chance_loss=math.log(ids) if recall is None else recall.chance_loss,
-        text=_prepared_text(recipe, tokenizer) if recipe.data.text is not None else None,
     )
 
 
@@ -243,12 +249,12 @@ def _try_in_megatron(argv: list[str], recipe: Recipe, layers: LayerImplementatio
         sys.argv = words
 
 
-def _prepared_text(recipe: Recipe, tokenizer: Tokenizer) -> PreparedText:
+def _prepared_text(recipe: Recipe) -> PreparedText:
     data = recipe.data
     assert data.text is not None
     prepared = prepare_text(
         data.text,
-        tokenizer,
+        load_tokenizer(data.tokenizer),
         data.cache or RunFolder(recipe.run.path).path / "data",
         text_key=data.text_key,
         validation_fraction=data.validation_fraction,

@@ -195,12 +195,13 @@ def _apply_override(values: dict[str, Any], origin: dict[str, str], override: st
 
 
 def _text_value(text: str) -> str | None:
-    """What is typed for a text is text (a run named 2026, a pattern *-C-), but null and quotes keep their meaning."""
+    """What is typed for a text is text (a run named 2026, a pattern *-C-, corpus #1); null and quotes are YAML's."""
     try:
         value = _parse(text, "")
     except RecipeError:
         return text
-    return value if value is None or isinstance(value, str) else text
+    quoted = text.strip()[:1] in ("'", '"') and isinstance(value, str)
+    return value if (value is None and text.strip()[:1] != "#") or quoted else text
 
 
 def _sections(cls: type) -> dict[str, Any]:

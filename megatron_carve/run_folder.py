@@ -10,6 +10,33 @@ from typing import Any
 from megatron_carve.config import MIXER_LETTERS
 from megatron_carve.recipe import Recipe, RecipeError, load_recipe
 
+# Beginnings of Megatron arguments that change how a model is trained or watched, not what it is.
+SAME_MODEL = [
+    "recompute_",
+    "fp8",
+    "fp4",
+    "log_",
+    "wandb_",
+    "tensorboard_",
+    "timing_",
+    "profile",
+    "exit_",
+    "num_workers",
+    "nccl_",
+    "overlap_",
+    "tp_comm_",
+    "cuda_graph",
+    "attention_backend",
+    "async_save",
+    "ckpt_",
+    "dist_ckpt",
+    "distributed_timeout",
+    "rerun_",
+    "manual_gc",
+    "empty_unused",
+    "deterministic_mode",
+]
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be continued. Nothing in its folder has been changed."""
@@ -107,8 +134,7 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
         flat |= {f"data.recall.{k}": values["data"]["recall"][k] for k in ("num_keys", "num_values")}
     else:
         flat["data.tokenizer"] = recipe.data.tokenizer
-    same_model = ("recompute_", "fp8", "log_", "num_workers", "timing_", "profile", "nccl", "tp_comm_", "cuda_graph")
-    flat |= {f"megatron.{k}": v for k, v in values["megatron"].items() if not k.startswith(same_model)}
+    flat |= {f"megatron.{k}": v for k, v in values["megatron"].items() if not k.startswith(tuple(SAME_MODEL))}
     return flat
 
 

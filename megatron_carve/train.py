@@ -95,7 +95,7 @@ def _pretrain(plan: Plan, progress: Progress) -> int:
         return built
 
     config.post_wrap_hooks = [remember]
-    task = Task(plan.recipe, plan.start.vocab_size, plan.start.eod, plan.start.text)
+    task = Task(plan.recipe, plan.start.vocab_size, plan.start.eod, plan.text)
 
     def datasets(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple:
         return task.datasets(num_samples, vp_stage)

@@ -98,6 +98,8 @@ class Patch:
                 setattr(owner, attribute, changed)
         except BaseException:
             self.revert()
+            if older is not None:
+                older.apply()
             raise
         logger.debug("patch %s applied: %s", self.name, self.reason)
 

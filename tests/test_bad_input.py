@@ -85,14 +85,6 @@ def save_checkpoint_without_recipe() -> None:
 
 
 CASES = {
-    "a key that is a list": Case("mine.yaml", ("mine.yaml",), inherited("? [a, b]\n: c\n")),
-    "half of torchrun's environment": Case("small.yaml", ("WORLD_SIZE", "launch with torchrun"), env={"RANK": "0"}),
-    "world size that is no number": Case("small.yaml", ("WORLD_SIZE",), env={**TORCHRUN, "WORLD_SIZE": "all"}),
-    "seed 0": Case("small.yaml training.seed=0", ("training.seed",)),
-    "different prediction heads": Case("small.yaml model.pattern=C-/C-/2-", ("model.pattern",)),
-    "schedule without its decay": Case("small.yaml training.lr_schedule=WSD", ("training.lr_schedule",)),
-    "odd head dim": Case("small.yaml model.attention_head_dim=15", ("model.attention_head_dim",)),
-    "number of values": Case("small.yaml megatron.rampup_batch_size=[1,2]", ("megatron.rampup_batch_size",)),
     # The recipe itself.
     "unknown recipe": Case("gdn3_1p3b", ("command line: no recipe 'gdn3_1p3b'", "carve_1p3b_hybrid")),
     "missing file": Case("nowhere/mine.yaml", ("command line: no recipe 'nowhere/mine.yaml'", "neither a file")),
@@ -102,6 +94,9 @@ CASES = {
     "empty file": Case("mine.yaml", ("mine.yaml: expected sections", "got None"), {"mine.yaml": ""}),
     "duplicate key": Case(
         "mine.yaml", ("mine.yaml: line 3: key 'run' appears twice",), inherited("run: {name: a}\nrun: {name: b}\n")
+    ),
+    "a key that is a list": Case(
+        "mine.yaml", ("mine.yaml: line 1: expected a name as key, got ['a', 'b']",), {"mine.yaml": "? [a, b]\n: c\n"}
     ),
     "missing parent": Case("mine.yaml", ("mine.yaml: no recipe 'gone'",), {"mine.yaml": "inherit: gone\n"}),
     "inherits from itself": Case("mine.yaml", ("inherits from itself",), {"mine.yaml": "inherit: mine.yaml\n"}),
@@ -132,6 +127,13 @@ CASES = {
         "small.yaml training.lr=-1", (), env={**TORCHRUN, "RANK": "1", "LOCAL_RANK": "1"}
     ),
     "unknown layer symbol": Case("small.yaml model.pattern=C-X-", ("model.pattern: expected letters of", "'X'")),
+    "different prediction heads": Case(
+        "small.yaml model.pattern=C-/C-/2-", ("model.pattern: expected the same layers", "after every /")
+    ),
+    "seed": Case("small.yaml training.seed=0", ("training.seed: expected above 0 and below 2**32, got 0",)),
+    "odd heads with rope": Case(
+        "small.yaml model.attention_head_dim=15", ("model.attention_head_dim: expected an even number with rope",)
+    ),
     "empty stage": Case("small.yaml model.pattern=C-||*-", ("model.pattern: expected layers on both sides",)),
     "run name with a slash": Case("small.yaml run.name=a/b", ("run.name: expected a file name", "'a/b'")),
     # Sizes that do not fit each other.
@@ -183,6 +185,19 @@ CASES = {
         ("training.global_batch_size:", "micro_batch_size * data-parallel replicas = 1 * 3, got 4"),
         env={**TORCHRUN, "WORLD_SIZE": "3"},
     ),
+    "micro-batches for the stages": Case(
+        "small.yaml parallel.pipeline=2 model.pattern=C-|*-|C-|*- training.global_batch_size=3",
+        ("training.global_batch_size: with 4 stages on parallel.pipeline=2", "that 2 divides, got 3"),
+        env={**TORCHRUN, "WORLD_SIZE": "2"},
+    ),
+    "half of torchrun's environment": Case(
+        "small.yaml", ("environment: WORLD_SIZE, LOCAL_RANK", "not set beside RANK; launch with torchrun"),
+        env={"RANK": "0"},
+    ),
+    "world size that is no number": Case(
+        "small.yaml", ("environment: WORLD_SIZE: expected a number of processes, got 'all'",),
+        env={**TORCHRUN, "WORLD_SIZE": "all"},
+    ),
     "attention heads for tensor parallel": Case(
         "small.yaml parallel.tensor=4 model.num_attention_heads=2",
         ("model.num_attention_heads: expected a multiple of parallel.tensor=4, got 2",),
@@ -196,25 +211,23 @@ CASES = {
     # Data.
     "missing text": Case("small.yaml data.text=gone.txt", ("data.text: gone.txt is not a file",)),
     "empty text": Case(
-        "small.yaml data.text=empty.txt", ("data.text:", "empty.txt is empty"), {"empty.txt": ""},
-        leaves=("runs/small-empty/recipe.yaml",),
+        "small.yaml data.text=empty.txt", ("data.text:", "empty.txt is empty"), {"empty.txt": ""}
     ),
     "text too short": Case(
         "small.yaml data.text=short.txt",
         ("data.text:", "short.txt gives", "train tokens, but seq_length 64 needs at least 65"),
         {"short.txt": "a few\nwords\nand no more\n"},
-        leaves=("runs/small-short/recipe.yaml", "runs/small-short/data/"), bar=True,
+        leaves=("runs/small-short/data/short-",), bar=True,
     ),
     "validation text too short": Case(
         "small.yaml data.text=short.txt",
         ("data.text:", "validation tokens, but seq_length 64", "or a larger data.validation_fraction"),
         {"short.txt": "a line of text\n" * 40},
-        leaves=("runs/small-short/recipe.yaml", "runs/small-short/data/"), bar=True,
+        leaves=("runs/small-short/data/short-",), bar=True,
     ),
     "text key": Case(
         "small.yaml data.text=a.jsonl", ("a.jsonl line 1 has no key 'text' (data.text_key); found: 'body'",),
-        {"a.jsonl": '{"body": "x"}\n{"body": "y"}\n'}, leaves=("runs/small-a/recipe.yaml", "runs/small-a/data/"),
-        bar=True,
+        {"a.jsonl": '{"body": "x"}\n{"body": "y"}\n'}, bar=True,
     ),
     "tokenizer": Case("small.yaml data.tokenizer=words", ("data.tokenizer must be", "got 'words'")),
     "tokenizer file": Case(
@@ -242,6 +255,16 @@ CASES = {
     "value of a Megatron argument": Case(
         "small.yaml megatron.recompute_granularity=all",
         ("megatron.recompute_granularity: expected one of full, selective, got 'all'",),
+    ),
+    "number of values": Case(
+        "small.yaml megatron.rampup_batch_size=[1,2]", ("megatron.rampup_batch_size: expected 3 values, got 2",)
+    ),
+    "Megatron argument without effect": Case(
+        "small.yaml megatron.eod_mask_loss=true", ("megatron.eod_mask_loss: has no effect in this program",)
+    ),
+    "Megatron arguments that exclude each other": Case(
+        "small.yaml megatron.recompute_granularity=selective megatron.recompute_method=block",
+        ("Megatron refuses its arguments: ",),
     ),
     # What this machine has.
     "no GPU": Case("small.yaml run.device=cuda", ("run.device: expected a GPU for cuda, but torch finds none",)),
@@ -276,7 +299,6 @@ CASES = {
 }  # fmt: skip
 
 
-# Mistakes that end in a traceback, or only after the model has been built.
 def run_all(results: Path) -> None:
     """Run every case in a folder of its own and write what came of it."""
     import torch.distributed.checkpoint  # noqa: F401
@@ -366,6 +388,7 @@ def check(case, outcome):
     assert outcome["built"] == 0
     assert outcome["changed"] == []
     assert [file for file in outcome["created"] if not file.startswith(case.leaves)] == []
+    assert [leaf for leaf in case.leaves if not any(file.startswith(leaf) for file in outcome["created"])] == []
     *before, last = outcome["stderr"].replace("\r", "\n").splitlines() or [""]
     if case.bar:
         assert all("tokenising" in line or not line for line in before)

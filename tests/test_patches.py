@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_carve import patches
-from megatron_carve.patches import Patch, Replacement
+from megatron_carve.patches import Patch, PatchError, Replacement, applied_patches
 
 STUB = "stub_of_a_library"
 
@@ -48,7 +48,19 @@ def stub(monkeypatch):
     return module
 
 
+made: list[Patch] = []
+
+
+@pytest.fixture(autouse=True)
+def tidy():
+    """No test leaves a patch of its own in force."""
+    yield
+    while made:
+        made.pop().revert()
+
+
 def make_patch(*replacements, **changes):
+    """A patch of the stub: (attribute path, make[, new]) for each replacement."""
     details = {
         "name": "example",
         "reason": "to show it",
@@ -56,7 +68,8 @@ def make_patch(*replacements, **changes):
         "remove_when": "pigs fly",
         "replacements": [Replacement(f"{STUB}:{target}", *rest) for target, *rest in replacements],
     }
-    return Patch(**{**details, **changes})
+    made.append(Patch(**{**details, **changes}))
+    return made[-1]
 
 
 def snapshot(module):
@@ -76,9 +89,11 @@ def assert_unchanged(module, before):
 
 
 def refusal(patch):
-    with pytest.raises(RuntimeError) as error:
+    in_force = applied_patches()
+    with pytest.raises(PatchError) as error:
         patch.apply()
     assert not patch.applied
+    assert applied_patches() == in_force
     return str(error.value)
 
 
@@ -153,6 +168,7 @@ class TestPatch:
         inner.apply()
         outer.apply()
         assert (stub.Thing.number, stub.Thing.Inner.letter) == (20, "ab")
+        assert applied_patches()[-2:] == ["example", "outer"]
         outer.revert()
         assert (stub.Thing.number, stub.Thing.Inner.letter) == (2, "ab")
         inner.revert()
@@ -168,6 +184,30 @@ class TestPatch:
         assert (older.applied, newer.applied) == (False, True)
         newer.revert()
         assert_unchanged(stub, before)
+
+    def test_the_same_patch_made_anew_takes_the_place_of_the_older(self, stub):
+        before = snapshot(stub)
+        calls = []
+        older = make_patch(("Thing.number", lambda n: n + 1), on_revert=lambda: calls.append("older off"))
+        newer = make_patch(("Thing.number", lambda n: n * 10), on_apply=lambda: calls.append("newer on"))
+        older.apply()
+        newer.apply()
+        assert stub.Thing.number == 10  # of the original, not of what the older made
+        assert (older.applied, newer.applied, calls) == (False, True, ["older off", "newer on"])
+        assert applied_patches().count("example") == 1
+        older.revert()
+        assert stub.Thing.number == 10
+        newer.revert()
+        assert_unchanged(stub, before)
+        assert "example" not in applied_patches()
+
+    def test_an_older_patch_stays_if_the_newer_cannot_be_applied(self, stub):
+        older = make_patch(("Thing.number", lambda n: n + 1))
+        older.apply()
+        with pytest.raises(PatchError):
+            make_patch(("gone", lambda _: None)).apply()
+        assert older.applied
+        assert stub.Thing.number == 2
 
     def test_revert_without_apply_does_nothing(self, stub):
         calls = []
@@ -203,19 +243,19 @@ class TestPatch:
     )
     def test_a_missing_target_changes_nothing(self, stub, target):
         before = snapshot(stub)
-        made = []
-        patch = make_patch(("function", made.append), ("Thing.added", made.append, True))
-        patch.replacements.append(Replacement(target, made.append))
-        patch.replacements.append(Replacement(f"{STUB}:Thing.number", made.append))
+        asked = []
+        patch = make_patch(("function", asked.append), ("Thing.added", asked.append, True))
+        patch.replacements.append(Replacement(target, asked.append))
+        patch.replacements.append(Replacement(f"{STUB}:Thing.number", asked.append))
         installed = importlib.metadata.version("megatron-core")
         assert refusal(patch) == (
             f"patch example: {target} was not found in megatron-core {installed}; install a version in >=0.19.2,<0.20"
         )
-        assert made == []
+        assert asked == []
         assert_unchanged(stub, before)
         patch.replacements.pop(2)
         patch.apply()
-        assert made != []
+        assert len(asked) == 3
 
     @pytest.mark.parametrize("name", ["number", "inherited"])
     def test_an_addition_must_not_exist(self, stub, name):
@@ -283,8 +323,8 @@ class TestPatch:
         )
         with pytest.raises(ValueError, match="unexpected original"):
             patch.apply()
-        patch.revert()
         assert calls == ["on_revert"]
+        assert not patch.applied
         assert_unchanged(stub, before)
 
     def test_a_module_that_cannot_be_imported_undoes_on_apply(self, tmp_path, monkeypatch):
@@ -293,8 +333,9 @@ class TestPatch:
         calls = []
         patch = make_patch(on_revert=lambda: calls.append("on_revert"))
         patch.replacements.append(Replacement("broken_at_import:function", lambda _: None))
-        with pytest.raises((OSError, RuntimeError)):
+        with pytest.raises((OSError, PatchError)):
             patch.apply()
+        assert not patch.applied
         assert calls == ["on_revert"]
 
 
@@ -313,12 +354,22 @@ def real_patches():
 
 
 @pytest.fixture
-def applied():
+def nothing_applied():
+    """Megatron-Core as it was installed, whatever other tests have done; then back to that."""
+    left = [patch for patch in real_patches().values() if patch.applied]
+    for patch in left:
+        patch.revert()
+    yield
+    for patch in left:
+        patch.apply()
+
+
+@pytest.fixture
+def applied(nothing_applied):
     """Apply patches for one test."""
     done = []
 
     def apply(patch):
-        assert not patch.applied, f"{patch.name} was left applied"
         patch.apply()
         done.append(patch)
         return patch
@@ -331,11 +382,11 @@ def applied():
 class TestRealPatches:
     def test_all_are_here(self):
         exported = {name for name in patches.__all__ if name.islower()} - {"applied_patches"}
-        assert set(real_patches()) == exported
+        assert set(real_patches()) == exported - {"applied_patches"}
 
     @pytest.mark.parametrize("name", sorted(real_patches()))
     @pytest.mark.parametrize("version", ["0.19.1", "0.20.0"])
-    def test_refused_with_another_version(self, installed, name, version):
+    def test_refused_with_another_version(self, nothing_applied, installed, name, version):
         patch = real_patches()[name]
         is_available = torch.cuda.is_available
         installed(version)
@@ -458,7 +509,7 @@ class TestFlops:
         arguments.hybrid_layer_pattern = pattern
         before = training.num_floating_point_operations(arguments, batch, **given)
         assert before > 0
-        applied(patches.flops(mixer_flops, "C2"))
+        applied(patches.flops(mixer_flops, self.OURS))
         assert training.num_floating_point_operations(arguments, batch, **given) - before == 3 * tokens * ours
         assert all(args is arguments and letter in pattern for args, letter in asked)
 

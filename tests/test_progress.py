@@ -298,22 +298,49 @@ class TestFinish:
 
 
 class TestResuming:
-    def test_later_records_of_repeated_steps_count(self, start):
+    def test_the_steps_after_the_checkpoint_are_recorded_anew(self, start):
         killed = start("run.log_interval=5")
         killed.steps(1, 20, 1.0, loss=lambda step: 5.0)
         killed.evaluate(lm_loss=4.0)
-        resumed = start("run.log_interval=5", first_step=11)
-        resumed.steps(11, 20, 1.0, loss=lambda step: 4.5)
-        resumed.evaluate(lm_loss=3.5)
-        resumed.steps(21, 40, 1.0, loss=lambda step: 1.0)
+        # From the checkpoint at step 12, with lines at other steps.
+        resumed = start("run.log_interval=7", first_step=13)
+        resumed.steps(13, 40, 1.0, loss=lambda step: 1.0)
         history = read_metrics(resumed.folder.metrics)
         assert [(r["step"], r["loss"]) for r in history if "loss" in r] == [
-            (1, 5.0), (5, 5.0), (10, 5.0), (15, 4.5), (20, 4.5), (25, 1.0), (30, 1.0), (35, 1.0), (40, 1.0),
+            (1, 5.0), (5, 5.0), (10, 5.0), (14, 1.0), (21, 1.0), (28, 1.0), (35, 1.0), (40, 1.0),
         ]  # fmt: skip
-        assert [(r["step"], r["validation_loss"]) for r in history if "validation_loss" in r] == [(20, 3.5)]
+        assert len(resumed.records) == len(history) == 8  # the old validation at step 20 is gone too
         summary = resumed.finish()
-        assert (summary["first_step_of_this_start"], summary["steps"]) == (11, 40)
-        assert summary["seconds_of_this_start"] == 30.0
+        assert (summary["first_step_of_this_start"], summary["steps"]) == (13, 40)
+        assert summary["seconds_of_this_start"] == 28.0
+
+    def test_nothing_is_forgotten_before_there_is_something_new(self, start):
+        killed = start()
+        killed.steps(1, 20, 1.0)
+        before = killed.folder.metrics.read_bytes()
+        start(first_step=11).steps(11, 19, 1.0)
+        assert killed.folder.metrics.read_bytes() == before
+
+    def test_later_records_of_repeated_steps_count(self, tmp_path):
+        path = tmp_path / "metrics.jsonl"
+        path.write_text(
+            '{"step": 1, "loss": 5.0}\n{"step": 2, "loss": 4.0}\n{"step": 2, "validation_loss": 4.5}\n'
+            '{"step": 2, "loss": 3.0}\n{"step": 2, "validation_loss": 3.5}\n{"step": 1, "loss": 6.0}\n'
+        )
+        assert read_metrics(path) == [
+            {"step": 1, "loss": 6.0}, {"step": 2, "validation_loss": 3.5}, {"step": 2, "loss": 3.0}
+        ]  # fmt: skip
+
+    def test_a_finished_run_can_be_summed_up_later(self, start):
+        """It was killed between its last checkpoint and its summary."""
+        killed = start()
+        killed.steps(1, 40, 1.0, loss=lambda step: 1.5)
+        late = start(first_step=41)
+        late.progress.finish(parameters=None, device="cpu", layers="local")
+        summary = json.loads(late.folder.summary.read_text())
+        assert (summary["steps"], summary["final_loss"], summary["parameters"]) == (40, 1.5, None)
+        assert late.lines[0] == "trained to step 40; final loss 1.5000 nats (chance: 2.0000)"
+        assert late.folder.loss_curve.is_file()
 
     def test_a_torn_last_line_is_ignored(self, start):
         run = start()

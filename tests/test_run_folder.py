@@ -241,7 +241,9 @@ class TestSameModel:
             ["model.layers=local", "model.mixer_backend=torch", "model.init_std=0.01"],
             ["mixer.content_grad=detached"],
             ["data.recall.num_pairs=2", "data.recall.num_overwrites=1"],
-            ["checkpoint.interval=null", "run.log_interval=1", "run.name=other", "megatron.num_workers=0"],
+            ["checkpoint.interval=null", "run.log_interval=1", "run.name=other"],
+            ["megatron.num_workers=0", "megatron.recompute_granularity=full", "megatron.log_throughput=true"],
+            ["megatron.exit_interval=5", "megatron.wandb_project=mine", "megatron.attention_backend=flash"],
         ],
         ids=" ".join,
     )
@@ -270,6 +272,7 @@ class TestSameModel:
             ("mixer.decay_projection=full_rank", "mixer.decay_projection", "low_rank", "full_rank"),
             ("mixer.key_head_dim=16", "mixer.key_head_dim", 8, 16),
             ("data.recall.num_keys=10", "data.recall.num_keys", 9, 10),
+            ("megatron.rotary_percent=0.5", "megatron.rotary_percent", None, 0.5),
         ],
     )
     def test_one_difference_is_listed_with_both_values(self, folder, override, key, theirs, ours):

@@ -34,6 +34,7 @@ def one_process():
         dist.destroy_process_group()
         for name, value in saved.items():
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+        patches.mixed_precision_groups.revert()  # the mixers apply it
         patches.layer_symbols.revert()
         patches.cpu_mode.revert()
 
