@@ -306,6 +306,13 @@ class TestMegatronSection:
         assert all({a.const for a in by_name[name]} == {not value} for name in refused)
         assert len(refused) < 5
 
+    @pytest.mark.parametrize("default", [True, False, None])
+    @pytest.mark.parametrize("value", [True, False])
+    def test_switches_with_two_flags(self, default, value):
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--caching", action=argparse.BooleanOptionalAction, default=default)
+        assert bool(parser.parse_args(megatron_argv(parser, {}, {}, {"caching": value})).caching) is value
+
     @pytest.mark.parametrize(
         ("override", "complaint"),
         [

@@ -175,16 +175,6 @@ class TestPatch:
         assert_unchanged(stub, before)
         assert stub.Thing.Inner.letter == "a"
 
-    def test_a_patch_made_anew_replaces_the_older_one(self, stub):
-        before = snapshot(stub)
-        older, newer = (make_patch(("Thing.number", lambda n, k=k: n + k)) for k in (1, 5))
-        older.apply()
-        newer.apply()
-        assert stub.Thing.number == 6
-        assert (older.applied, newer.applied) == (False, True)
-        newer.revert()
-        assert_unchanged(stub, before)
-
     def test_the_same_patch_made_anew_takes_the_place_of_the_older(self, stub):
         before = snapshot(stub)
         calls = []
