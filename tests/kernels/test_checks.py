@@ -110,6 +110,8 @@ CARVE_ERRORS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "content_chunk multiple": ({"content_chunk": 96}, ("content_chunk:", "multiple of 64", "96")),
     "content_chunk zero": ({"content_chunk": 0}, ("content_chunk:", "positive", "0")),
     "content_chunk type": ({"content_chunk": 64.0}, ("content_chunk:", "multiple of 64", "64.0")),
+    "erase_scale": ({"erase_scale": 2.5}, ("erase_scale:", "above 0 and at most 2", "2.5")),
+    "erase_scale type": ({"erase_scale": True}, ("erase_scale:", "a number", "True")),
     "content_grad": ({"content_grad": "none"}, ("content_grad:", "full, detached", "'none'")),
     "state type": ({"initial_state": X(B, HV, K, V)}, ("initial_state:", "CarveState", "Tensor")),
     "S shape": ({"initial_state": state(3)}, ("initial_state.S:", "[2, 4, 8, 6]", "[3, 4, 8, 6]")),

@@ -160,6 +160,20 @@ def test_a_full_erase_and_write_replaces_what_a_key_held() -> None:
     assert torch.equal(S[0, 0], torch.tensor([[5.0, 6.0], [3.0, 4.0]]))
 
 
+def test_erase_scale_widens_the_gate() -> None:
+    inputs = make_inputs("carve", T=150, HV=4, initial_state=True).with_options(erase_scale=2.0)
+    truth = run_with_grads(oracle_carve, inputs)
+    ours = run_with_grads(chunk_carve, inputs, CarveState, output_final_state=True)
+    for name, value in truth.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    stepped, _ = inputs.call(recurrent_carve, CarveState)
+    whole, _ = inputs.call(chunk_carve, CarveState)
+    torch.testing.assert_close(stepped, whole, rtol=1e-10, atol=1e-10)
+    narrow, _ = inputs.with_options(erase_scale=1.0).call(chunk_carve, CarveState)
+    assert (narrow - whole).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("content_chunk", [64, 128])
 @pytest.mark.parametrize("layout", [{"B": 3, "T": 200, "HV": 4}, {"lengths": [130, 1, 69]}, {"T": 5, "K": 7}])

@@ -53,6 +53,7 @@ def oracle_carve(
     *,
     content_chunk: int = 64,
     content_grad: str = "full",
+    erase_scale: float = 1.0,
     scale: float | None = None,
     initial_state: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     cu_seqlens: Tensor | None = None,
@@ -72,7 +73,8 @@ def oracle_carve(
         for t in range(end - start):
             m = mean.detach() if content_grad == "detached" else mean
             U_D_m = torch.stack([U[head] @ (D[head] @ m[head]) for head in range(v.shape[2])])
-            o_t, S = _token(qs[t], ks[t], vs[t], gs[t], torch.sigmoid(ls[t] + U_D_m), ws[t][:, None], S, scale)
+            b = erase_scale * torch.sigmoid(ls[t] + U_D_m)
+            o_t, S = _token(qs[t], ks[t], vs[t], gs[t], b, ws[t][:, None], S, scale)
             o.append(o_t)
             partial, count = partial + o_t, count + 1
             if count == content_chunk:
