@@ -77,7 +77,10 @@ def prepare(recipe: Recipe) -> Plan:
     if device == "cpu":
         cpu_mode.apply()  # before Megatron is imported, so that it does not pick GPU libraries
     check_layout(recipe, world_size())
-    resolve_backend(recipe.model.mixer_backend, torch.device(device))
+    try:
+        resolve_backend(recipe.model.mixer_backend, torch.device(device))
+    except NotImplementedError as error:
+        raise NotImplementedError(f"model.mixer_backend: {error}") from None
     folder = RunFolder(recipe.run.path)
     store, rank, _ = join_processes()
     start = on_first_process(store, rank, "start", lambda: _find_start(recipe, folder))
@@ -202,6 +205,11 @@ def _layers(recipe: Recipe, device: str) -> LayerImplementation:
         raise ValueError("model.layers: transformer_engine needs a GPU; choose local")
     if layers == "local" and (needy := sorted(set(recipe.model.pattern) & set(TRANSFORMER_ENGINE_LETTERS))):
         raise ValueError(f"model.pattern: the layers {', '.join(needy)} need Transformer Engine's layers")
+    if layers == "local" and recipe.megatron.get("normalization", "RMSNorm") != "RMSNorm":
+        raise ValueError(
+            "megatron.normalization: layers without Transformer Engine support RMSNorm only, got "
+            f"{recipe.megatron['normalization']!r}"
+        )
     if "G" in recipe.model.pattern and not (HAVE_FLA and device == "cuda"):
         raise ImportError("model.pattern: the layer G (Megatron's GDN) needs flash-linear-attention and a GPU")
     return layers

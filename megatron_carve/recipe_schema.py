@@ -30,7 +30,7 @@ class _Checked:
 def _at_least(section: Any, minimum: float, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
-        if value is not None and not value >= minimum:
+        if value is not None and not minimum <= value < math.inf:
             raise ValueError(f"{name}: expected at least {minimum}, got {value}")
 
 

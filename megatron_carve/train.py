@@ -126,6 +126,7 @@ def _apply_patches(progress: Progress) -> None:
         patches.dataset_helpers,
         patches.layer_symbols,
         patches.torch_adam_resume,
+        patches.mixed_precision_groups,
         patches.mtp_stack(MixerStack),
         patches.flops(mixer_flops, MIXER_LETTERS),
         patches.training_events(progress),
