@@ -12,6 +12,8 @@ one, float32. States are float32, or float64 for float64 inputs, and so is the c
 backward outside it, as torch advises); o has the dtype of v.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from . import recurrent, reference
@@ -21,8 +23,22 @@ from .state import CarveState
 
 __all__ = ["CarveState", "chunk_carve", "chunk_gdn2", "recurrent_carve", "recurrent_gdn2", "resolve_backend"]
 
-_CHUNK_OPS = {"torch": reference}
-_RECURRENT_OPS = {"torch": recurrent}
+
+def _chunk_ops(backend: str) -> Any:
+    """The module with a backend's chunk ops; Triton is imported only when asked for."""
+    if backend == "torch":
+        return reference
+    from . import chunk
+
+    return chunk
+
+
+def _recurrent_ops(backend: str) -> Any:
+    if backend == "torch":
+        return recurrent
+    from . import decode
+
+    return decode
 
 
 def chunk_gdn2(
@@ -65,7 +81,7 @@ def chunk_gdn2(
         NotImplementedError: the backend does not exist for this device.
     """
     check_gdn2(q, k, v, g, b, w, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    return _CHUNK_OPS[resolve_backend(backend, q.device)].chunk_gdn2(
+    return _chunk_ops(resolve_backend(backend, q.device)).chunk_gdn2(
         q, k, v, g, b, w,
         scale=_scale(scale, q), initial_state=initial_state, output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
@@ -135,7 +151,7 @@ def chunk_carve(
         content_chunk=content_chunk, content_grad=content_grad, erase_scale=erase_scale,
         initial_state=initial_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    return _CHUNK_OPS[resolve_backend(backend, q.device)].chunk_carve(
+    return _chunk_ops(resolve_backend(backend, q.device)).chunk_carve(
         q, k, v, g, erase_logits, w, content_down, content_up,
         content_chunk=content_chunk, content_grad=content_grad, erase_scale=erase_scale, scale=_scale(scale, q),
         initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
@@ -162,7 +178,7 @@ def recurrent_gdn2(
     torch.no_grad: the results carry no gradient.
     """
     check_gdn2(q, k, v, g, b, w, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    return _RECURRENT_OPS[resolve_backend(backend, q.device)].recurrent_gdn2(
+    return _recurrent_ops(resolve_backend(backend, q.device)).recurrent_gdn2(
         q, k, v, g, b, w,
         scale=_scale(scale, q), initial_state=initial_state, output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
@@ -198,7 +214,7 @@ def recurrent_carve(
         content_chunk=content_chunk, content_grad=content_grad, erase_scale=erase_scale,
         initial_state=initial_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    return _RECURRENT_OPS[resolve_backend(backend, q.device)].recurrent_carve(
+    return _recurrent_ops(resolve_backend(backend, q.device)).recurrent_carve(
         q, k, v, g, erase_logits, w, content_down, content_up,
         content_chunk=content_chunk, erase_scale=erase_scale, scale=_scale(scale, q), initial_state=initial_state,
         output_final_state=output_final_state, cu_seqlens=cu_seqlens,

@@ -8,6 +8,7 @@ import torch
 
 from megatron_carve.kernels import (
     CarveState,
+    backends,
     chunk_carve,
     chunk_gdn2,
     recurrent_carve,
@@ -187,11 +188,10 @@ def test_arguments_after_the_tensors_are_keyword_only(form: str) -> None:
         CARVE[form](*carve_arguments().values(), 64)
 
 
-@FORMS
-def test_triton_is_refused_until_it_exists(form: str) -> None:
-    for op, arguments in ((GDN2[form], gdn2_arguments()), (CARVE[form], carve_arguments())):
-        with pytest.raises(NotImplementedError, match="no Triton kernels exist yet"):
-            op(**arguments, backend="triton")
+def test_triton_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_interpreted", lambda: False)
+    with pytest.raises(NotImplementedError, match="needs a CUDA GPU, got cpu"):
+        backends.resolve_backend("triton", torch.device("cpu"))
 
 
 def test_auto_and_torch_resolve_to_torch(caplog: pytest.LogCaptureFixture) -> None:
@@ -200,5 +200,5 @@ def test_auto_and_torch_resolve_to_torch(caplog: pytest.LogCaptureFixture) -> No
         for backend in ("torch", "auto", "auto"):
             assert resolve_backend(backend, torch.device("cpu")) == "torch"
     assert [record.message for record in caplog.records] == [
-        "backend 'auto' on cpu: torch, the only implementation so far"
+        "backend 'auto' on cpu: torch; the Triton kernels are experimental, backend 'triton' selects them"
     ]

@@ -1,0 +1,96 @@
+"""GDN-2, the stages that run from chunk to chunk: the state forward, its gradient backward."""
+
+import triton
+import triton.language as tl
+
+from .tiles import chunk_rows, load_blocks, load_rows, load_tile, matmul, store_tile
+
+
+@triton.jit
+def chunk_state_kernel(
+    erasure, update, k_to_end, blocks, initial_state,
+    states, residuals, final_state,
+    first, H, HV,
+    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program per sequence, value head and block of value columns; KP is K rounded up to a power of two.
+
+    Reads chunk_operands_kernel's tiles; writes per chunk
+        states [NC, HV, K, V]: the state before it,
+        residuals [NC, HV, C, V]: R = A (w v - exp(G) b k S), what it adds at each of its keys,
+    and final_state [N, HV, K, V] float32.
+    """
+    i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
+    i_h = i_hv // (HV // H)
+    o_r, o_k = tl.arange(0, 64), tl.arange(0, KP)
+    o_v = tl.program_id(1) * BV + tl.arange(0, BV)
+    m_s = (o_k[:, None] < K) & (o_v[None, :] < V)
+    o_s = o_k[:, None] * V + o_v[None, :]
+    b_S = tl.zeros([KP, BV], tl.float32)
+    if HAS_INITIAL:
+        b_S += tl.load(initial_state + (i_n * HV + i_hv) * K * V + o_s, mask=m_s, other=0.0)
+    for i_c in range(tl.load(first + i_n), tl.load(first + i_n + 1)):
+        i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
+        b_S_CT = b_S.to(CT)
+        tl.store(states + i_chv * K * V + o_s, b_S_CT, mask=m_s)
+        b_W = load_tile(erasure, i_ch, o_r, K, o_k)
+        b_R = load_tile(update, i_chv, o_r, V, o_v).to(tl.float32) - matmul(b_W, b_S_CT, CT, PRECISION)
+        b_R = b_R.to(CT)
+        store_tile(residuals, i_chv, o_r, V, o_v, b_R)
+        b_k = load_tile(k_to_end, i_ch, o_r, K, o_k)
+        b_0, b_1, b_2, b_3 = load_blocks(blocks, i_ch, K, o_k)
+        b_S = b_S * (b_0 * b_1 * b_2 * b_3)[:, None] + matmul(tl.trans(b_k), b_R, CT, PRECISION)
+    if STORE_FINAL:
+        tl.store(final_state + (i_n * HV + i_hv) * K * V + o_s, b_S, mask=m_s)
+
+
+@triton.jit
+def chunk_state_gradient_kernel(
+    erasure, k_to_end, q_from_start, blocks, d_residuals_here, do, d_final_state,
+    d_states, d_residuals, d_initial_state,
+    table, first, H, HV,
+    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    HAS_FINAL: tl.constexpr, STORE_INITIAL: tl.constexpr, PER_HEAD_ERASURE: tl.constexpr,
+    CT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The reverse of chunk_state_kernel, with the same programs.
+
+    Reads d_residuals_here [NC, HV, C, V], what the chunk's own outputs give its residuals; writes per chunk
+        d_states [NC, HV, K, V]: gradient of the state after it,
+        d_residuals [NC, HV, C, V]: gradient of its residuals,
+    and d_initial_state [N, HV, K, V] float32.
+    """
+    i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
+    i_h = i_hv // (HV // H)
+    o_r, o_k = tl.arange(0, 64), tl.arange(0, KP)
+    o_v = tl.program_id(1) * BV + tl.arange(0, BV)
+    m_s = (o_k[:, None] < K) & (o_v[None, :] < V)
+    o_s = o_k[:, None] * V + o_v[None, :]
+    b_dS = tl.zeros([KP, BV], tl.float32)
+    if HAS_FINAL:
+        b_dS += tl.load(d_final_state + (i_n * HV + i_hv) * K * V + o_s, mask=m_s, other=0.0)
+    first_chunk, last_chunk = tl.load(first + i_n), tl.load(first + i_n + 1) - 1
+    # the sequence's tokens; read here, so that the loop's addresses do not wait for a load
+    row_0, low, _ = chunk_rows(table, tl.maximum(tl.minimum(first_chunk, last_chunk), 0))
+    last_row_0, _, high = chunk_rows(table, tl.maximum(last_chunk, 0))
+    for i_back in range(last_chunk - first_chunk + 1):
+        i_c = last_chunk - i_back
+        i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
+        b_dS_CT = b_dS.to(CT)
+        tl.store(d_states + i_chv * K * V + o_s, b_dS_CT, mask=m_s)
+        b_k = load_tile(k_to_end, i_ch, o_r, K, o_k)
+        b_dR = load_tile(d_residuals_here, i_chv, o_r, V, o_v).to(tl.float32)
+        b_dR += matmul(b_k, b_dS_CT, CT, PRECISION)
+        b_dR = b_dR.to(CT)
+        store_tile(d_residuals, i_chv, o_r, V, o_v, b_dR)
+        start = row_0 + (i_c - first_chunk) * 64
+        m_r = (start + o_r >= row_0 + low) & (start + o_r < last_row_0 + high)
+        b_do = load_rows(do, start, o_r, m_r, HV * V, i_hv * V + o_v)
+        b_q = load_tile(q_from_start, i_ch, o_r, K, o_k)
+        b_W = load_tile(erasure, i_chv if PER_HEAD_ERASURE else i_ch, o_r, K, o_k)
+        b_0, b_1, b_2, b_3 = load_blocks(blocks, i_ch, K, o_k)
+        b_dS = b_dS * (b_0 * b_1 * b_2 * b_3)[:, None]
+        b_dS += matmul(tl.trans(b_q), b_do, CT, PRECISION) - matmul(tl.trans(b_W), b_dR, CT, PRECISION)
+    if STORE_INITIAL:
+        tl.store(d_initial_state + (i_n * HV + i_hv) * K * V + o_s, b_dS, mask=m_s)
