@@ -73,18 +73,18 @@ def carve_state_kernel(
     b_partial = tl.zeros([16, VP], tl.float32)
     b_code = tl.zeros([16, RP], tl.float32)
     count = tl.zeros([], tl.int64)
-    i_c, end = tl.load(first + i_n), tl.load(first + i_n + 1)
+    begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
     if HAS_INITIAL:
         b_S += tl.load(initial_S + i_nhv * K * V + o_s, mask=m_s, other=0.0)
         b_partial += load_equal_rows(initial_partial + i_nhv * V, o_e, o_v, m_v)
         b_mean = load_equal_rows(initial_mean + i_nhv * V, o_e, o_v, m_v)
         count += tl.load(initial_count + i_n) // 64 * 64
         b_code += matmul(b_mean, tl.load(p_down, mask=m_down, other=0.0), CT, PRECISION)
-        for i_next in range(i_c, tl.minimum(i_c + (content_chunk - count) // 64, end)):
+        for i_next in range(begin, tl.minimum(begin + (content_chunk - count) // 64, end)):
             store_equal_rows(means + (i_next * HV + i_hv) * V, o_e, o_v, m_v, b_mean)
         if STORE_FINAL:
             store_equal_rows(final_mean + i_nhv * V, o_e, o_v, m_v, b_mean)
-    for i_c in range(i_c, end):
+    for i_c in range(begin, end):
         start, low, high = chunk_rows(table, i_c)
         m_r = (o_r >= low) & (o_r < high)
         i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv

@@ -30,8 +30,8 @@ def carve_tiles_kernel(
 ):  # fmt: skip
     """One program per chunk and key head.
 
-    Writes P [NC, H, C, C], the scores of the scaled queries (WITH_P; it holds steep rows' on entry), and what the sum of
-    a chunk's outputs needs: q_sum [NC, H, K] and P_sum [NC, H, C], the column sums of scale * exp(G) q and of P,
+    Writes P [NC, H, C, C], the scores of the scaled queries (WITH_P; it holds steep rows' on entry), and what the sum
+    of a chunk's outputs needs: q_sum [NC, H, K] and P_sum [NC, H, C], the column sums of scale * exp(G) q and of P,
     float32. Then keys times decays, [NC, H, C, K]:
         k_down, k_up: for rows and columns of one block of 16,
         k_16, k_32: for pairs of 16 (32) rows: the left factor in the lower ones, the right factor in the upper ones,

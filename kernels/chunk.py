@@ -199,8 +199,8 @@ class ChunkCarve(torch.autograd.Function):
         else:
             tiles = carve_tiles(call, q, k, g, A_log, dt_bias, factors, P, with_P=False)
             d_states, d_residuals, d_rows, d_initial = carve_state_gradient(
-                call, logits, down, up, content, factors, tiles, A, states, residuals, erasure, q_from_start, d_here, do,
-                d_final, count, ctx.has_initial, ctx.content_chunk, ctx.detached,
+                call, logits, down, up, content, factors, tiles, A, states, residuals, erasure, q_from_start, d_here,
+                do, d_final, count, ctx.has_initial, ctx.content_chunk, ctx.detached,
             )  # fmt: skip
         dv, dw, d_written, dT, dP = chunk_value_gradient(call, v, w, A, do, d_rows, residuals, d_residuals)
         dq, dk, dg, d_logits, d_content, dA_log, d_dt_bias = chunk_key_gradient(
@@ -289,7 +289,9 @@ def carve_state_gradient(
     tails = ((call.K, call.V), (call.V,), (call.V,))
     has_final = any(x is not None for x in d_final)
     if has_final:
-        d_final = [content.new_zeros(*shape, *t) if x is None else x.contiguous() for x, t in zip(d_final, tails)]
+        d_final = [
+            content.new_zeros(*shape, *t) if x is None else x.contiguous() for x, t in zip(d_final, tails, strict=True)
+        ]
     d_initial = [content.new_empty(*shape, *tail) if has_initial else None for tail in tails]
     carve_state_gradient_kernel[(call.chunks.sequences * call.HV,)](
         logits, down, up, content, tiles.q_sum, tiles.P_sum, factors.blocks, factors.steep, *tiles[2:],
