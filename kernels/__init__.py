@@ -33,10 +33,13 @@ def _chunk_ops(backend: str) -> Any:
     return chunk
 
 
-def _recurrent_ops(backend: str) -> Any:
+def _recurrent_ops(backend: str, q: Tensor, v: Tensor) -> Any:
     if backend == "torch":
         return recurrent
     from . import decode
+    from .chunk import check_supported
+
+    check_supported(q, v, 256)
 
     return decode
 
@@ -178,7 +181,7 @@ def recurrent_gdn2(
     torch.no_grad: the results carry no gradient.
     """
     check_gdn2(q, k, v, g, b, w, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    return _recurrent_ops(resolve_backend(backend, q.device)).recurrent_gdn2(
+    return _recurrent_ops(resolve_backend(backend, q.device), q, v).recurrent_gdn2(
         q, k, v, g, b, w,
         scale=_scale(scale, q), initial_state=initial_state, output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
@@ -214,7 +217,7 @@ def recurrent_carve(
         content_chunk=content_chunk, content_grad=content_grad, erase_scale=erase_scale,
         initial_state=initial_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    return _recurrent_ops(resolve_backend(backend, q.device)).recurrent_carve(
+    return _recurrent_ops(resolve_backend(backend, q.device), q, v).recurrent_carve(
         q, k, v, g, erase_logits, w, content_down, content_up,
         content_chunk=content_chunk, erase_scale=erase_scale, scale=_scale(scale, q), initial_state=initial_state,
         output_final_state=output_final_state, cu_seqlens=cu_seqlens,
