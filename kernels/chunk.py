@@ -54,8 +54,8 @@ TUNING = {
     "chunk_recompute": Tuning(64, 128, 4),
     "chunk_state_gradient": Tuning(0, 64, 8, 2),
     "chunk_value_gradient": Tuning(0, 128, 4),
-    "chunk_row_gradient": Tuning(64, 64, 4),
-    "chunk_key_gradient": Tuning(64, 64, 4),
+    "chunk_row_gradient": Tuning(64, 128, 4),
+    "chunk_key_gradient": Tuning(64, 128, 4),
 }
 
 

@@ -60,6 +60,7 @@ def test_a_replayed_cuda_graph_equals_eager_steps(op: str) -> None:
     inputs = full_size(op, 70)
     names = [name for name in inputs.tensors if not name.startswith("content")]
     static = inputs.tokens(0, 1).map_floats(Tensor.clone)
+    static.state.update({name: x.clone() for name, x in static.state.items()})
     state_before = {name: x.clone() for name, x in inputs.state.items()}
 
     warmup = torch.cuda.Stream()

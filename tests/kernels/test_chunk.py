@@ -39,7 +39,7 @@ def test_content_chunks_across_calls(content_grad: str) -> None:
 
 def check(op: str, options: dict[str, Any]) -> None:
     inputs = make_inputs(op, dtype=torch.float32, **options)
-    moved = inputs.map_floats(lambda x: x.to(DEVICE))
+    moved = inputs.to(DEVICE)
     found = run_with_grads(OPS[op], moved, CarveState, output_final_state=True, backend="triton")
     expected = run_with_grads(ORACLES[op], in_float64(inputs))
     if op == "gdn2":

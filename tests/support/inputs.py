@@ -34,6 +34,12 @@ class OpInputs:
         state = {name: change(x) if x.is_floating_point() else x for name, x in self.state.items()}
         return replace(self, tensors=tensors, state=state)
 
+    def to(self, device: str) -> "OpInputs":
+        """Move every tensor of the call."""
+        options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
+        moved = replace(self, state={name: x.to(device) for name, x in self.state.items()}, options=options)
+        return moved.map_floats(lambda x: x.to(device))
+
     def with_tensors(self, **tensors: Tensor) -> "OpInputs":
         return replace(self, tensors={**self.tensors, **tensors})
 
@@ -171,9 +177,9 @@ def named_outputs(op: str, returned: tuple[Tensor, Any]) -> dict[str, Tensor]:
 def random_loss(op: str, outputs: dict[str, Tensor]) -> Tensor:
     """A fixed random weighting of all float outputs; the weights are exact in bfloat16, alike for every dtype."""
     generator = torch.Generator().manual_seed(1)
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64, device=outputs["o"].device)
     for name in ("o", *STATE_FLOATS[op]):
-        weight = torch.randn(outputs[name].shape, generator=generator).bfloat16().double()
+        weight = torch.randn(outputs[name].shape, generator=generator).bfloat16().double().to(loss.device)
         loss = loss + (outputs[name].double() * weight).sum()
     return loss
 

@@ -1,0 +1,186 @@
+"""The Triton chunk ops on a GPU: values and gradients against float64 in every dtype, and the properties of the ops.
+
+The truth is the torch backend in float64, which the other tests compare with a token-by-token oracle. An error is the
+root mean square of the difference over that of the truth. It may be twice that of the torch backend in the same dtype
+(three times for gradients) plus the floor of its dtype: the torch backend rounds nothing inside, while the kernels round
+every operand of a product, to bfloat16 (2^-9), to tf32 for float16 inputs (2^-11), or hardly at all (tf32x3).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.inputs import OpInputs, in_float64, make_inputs, run_with_grads
+from support.interpreter import DEVICE
+
+from megatron_carve.kernels import CarveState, chunk_carve, chunk_gdn2
+
+pytestmark = pytest.mark.gpu
+
+OPS = {"gdn2": chunk_gdn2, "carve": chunk_carve}
+BOTH = pytest.mark.parametrize("op", OPS)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# Of outputs and states, then of gradients: a few roundings of operands, one after another. The gradient of the
+# log-decays is a sum of differences, where more of it shows.
+FLOORS = {"bf16": (2.0**-7, 2.0**-6), "fp16": (2.0**-9, 2.0**-8), "fp32": (4e-6, 1e-5)}
+
+CASES: dict[str, dict[str, Any]] = {
+    "128": {"B": 2, "T": 300, "H": 2, "K": 128, "V": 128},
+    "32": {"B": 1, "T": 200, "H": 2, "K": 32, "V": 32},
+    "64x96": {"B": 1, "T": 130, "H": 2, "K": 64, "V": 96},
+    "96x64": {"B": 1, "T": 130, "H": 2, "K": 96, "V": 64},
+    "grouped state": {"B": 2, "T": 150, "H": 1, "HV": 3, "K": 128, "V": 64, "initial_state": True},
+    "packed": {"lengths": [1, 190, 0, 64, 65, 3], "H": 2, "K": 128, "V": 128, "initial_state": True},
+    "steep": {"B": 1, "T": 200, "H": 2, "K": 128, "V": 128, "decay": "steep", "erase": "extreme", "zero_keys": True},
+    "one token": {"B": 2, "T": 1, "H": 2, "K": 128, "V": 128},
+}
+GDN2_CASES = CASES | {
+    "256": {"B": 1, "T": 130, "H": 1, "K": 256, "V": 256, "initial_state": True},
+    "vector gate": {"B": 2, "T": 150, "H": 1, "HV": 2, "K": 128, "V": 128, "short_w": False},
+}
+CARVE_CASES = CASES | {
+    "content 128": {"B": 2, "T": 300, "H": 2, "K": 128, "V": 128, "content_chunk": 128, "counts": [5, 70]},
+    "detached": {"B": 2, "T": 300, "H": 2, "K": 128, "V": 128, "content_grad": "detached"},
+}
+ALL = [("gdn2", name) for name in GDN2_CASES] + [("carve", name) for name in CARVE_CASES]
+
+
+@pytest.fixture(autouse=True)
+def memory_starts_as_nan() -> Iterator[None]:
+    """Every torch.empty is filled with NaN: nothing may depend on memory that no kernel has written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(op: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> OpInputs:
+    inputs = make_inputs(op, dtype=dtype, rank=16 if op == "carve" else 3, **options)
+    if op == "carve":
+        # the content term grows with V and R: back to the size it has at the widths of the other tests
+        width = options["V"] * 16 / (8 * 3)
+        inputs = inputs.with_tensors(content_up=inputs.tensors["content_up"] / width**0.5)
+    return inputs.to(DEVICE)
+
+
+def run(inputs: OpInputs, backend: str) -> dict[str, Any]:
+    return run_with_grads(OPS[inputs.op], inputs, CarveState, output_final_state=True, backend=backend)
+
+
+def rms_error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    truth = truth.double()
+    return ((found.double() - truth).square().mean().sqrt() / truth.square().mean().sqrt().clamp(min=1e-6)).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("op", "case"), ALL)
+def test_values_and_gradients(op: str, case: str, dtype: str) -> None:
+    inputs = draw(op, DTYPES[dtype], **(GDN2_CASES | CARVE_CASES)[case])
+    check(inputs, dtype)
+
+
+@BOTH
+def test_a_long_sequence(op: str) -> None:
+    check(draw(op, B=1, T=65536, H=1, K=128, V=128), "bf16")
+
+
+def check(inputs: OpInputs, dtype: str) -> None:
+    truth = run(in_float64(inputs), "torch")
+    plain = run(inputs, "torch")
+    found = run(inputs, "triton")
+    failures = []
+    for name, expected in truth.items():
+        if name == "count":
+            assert torch.equal(found[name], expected)
+            continue
+        assert found[name].isfinite().all(), name
+        if expected is None or not expected.any():
+            # what cancels leaves rounding, here at most that of 16-bit results of order 0.1
+            assert found[name].abs().max() <= 1e-6, name
+            continue
+        is_gradient = name.startswith("grad_")
+        limit = (3 if is_gradient else 2) * rms_error(plain[name], expected) + FLOORS[dtype][is_gradient]
+        error = rms_error(found[name], expected)
+        if not error <= limit:
+            failures.append(f"{name}: {error:.1e} above {limit:.1e}")
+    assert not failures, "; ".join(failures)
+
+
+@BOTH
+def test_gradients_have_no_bias(op: str) -> None:
+    """The error along the gradient itself, which averages rounding away and keeps what is systematic."""
+    inputs = draw(op, B=2, T=2048, H=2, K=128, V=128)
+    truth, found = run(in_float64(inputs), "torch"), run(inputs, "triton")
+    for name, expected in truth.items():
+        if name.startswith("grad_"):
+            expected = expected.double()
+            along = ((found[name].double() - expected) * expected).sum() / expected.square().sum()
+            assert abs(along.item()) <= 2.0**-9, f"{name}: {along:.1e}"
+
+
+@BOTH
+@pytest.mark.parametrize("decay", ["ordinary", "steep"])
+def test_causal_in_every_bit(op: str, decay: str) -> None:
+    inputs = draw(op, B=1, T=200, H=2, K=128, V=128, decay=decay)
+    o = run(inputs, "triton")["o"]
+    others = draw(op, B=1, T=200, H=2, K=128, V=128, decay="steep", seed=1)
+    for t in (1, 17, 63, 64, 100, 150):
+        changed = {
+            name: torch.cat([x[:, :t], others.tensors[name][:, t:]], 1)
+            for name, x in inputs.tensors.items()
+            if not name.startswith("content")
+        }
+        assert torch.equal(run(inputs.with_tensors(**changed), "triton")["o"][:, :t], o[:, :t]), t
+
+
+@BOTH
+def test_two_runs_are_equal_in_every_bit(op: str) -> None:
+    inputs = draw(op, B=2, T=1000, H=4, HV=8, K=128, V=128)
+    first, second = run(inputs, "triton"), run(inputs, "triton")
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), name
+
+
+@BOTH
+def test_no_host_synchronisation(op: str) -> None:
+    inputs = draw(op, lengths=[100, 200], H=2, K=128, V=128)
+    leaves = inputs.map_floats(lambda x: x.detach().requires_grad_())
+
+    def step() -> None:
+        o, _ = leaves.call(OPS[op], CarveState, backend="triton")
+        o.backward(torch.ones_like(o))
+
+    step()
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_without_content_carve_is_gdn2() -> None:
+    carve = draw("carve", B=1, T=300, H=2, K=128, V=128)
+    carve = carve.with_tensors(content_up=torch.zeros_like(carve.tensors["content_up"]))
+    names = ("q", "k", "v", "g")
+    b = torch.sigmoid(carve.tensors["erase_logits"].float())
+    same = OpInputs("gdn2", {n: carve.tensors[n] for n in names} | {"b": b, "w": carve.tensors["w"]}, {}, {})
+    error = rms_error(run(carve, "triton")["o"], run(same, "triton")["o"])
+    assert error <= FLOORS["bf16"][0]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_more_is_saved_than_inputs_and_tiles(op: str) -> None:
+    """A, P and the states, in bfloat16: per chunk and head 64 * 64 * 2 + K * V elements."""
+    inputs = draw(op, B=1, T=4096, H=4, K=128, V=128)
+    leaves = inputs.map_floats(lambda x: x.detach().requires_grad_())
+    leaves.call(OPS[op], CarveState, backend="triton")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    o, _ = leaves.call(OPS[op], CarveState, backend="triton")
+    saved = torch.cuda.memory_allocated() - before - o.numel() * 2
+    tiles = 4096 // 64 * 4 * (2 * 64 * 64 + 128 * 128) * 2
+    assert saved <= 1.02 * tiles + 2**20
