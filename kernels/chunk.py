@@ -33,14 +33,17 @@ class Tuning(NamedTuple):
     num_stages: int = 1
     maxnreg: int | None = None
 
-    def launch(self, *columns: int) -> dict[str, Any]:
-        """Launch options for these blocks of columns.
+    def launch(self, dtype: torch.dtype, *columns: int) -> dict[str, Any]:
+        """Launch options for tiles of this dtype with these blocks of columns.
+
+        Loads of float32 tiles are not pipelined: several stages of them exceed a Hopper SM's shared memory.
 
         Triton 3.6 reads outside shared memory in a wgmma product of 64 rows with 32 columns or fewer that lie
         contiguous (seen on an H200 with compute-sanitizer); two warps multiply without wgmma.
         """
         num_warps = min(self.num_warps, 2) if min(columns) < 64 else self.num_warps
-        return {"num_warps": num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
+        num_stages = self.num_stages if dtype == torch.bfloat16 else 1
+        return {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": self.maxnreg}
 
 
 TUNING = {
@@ -100,13 +103,23 @@ HEAD_WIDTHS = (32, 64, 96, 128, 256)
 
 
 def check_supported(q: Tensor, v: Tensor, widest: int) -> None:
-    """Refuse what these kernels lack; on a GPU only K = V = 128 in bfloat16 has been run so far."""
+    """Refuse what these kernels lack."""
     if q.dtype == torch.float64:
         raise NotImplementedError("backend 'triton': no float64, use backend='torch'")
     for name, width in (("K", q.shape[3]), ("V", v.shape[3])):
         if width not in HEAD_WIDTHS or width > widest:
             legal = ", ".join(str(w) for w in HEAD_WIDTHS if w <= widest)
             raise NotImplementedError(f"backend 'triton': expected {name} of {legal}, got {width}; use backend='torch'")
+
+
+def check_float32_size(q: Tensor, v: Tensor, largest_K: int, largest_state: int) -> None:
+    """Refuse float32 heads whose tiles, each split in two for tf32x3, exceed a Hopper SM's shared memory."""
+    K, V = q.shape[3], v.shape[3]
+    if q.dtype == torch.float32 and (largest_K < K or largest_state < K * V):
+        raise NotImplementedError(
+            f"backend 'triton': for float32 expected K <= {largest_K} and K * V <= {largest_state}, got K = {K}, "
+            f"V = {V}; use bfloat16, float16 or backend='torch'"
+        )
 
 
 def column_block(width: int, largest: int) -> int:
@@ -245,7 +258,7 @@ def carve_tiles(call, q, k, g, A_log, dt_bias, factors, P, with_P):
         q, k, g, A_log, dt_bias, *factors, P, *tiles,
         call.chunks.table, call.scale, call.H,
         K=call.K, BK=column_block(call.K, tuning.BK), RAW_DECAY=call.raw_decay, WITH_P=with_P,
-        **call.arithmetic, **tuning.launch(column_block(call.K, tuning.BK)),
+        **call.arithmetic, **tuning.launch(call.tile_dtype, column_block(call.K, tuning.BK)),
     )  # fmt: skip
     return tiles
 
@@ -273,7 +286,7 @@ def carve_state(call, v, logits, w, down, up, factors, tiles, initial, content_c
         *initial, A, states, residuals, codes, means, *final,
         call.chunks.table, call.chunks.first, content_chunk, call.erase_scale, call.H, call.HV,
         **carve_sizes(call, down), HAS_INITIAL=initial[0] is not None, STORE_FINAL=want_final, LOGITS_W=call.logits_w,
-        **call.arithmetic, **tuning.launch(call.K, call.V),
+        **call.arithmetic, **tuning.launch(call.tile_dtype, call.K, call.V),
     )  # fmt: skip
     return A, states, residuals, codes, means, *final
 
@@ -300,7 +313,7 @@ def carve_state_gradient(
         d_states, d_residuals, d_rows, *d_initial,
         call.chunks.table, call.chunks.first, content_chunk, call.erase_scale, call.H, call.HV,
         **carve_sizes(call, down), HAS_FINAL=has_final, HAS_INITIAL=has_initial, DETACHED=detached,
-        **call.arithmetic, **tuning.launch(call.K, call.V),
+        **call.arithmetic, **tuning.launch(call.tile_dtype, call.K, call.V),
     )  # fmt: skip
     return d_states, d_residuals, d_rows, d_initial
 
@@ -312,7 +325,7 @@ def decay_factors(call, g, A_log, dt_bias):
     steep = torch.empty(call.chunks.count, call.H, 4, dtype=torch.int32, device=g.device)
     decay_factors_kernel[(call.chunks.count * 4, call.H)](
         g, A_log, dt_bias, down, up, rest, blocks, steep, call.chunks.table, call.H,
-        K=call.K, BK=column_block(call.K, tuning.BK), RAW_DECAY=call.raw_decay, **tuning.launch(64),
+        K=call.K, BK=column_block(call.K, tuning.BK), RAW_DECAY=call.raw_decay, **tuning.launch(call.tile_dtype, 64),
     )  # fmt: skip
     return Factors(down, up, rest, blocks, steep)
 
@@ -329,7 +342,8 @@ def chunk_operands(call, q, k, v, g, b, w, A_log, dt_bias, factors):
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV,
         K=call.K, V=call.V, BK=column_block(call.K, tuning.BK), BV=column_block(call.V, tuning.BV),
         GATE=call.gate, SCALAR_W=call.scalar_w, LOGITS_W=call.logits_w,
-        **call.arithmetic, **tuning.launch(column_block(call.K, tuning.BK), column_block(call.V, tuning.BV)),
+        **call.arithmetic,
+        **tuning.launch(call.tile_dtype, column_block(call.K, tuning.BK), column_block(call.V, tuning.BV)),
     )  # fmt: skip
     return A, P, erasure, update, k_to_end
 
@@ -347,7 +361,7 @@ def chunk_state(call, erasure, update, k_to_end, factors, initial_state, want_fi
         call.chunks.first, call.H, call.HV,
         K=call.K, KP=triton.next_power_of_2(call.K), V=call.V, BV=BV,
         HAS_INITIAL=initial_state is not None, STORE_FINAL=want_final,
-        **call.arithmetic, **tuning.launch(BV),
+        **call.arithmetic, **tuning.launch(call.tile_dtype, BV),
     )  # fmt: skip
     return states, residuals, final_state
 
@@ -359,7 +373,8 @@ def chunk_output(call, q, v, factors, P, states, residuals):
         q, factors.down, factors.blocks, P, states, residuals, o,
         call.chunks.table, call.scale, call.H, call.HV,
         K=call.K, V=call.V, BK=column_block(call.K, tuning.BK), BV=column_block(call.V, tuning.BV),
-        **call.arithmetic, **tuning.launch(column_block(call.K, tuning.BK), column_block(call.V, tuning.BV)),
+        **call.arithmetic,
+        **tuning.launch(call.tile_dtype, column_block(call.K, tuning.BK), column_block(call.V, tuning.BV)),
     )  # fmt: skip
     return o
 
@@ -375,7 +390,8 @@ def chunk_recompute(call, q, k, v, b, w, content, factors, A, P, states, do, wit
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV,
         K=call.K, V=call.V, BK=column_block(call.K, tuning.BK), BV=column_block(call.V, tuning.BV),
         GATE=call.gate, SCALAR_W=call.scalar_w, LOGITS_W=call.logits_w, WITH_A=with_A,
-        **call.arithmetic, **tuning.launch(column_block(call.K, tuning.BK), column_block(call.V, tuning.BV)),
+        **call.arithmetic,
+        **tuning.launch(call.tile_dtype, column_block(call.K, tuning.BK), column_block(call.V, tuning.BV)),
     )  # fmt: skip
     return erasure, q_from_start, k_to_end, residuals, d_here
 
@@ -393,7 +409,7 @@ def chunk_state_gradient(call, erasure, k_to_end, q_from_start, factors, d_here,
         call.chunks.table, call.chunks.first, call.H, call.HV,
         K=call.K, KP=triton.next_power_of_2(call.K), V=call.V, BV=BV,
         HAS_FINAL=d_final_state is not None, STORE_INITIAL=want_initial, PER_HEAD_ERASURE=call.gate == 2,
-        **call.arithmetic, **tuning.launch(BV),
+        **call.arithmetic, **tuning.launch(call.tile_dtype, BV),
     )  # fmt: skip
     return d_states, d_residuals, d_initial
 
@@ -409,7 +425,7 @@ def chunk_value_gradient(call, v, w, A, do, d_output_rows, residuals, d_residual
         call.chunks.table, call.H, call.HV,
         V=call.V, BV=column_block(call.V, tuning.BV), PER_HEAD_A=call.gate == 2,
         SCALAR_W=call.scalar_w, LOGITS_W=call.logits_w, OUTPUT_ROWS=d_output_rows is not None,
-        **call.arithmetic, **tuning.launch(column_block(call.V, tuning.BV)),
+        **call.arithmetic, **tuning.launch(call.tile_dtype, column_block(call.V, tuning.BV)),
     )  # fmt: skip
     return dv, dw, d_written, dT, dP
 
@@ -459,7 +475,7 @@ def chunk_key_gradient(
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV,
         K=call.K, V=call.V, BK=BK, BV=column_block(call.V, tuning.BV),
         GATE=call.gate, OUTPUT_ROWS=d_output_rows is not None,
-        **call.arithmetic, **tuning.launch(BK, column_block(call.V, tuning.BV)),
+        **call.arithmetic, **tuning.launch(call.tile_dtype, BK, column_block(call.V, tuning.BV)),
     )  # fmt: skip
     tuning = TUNING["chunk_key_gradient"]
     BK = column_block(call.K, tuning.BK)
@@ -470,7 +486,7 @@ def chunk_key_gradient(
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV,
         K=call.K, V=call.V, BK=BK, BV=column_block(call.V, tuning.BV),
         GATE=call.gate, RAW_DECAY=call.raw_decay,
-        **call.arithmetic, **tuning.launch(BK, column_block(call.V, tuning.BV)),
+        **call.arithmetic, **tuning.launch(call.tile_dtype, BK, column_block(call.V, tuning.BV)),
     )  # fmt: skip
     if shared:
         dq, dk, dg, db = (
@@ -488,6 +504,7 @@ def chunk_gdn2(
 ):  # fmt: skip
     """The Triton backend of the public chunk_gdn2, after its checks."""
     check_supported(q, v, 256)
+    check_float32_size(q, v, 128, 128 * 256)
     call = Call(
         make_chunks(q, cu_seqlens, None), q.shape[2], v.shape[2], q.shape[3], v.shape[3], scale, erase_scale,
         gate=int(gate_logits), scalar_w=w.ndim == 3, logits_w=gate_logits, raw_decay=A_log is not None, dtype=q.dtype,
@@ -504,6 +521,7 @@ def chunk_carve(
     """The Triton backend of the public chunk_carve, after its checks."""
     # the whole state of a head stays in one program's registers
     check_supported(q, v, 128)
+    check_float32_size(q, v, 128, 128 * 64)
     count = None if initial_state is None else initial_state.count
     chunks = make_chunks(q, cu_seqlens, count)
     call = Call(

@@ -2,8 +2,8 @@
 
 The truth is the torch backend in float64, which the other tests compare with a token-by-token oracle. An error is the
 root mean square of the difference over that of the truth. It may be twice that of the torch backend in the same dtype
-(three times for gradients) plus the floor of its dtype: the torch backend rounds nothing inside, while the kernels round
-every operand of a product, to bfloat16 (2^-9), to tf32 for float16 inputs (2^-11), or hardly at all (tf32x3).
+(three times for gradients) plus the floor of its dtype: the torch backend rounds nothing inside, while the kernels
+round every operand of a product, to bfloat16 (2^-9), to tf32 for float16 inputs (2^-11), or hardly at all (tf32x3).
 """
 
 from collections.abc import Iterator
@@ -24,6 +24,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Of outputs and states, then of gradients: a few roundings of operands, one after another. The gradient of the
 # log-decays is a sum of differences, where more of it shows.
+# The gradients of the content path are sums over rows that cancel: twice as much.
+CONTENT_PATH = ("grad_mean", "grad_partial", "grad_content_down", "grad_content_up")
 FLOORS = {"bf16": (2.0**-7, 2.0**-6), "fp16": (2.0**-9, 2.0**-8), "fp32": (4e-6, 1e-5)}
 
 CASES: dict[str, dict[str, Any]] = {
@@ -78,6 +80,11 @@ def rms_error(found: torch.Tensor, truth: torch.Tensor) -> float:
 @pytest.mark.parametrize(("op", "case"), ALL)
 def test_values_and_gradients(op: str, case: str, dtype: str) -> None:
     inputs = draw(op, DTYPES[dtype], **(GDN2_CASES | CARVE_CASES)[case])
+    K, V = inputs.tensors["k"].shape[3], inputs.tensors["v"].shape[3]
+    if dtype == "fp32" and (max(K, V) > 128 or (op == "carve" and K * V > 128 * 64)):
+        with pytest.raises(NotImplementedError, match="for float32"):
+            run(inputs, "triton")
+        return
     check(inputs, dtype)
 
 
@@ -101,7 +108,8 @@ def check(inputs: OpInputs, dtype: str) -> None:
             assert found[name].abs().max() <= 1e-6, name
             continue
         is_gradient = name.startswith("grad_")
-        limit = (3 if is_gradient else 2) * rms_error(plain[name], expected) + FLOORS[dtype][is_gradient]
+        floor = FLOORS[dtype][is_gradient] * (2 if name in CONTENT_PATH else 1)
+        limit = (3 if is_gradient else 2) * rms_error(plain[name], expected) + floor
         error = rms_error(found[name], expected)
         if not error <= limit:
             failures.append(f"{name}: {error:.1e} above {limit:.1e}")

@@ -1,0 +1,126 @@
+"""Time and memory of the chunk ops on a GPU, beside flash-linear-attention's GDN-2 where it is installed.
+
+    python tests/benchmarks/bench_ops.py [--peers] [--case 4,4096,16 ...] [--json FILE]
+
+Inputs: bfloat16, K = V = 128, g in float32 drawn as logsigmoid(normal), at least -5 as one of the peer's paths demands.
+Times are medians of triton.testing.do_bench; memory is counted by torch. Peers tune themselves for minutes
+at first use.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton.testing import do_bench
+
+from megatron_carve.kernels import chunk_carve, chunk_gdn2
+
+CASES = [(4, 4096, 16), (1, 16384, 16), (1, 65536, 16), (4, 4096, 2)]
+K = V = 128
+RANK = 16
+Op = Callable[..., Any]
+
+
+def gdn2_inputs(B: int, T: int, H: int) -> list[Tensor]:
+    q, k = (F.normalize(torch.randn(B, T, H, K, device="cuda"), dim=-1).bfloat16() for _ in range(2))
+    v = torch.randn(B, T, H, V, device="cuda").bfloat16()
+    g = F.logsigmoid(torch.randn(B, T, H, K, device="cuda")).clamp(min=-5)
+    b, w = (torch.rand(B, T, H, K, device="cuda").bfloat16() for _ in range(2))
+    return [q, k, v, g, b, w]
+
+
+def carve_inputs(B: int, T: int, H: int) -> list[Tensor]:
+    q, k, v, g, _, w = gdn2_inputs(B, T, H)
+    logits = torch.randn(B, T, H, K, device="cuda").bfloat16()
+    down = torch.randn(H, RANK, V, device="cuda").bfloat16()
+    up = torch.randn(H, K, RANK, device="cuda").bfloat16()
+    return [q, k, v, g, logits, w[..., 0].contiguous(), down, up]
+
+
+def ours() -> dict[str, tuple[Op, Callable[[int, int, int], list[Tensor]]]]:
+    def carve(**options: Any) -> Op:
+        return lambda *x: chunk_carve(*x, backend="triton", **options)[0]
+
+    return {
+        "GDN-2": (lambda *x: chunk_gdn2(*x, backend="triton")[0], gdn2_inputs),
+        "CARVE": (carve(), carve_inputs),
+        "CARVE detached": (carve(content_grad="detached"), carve_inputs),
+        "CARVE content_chunk=256": (carve(content_chunk=256), carve_inputs),
+    }
+
+
+def peers() -> dict[str, tuple[Op, Callable[[int, int, int], list[Tensor]]]]:
+    from fla.ops.gdn2 import chunk_gdn2 as peer
+
+    def path(**options: Any) -> Op:
+        return lambda *x: peer(*x, **options)[0]
+
+    return {
+        "fla default": (path(), gdn2_inputs),
+        "fla safe_gate": (path(safe_gate=True), gdn2_inputs),
+        "fla safe_gate, no recompute": (path(safe_gate=True, disable_recompute=True), gdn2_inputs),
+    }
+
+
+def measure(op: Op, inputs: list[Tensor]) -> dict[str, float]:
+    """Medians in ms; memory in MiB: kept between forward and backward besides o, and the peak above the inputs."""
+    leaves = [x.requires_grad_() for x in inputs]
+    do = torch.randn_like(inputs[2])
+
+    def both() -> None:
+        torch.autograd.grad(op(*leaves), leaves, do)
+
+    both()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    o = op(*leaves)
+    saved = torch.cuda.memory_allocated() - before - o.numel() * o.element_size()
+    torch.autograd.grad(o, leaves, do)
+    del o
+    peak = torch.cuda.max_memory_allocated() - before
+    with torch.no_grad():
+        forward = do_bench(lambda: op(*leaves), warmup=10, rep=60, return_mode="median")
+    total = do_bench(both, warmup=20, rep=120, return_mode="median")
+    # every input and output once in the forward; in the backward also do and the gradients
+    sizes = sum(x.numel() * x.element_size() for x in inputs)
+    o_size = inputs[2].numel() * inputs[2].element_size()
+    traffic = 3 * sizes + 2 * o_size
+    return {
+        "forward_ms": round(forward, 3),
+        "forward_backward_ms": round(total, 3),
+        "saved_MiB": round(saved / 2**20),
+        "peak_MiB": round(peak / 2**20),
+        "minimum_traffic_GB_s": round(traffic / total / 1e6),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", action="store_true", help="also time flash-linear-attention")
+    parser.add_argument("--case", nargs="+", help="B,T,H; all if not given")
+    parser.add_argument("--json", help="also write the rows to this file")
+    chosen = parser.parse_args()
+    cases = [tuple(map(int, c.split(","))) for c in chosen.case] if chosen.case else CASES
+    ops = ours() | (peers() if chosen.peers else {})
+    rows: list[dict[str, Any]] = []
+    print("| (B, T, H) | op | forward ms | with backward ms | saved MiB | peak MiB | GB/s of minimum traffic |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for case in cases:
+        for name, (op, make) in ops.items():
+            torch.manual_seed(0)
+            found = measure(op, make(*case))
+            rows.append({"case": case, "op": name, **found})
+            print("|", " | ".join(map(str, (case, name, *found.values()))), "|", flush=True)
+            if chosen.json:
+                with open(chosen.json, "w") as file:
+                    json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
