@@ -51,7 +51,7 @@ TUNING = {
     "carve_tiles": Tuning(64, 0, 4),
     "carve_state": Tuning(0, 0, 8),
     "carve_state_gradient": Tuning(0, 0, 8),
-    "chunk_operands": Tuning(64, 64, 4),
+    "chunk_operands": Tuning(64, 64, 4, 2),
     "chunk_state": Tuning(0, 64, 4, 3),
     "chunk_output": Tuning(64, 128, 4, 1, 168),
     "chunk_recompute": Tuning(64, 128, 4),
