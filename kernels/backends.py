@@ -18,9 +18,8 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         device: where the inputs live.
 
     Returns:
-        "torch" or "triton". "auto" is "torch" on every device in this release: the Triton kernels are right in Triton's
-        interpreter and in first GPU tests, but their whole test list has not run on a GPU yet, so they are asked for by
-        name.
+        "torch" or "triton". "auto" is "torch" on every device in this release: the Triton kernels pass their tests
+        in the interpreter and on a GPU, but no model has been trained with them yet, so they are asked for by name.
 
     Raises:
         ValueError: `backend` is not one of the three names.
