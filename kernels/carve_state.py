@@ -1,252 +1,259 @@
 """CARVE, the stages that run from chunk to chunk: erase gate, inverse and state forward, their gradients backward.
 
 The erase gate of a content chunk waits for the outputs of the one before it, so these loops are the critical path, and
-one program runs a whole head. Vectors of the content path (mean output, content term) are held as 16 equal rows: the
-tensor cores then take them like any tile, and no reduction across threads is needed. Four warps, because products of 64
-rows that feed each other are divided among warps by rows, 16 to each: with eight, every value would be held twice.
+one program runs a whole head. Their tiles are transposed: rows are the V channels, which eight warps divide without
+copies, so that the state, the residuals and the state's update follow each other in registers; shared memory passes
+on only what is 64 rows high. The content path (mean output, code, content term) is float32 vectors.
 """
 
 import triton
 import triton.language as tl
 
+from .steep import write_steep_erase_gradient, write_steep_scores
 from .tiles import (
+    GATE_CONTENT,
+    UNSHIFT,
     chunk_rows,
-    load_blocks,
-    load_steep_rows,
+    load_columns,
+    load_rows,
     load_tile,
+    load_total_decay,
     load_write_gate,
     matmul,
-    pairs_in_block,
-    pairs_of_halves,
+    store_columns,
     store_tile,
     unit_lower_inverse,
 )
 
 
 @triton.jit
-def store_equal_rows(x, o_r, o_d, m_d, b_x):
-    """Store one row of a tile of equal rows as a vector."""
-    tl.store(x + o_d[None, :] + 0 * o_r[:, None], b_x, mask=(o_r == 0)[:, None] & m_d[None, :])
-
-
-@triton.jit
-def load_equal_rows(x, o_r, o_d, m_d):
-    """Load a vector as a tile of equal rows."""
-    return tl.load(x + o_d[None, :] + 0 * o_r[:, None], mask=m_d[None, :] & (o_r >= 0)[:, None], other=0.0)
-
-
-@triton.jit
-def first_of_equal_rows(o_r, o_e, CT: tl.constexpr):
-    """[64, 16]: times a tile of 16 equal rows, its 64 equal rows."""
-    return tl.where((o_e[None, :] == 0) & (o_r[:, None] >= 0), 1.0, 0.0).to(CT)
+def find_steep_chunk(steep_from, begin, end, i_h, H):
+    """The first of a sequence's chunks that has steep rows, or `end`."""
+    o_c = tl.arange(0, 64)
+    found = end
+    for i_c in range(begin, end, 64):
+        b_first = tl.load(steep_from + (i_c + o_c) * H + i_h, mask=i_c + o_c < end, other=64)
+        found = tl.minimum(found, tl.min(tl.where(b_first < 64, i_c + o_c, end), 0))
+    return found
 
 
 @triton.jit
 def carve_state_kernel(
-    v, erase_logits, w, content_down, content_up, q_sum, P_sum, blocks, steep,
-    k_down, k_up, k_16, k_32, k_start, k_to_end, k_halved,
+    k, v, g, erase_logits, w, A_log, dt_bias, content_down, content_up,
+    q_sum, P_sum, k_left, k_right, k_to_end, last, steep_from,
     initial_S, initial_mean, initial_partial, initial_count,
-    A, states, residuals, codes, means, final_S, final_mean, final_partial,
+    steep_content, A, states, residuals, codes, means, final_S, final_mean, final_partial,
     table, first, content_chunk, erase_scale, H, HV,
-    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr, LOGITS_W: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr, RAW_DECAY: tl.constexpr, LOGITS_W: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence and value head; KP, VP, RP are K, V, R rounded up to powers of two (RP at least 16).
+    """One program per sequence and value head; KP, VP, RP are K, V, R rounded up to powers of two;
+    BK divides K.
 
-    Writes per chunk A [NC, HV, C, C], states [NC, HV, K, V], residuals [NC, HV, C, V] as GDN-2's stages do, and
-        means [NC, HV, V] float32: m, the mean output of the content chunk before, where it is not zero,
+    Writes per chunk A [NC, HV, C, C], states [NC, HV, V, K], residuals [NC, HV, V, C], otherwise as GDN-2's stages do,
+    and
+        means [NC, HV, V] float32: m, the mean output of the content chunk before,
         codes [NC, HV, R] float32: D m,
-    and the final state of the head (final_mean only where it is not zero).
+    and the final state of the head. steep_content [NC, HV, K] float32 is scratch.
     """
     i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
     i_h, i_nhv = i_hv // (HV // H), i_n * HV + i_hv
-    o_r, o_k, o_v, o_c, o_e = tl.arange(0, 64), tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, RP), tl.arange(0, 16)
-    m_k, m_v = o_k < K, o_v < V
-    m_s = m_k[:, None] & m_v[None, :]
-    o_s = o_k[:, None] * V + o_v[None, :]
-    p_down = content_down + i_hv * R * V + (o_c[None, :] * V + o_v[:, None])
-    p_up = content_up + i_hv * K * R + (o_k[None, :] * R + o_c[:, None])
-    m_down, m_up = (o_c < R)[None, :] & m_v[:, None], (o_c < R)[:, None] & m_k[None, :]
+    o_r, o_k, o_v, o_c = tl.arange(0, 64), tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, RP)
+    m_vk = (o_v < V)[:, None] & (o_k < K)[None, :]
+    o_vk, o_vr = o_v[:, None] * K + o_k[None, :], o_v[:, None] * 64 + o_r[None, :]
+    m_vr = (o_v < V)[:, None] & (o_r >= 0)[None, :]
+    m_down, m_up = (o_v < V)[:, None] & (o_c < R)[None, :], (o_k < K)[:, None] & (o_c < R)[None, :]
+    b_down = tl.load(content_down + i_hv * R * V + (o_c[None, :] * V + o_v[:, None]), mask=m_down, other=0.0)
+    b_up = tl.load(content_up + i_hv * K * R + (o_k[:, None] * R + o_c[None, :]), mask=m_up, other=0.0)
+    b_down, b_up = b_down.to(tl.float32), b_up.to(tl.float32)
 
-    b_S = tl.zeros([KP, VP], tl.float32)
-    b_partial = tl.zeros([16, VP], tl.float32)
-    b_code = tl.zeros([16, RP], tl.float32)
+    b_S = tl.zeros([VP, KP], tl.float32)
+    b_mean = tl.zeros([VP], tl.float32)
+    b_partial = tl.zeros([VP], tl.float32)
     count = tl.zeros([], tl.int64)
-    begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
     if HAS_INITIAL:
-        b_S += tl.load(initial_S + i_nhv * K * V + o_s, mask=m_s, other=0.0)
-        b_partial += load_equal_rows(initial_partial + i_nhv * V, o_e, o_v, m_v)
-        b_mean = load_equal_rows(initial_mean + i_nhv * V, o_e, o_v, m_v)
+        b_S += tl.load(initial_S + i_nhv * K * V + (o_v[:, None] + o_k[None, :] * V), mask=m_vk, other=0.0)
+        b_mean += load_columns(initial_mean, i_nhv, V, o_v)
+        b_partial += load_columns(initial_partial, i_nhv, V, o_v)
         count += tl.load(initial_count + i_n) // 64 * 64
-        b_code += matmul(b_mean, tl.load(p_down, mask=m_down, other=0.0), CT, PRECISION)
-        for i_next in range(begin, tl.minimum(begin + (content_chunk - count) // 64, end)):
-            store_equal_rows(means + (i_next * HV + i_hv) * V, o_e, o_v, m_v, b_mean)
-        if STORE_FINAL:
-            store_equal_rows(final_mean + i_nhv * V, o_e, o_v, m_v, b_mean)
-    for i_c in range(begin, end):
-        start, low, high = chunk_rows(table, i_c)
-        m_r = (o_r >= low) & (o_r < high)
-        i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
-        b_S_CT = b_S.to(CT)
-        tl.store(states + i_chv * K * V + o_s, b_S_CT, mask=m_s)
-        store_equal_rows(codes + i_chv * R, o_e, o_c, o_c < R, b_code)
+    begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
+    first_steep_chunk = find_steep_chunk(steep_from, begin, end, i_h, H)
+    # Two copies of the loop: the code for steep rows takes registers that the other chunks go without.
+    for STEEP in tl.static_range(2):
+        for i_c in range(first_steep_chunk if STEEP else begin, end if STEEP else first_steep_chunk):
+            start, low, high = chunk_rows(table, i_c)
+            m_r = (o_r >= low) & (o_r < high)
+            i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
+            b_S_CT = b_S.to(CT)
+            tl.store(states + i_chv * V * K + o_vk, b_S_CT, mask=m_vk)
+            store_columns(means, i_chv, V, o_v, b_mean)
+            b_code = tl.sum(b_down * b_mean[:, None], 0)
+            store_columns(codes, i_chv, R, o_c, b_code)
+            b_content = tl.sum(b_up * b_code[None, :], 1)
 
-        p_b = erase_logits + start * (H * K) + (o_r[:, None] * (H * K) + i_h * K + o_k[None, :])
-        b_b = tl.load(p_b, mask=m_r[:, None] & m_k[None, :], other=0.0).to(tl.float32)
-        b_content = matmul(b_code, tl.load(p_up, mask=m_up, other=0.0), CT, PRECISION)
-        # the sum as a product's accumulator: kept apart, the compiler would form the gate in every layout it is used in
-        b_b = tl.dot(first_of_equal_rows(o_r, o_e, CT), b_content.to(CT), b_b, input_precision=PRECISION)
-        b_b = (erase_scale * tl.sigmoid(b_b)).to(CT)
-        b_steep = load_steep_rows(steep, i_ch, o_r)
-        b_x = load_tile(k_down, i_ch, o_r, K, o_k)
-        b_y = load_tile(k_up, i_ch, o_r, K, o_k)
-        b_T = tl.where(pairs_in_block(o_r, b_steep), matmul(b_b * b_x, tl.trans(b_y), CT, PRECISION), 0.0)
-        b_x = load_tile(k_16, i_ch, o_r, K, o_k)
-        b_T += tl.where(pairs_of_halves(o_r, 4), matmul(b_b * b_x, tl.trans(b_x), CT, PRECISION), 0.0)
-        b_x = load_tile(k_32, i_ch, o_r, K, o_k)
-        b_T += tl.where(pairs_of_halves(o_r, 5), matmul(b_b * b_x, tl.trans(b_x), CT, PRECISION), 0.0)
-        for step in range(tl.where(tl.max(b_steep, 0) == 0, 0, 4)):
-            b_x = load_tile(k_halved, i_ch * 4 + step, o_r, K, o_k)
-            m_pairs = pairs_of_halves(o_r, step) & (b_steep == 1)[:, None]
-            b_T += tl.where(m_pairs, matmul(b_b * b_x, tl.trans(b_x), CT, PRECISION), 0.0)
-        b_A = unit_lower_inverse(b_T, o_r, CT, PRECISION).to(CT)
-        store_tile(A, i_chv, o_r, 64, o_r, b_A)
+            b_b = load_rows(erase_logits, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
+            b_b = erase_scale * tl.sigmoid(b_b + b_content[None, :])
+            b_bk = (b_b * load_tile(k_left, i_ch, o_r, K, o_k).to(tl.float32)).to(CT)
+            b_T = matmul(b_bk, tl.trans(load_tile(k_right, i_ch, o_r, K, o_k)), CT, PRECISION)
+            b_T = tl.where(o_r[None, :] < o_r[:, None], b_T, 0.0)
+            if STEEP:
+                first_steep = tl.load(steep_from + i_ch)
+                b_T = tl.where((o_r < first_steep)[:, None], b_T, 0.0)
+                store_columns(steep_content, i_chv, K, o_k, b_content)
+                tl.debug_barrier()  # what other threads stored is visible from here on
+                write_steep_scores(
+                    k, k, g, erase_logits, steep_content, A_log, dt_bias, A, A, table, 1.0, erase_scale,
+                    i_c, i_h, i_chv, H,
+                    K, BK, GATE_CONTENT, RAW_DECAY, True, False, CT, PRECISION,
+                )  # fmt: skip
+                tl.debug_barrier()
+                m_steep = (o_r >= first_steep)[:, None] & (o_r[None, :] < o_r[:, None])
+                o_square = i_chv * 64 * 64 + (o_r[:, None] * 64 + o_r[None, :])
+                b_T += tl.load(A + o_square, mask=m_steep, other=0.0).to(tl.float32)
+                tl.debug_barrier()
+            b_A = unit_lower_inverse(b_T, o_r, CT, PRECISION).to(CT)
+            store_tile(A, i_chv, o_r, 64, o_r, b_A)
 
-        p_v = v + start * (HV * V) + (o_r[:, None] * (HV * V) + i_hv * V + o_v[None, :])
-        b_z = tl.load(p_v, mask=m_r[:, None] & m_v[None, :], other=0.0).to(tl.float32)
-        b_z *= load_write_gate(w, start, o_r, m_r, i_hv, HV, V, o_v, True, LOGITS_W)
-        b_z -= matmul(b_b * load_tile(k_start, i_ch, o_r, K, o_k), b_S_CT, CT, PRECISION)
-        b_R = matmul(b_A, b_z, CT, PRECISION).to(CT)
-        store_tile(residuals, i_chv, o_r, V, o_v, b_R)
-
-        b_partial += matmul(load_equal_rows(q_sum + i_ch * K, o_e, o_k, m_k), b_S_CT, CT, PRECISION)
-        b_partial += matmul(load_equal_rows(P_sum + i_ch * 64, o_e, o_r, o_r >= 0), b_R, CT, PRECISION)
-        b_0, b_1, b_2, b_3 = load_blocks(blocks, i_ch, K, o_k)
-        b_S *= (b_0 * b_1 * b_2 * b_3)[:, None]
-        b_S += matmul(tl.trans(load_tile(k_to_end, i_ch, o_r, K, o_k)), b_R, CT, PRECISION)
-        count += 64
-        if (high == 64) & (count % content_chunk == 0):
-            b_mean = b_partial / content_chunk
-            b_partial = tl.zeros([16, VP], tl.float32)
-            b_code = matmul(b_mean, tl.load(p_down, mask=m_down, other=0.0), CT, PRECISION)
-            for i_next in range(i_c + 1, tl.minimum(i_c + 1 + content_chunk // 64, end)):
-                store_equal_rows(means + (i_next * HV + i_hv) * V, o_e, o_v, m_v, b_mean)
-            if STORE_FINAL:
-                store_equal_rows(final_mean + i_nhv * V, o_e, o_v, m_v, b_mean)
+            b_erased = (matmul(b_S_CT, tl.trans(b_bk), CT, PRECISION) * -UNSHIFT).to(CT)
+            b_w = load_write_gate(w, start, o_r, m_r, i_hv, HV, V, o_v, True, LOGITS_W)
+            # the write gate scales the columns of A, so that the values go from memory to the product as they are
+            b_Aw = (b_A.to(tl.float32) * tl.trans(b_w)).to(CT)
+            b_v = tl.trans(load_rows(v, start, o_r, m_r, i_hv, HV, V, o_v))
+            b_R = matmul(b_v, tl.trans(b_Aw), CT, PRECISION)
+            b_R += matmul(b_erased, tl.trans(b_A), CT, PRECISION)
+            b_partial += tl.sum(b_S * load_columns(q_sum, i_ch, K, o_k)[None, :], 1)
+            b_partial += tl.sum(b_R * tl.load(P_sum + i_ch * 64 + o_r)[None, :], 1)
+            b_R = b_R.to(CT)
+            tl.store(residuals + i_chv * V * 64 + o_vr, b_R, mask=m_vr)
+            b_S *= load_total_decay(last, i_ch, K, o_k)[None, :]
+            b_S += matmul(b_R, load_tile(k_to_end, i_ch, o_r, K, o_k), CT, PRECISION)
+            count += 64
+            complete = (high == 64) & (count % content_chunk == 0)
+            b_mean = tl.where(complete, b_partial / content_chunk, b_mean)
+            b_partial = tl.where(complete, 0.0, b_partial)
     if STORE_FINAL:
-        tl.store(final_S + i_nhv * K * V + o_s, b_S, mask=m_s)
-        store_equal_rows(final_partial + i_nhv * V, o_e, o_v, m_v, b_partial)
+        tl.store(final_S + i_nhv * K * V + (o_v[:, None] + o_k[None, :] * V), b_S, mask=m_vk)
+        store_columns(final_mean, i_nhv, V, o_v, b_mean)
+        store_columns(final_partial, i_nhv, V, o_v, b_partial)
 
 
 @triton.jit
 def carve_state_gradient_kernel(
-    erase_logits, content_down, content_up, content, q_sum, P_sum, blocks, steep,
-    k_down, k_up, k_16, k_32, k_start, k_to_end, k_halved,
-    A, states, residuals, erasure, q_from_start, d_residuals_here, do,
+    k, g, erase_logits, A_log, dt_bias, content_down, content_up, content,
+    q_sum, P_sum, k_right, k_to_end, q_from_start, erasure, gate_slope, last, steep_from,
+    A, P, states, residuals, do,
     d_final_S, d_final_mean, d_final_partial, initial_count,
-    d_states, d_residuals, d_output_rows, d_initial_S, d_initial_mean, d_initial_partial,
+    steep_dT, steep_d_content, d_states, d_residuals, d_output_rows, d_initial_S, d_initial_mean, d_initial_partial,
     table, first, content_chunk, erase_scale, H, HV,
-    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    HAS_FINAL: tl.constexpr, HAS_INITIAL: tl.constexpr, DETACHED: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr,
+    HAS_FINAL: tl.constexpr, HAS_INITIAL: tl.constexpr, DETACHED: tl.constexpr, RAW_DECAY: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The reverse of carve_state_kernel, with the same programs.
 
-    Writes per chunk d_states [NC, HV, K, V], d_residuals [NC, HV, C, V] as GDN-2's stage does, and
+    Writes per chunk d_states [NC, HV, V, K], d_residuals [NC, HV, V, C], otherwise as GDN-2's stage does, and
         d_output_rows [NC, HV, V] float32: what the content path adds to the gradient of every output of the chunk,
-    and the gradient of the initial state of the head.
+    and the gradient of the initial state of the head. steep_dT [N, HV, C, C] and steep_d_content [N, HV, K] float32
+    are scratch.
     """
     i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
     i_h, i_nhv = i_hv // (HV // H), i_n * HV + i_hv
-    o_r, o_k, o_v, o_c, o_e = tl.arange(0, 64), tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, RP), tl.arange(0, 16)
-    m_k, m_v = o_k < K, o_v < V
-    m_s = m_k[:, None] & m_v[None, :]
-    o_s = o_k[:, None] * V + o_v[None, :]
-    p_down = content_down + i_hv * R * V + (o_c[:, None] * V + o_v[None, :])
-    p_up = content_up + i_hv * K * R + (o_k[:, None] * R + o_c[None, :])
-    m_down, m_up = (o_c < R)[:, None] & m_v[None, :], m_k[:, None] & (o_c < R)[None, :]
+    o_r, o_k, o_v, o_c = tl.arange(0, 64), tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, RP)
+    m_vk = (o_v < V)[:, None] & (o_k < K)[None, :]
+    o_vk, o_vr = o_v[:, None] * K + o_k[None, :], o_v[:, None] * 64 + o_r[None, :]
+    m_vr = (o_v < V)[:, None] & (o_r >= 0)[None, :]
+    m_down, m_up = (o_v < V)[:, None] & (o_c < R)[None, :], (o_k < K)[:, None] & (o_c < R)[None, :]
+    b_down = tl.load(content_down + i_hv * R * V + (o_c[None, :] * V + o_v[:, None]), mask=m_down, other=0.0)
+    b_up = tl.load(content_up + i_hv * K * R + (o_k[:, None] * R + o_c[None, :]), mask=m_up, other=0.0)
+    b_down, b_up = b_down.to(tl.float32), b_up.to(tl.float32)
 
     first_chunk, last_chunk = tl.load(first + i_n), tl.load(first + i_n + 1) - 1
     count = (last_chunk - first_chunk + 1) * 64
     if HAS_INITIAL:
         count += tl.load(initial_count + i_n) // 64 * 64
-    b_dS = tl.zeros([KP, VP], tl.float32)
+    b_dS = tl.zeros([VP, KP], tl.float32)
     # Gradients of D m: of the running content chunk's, summed up, and of the next one's, known.
-    b_d_code = tl.zeros([16, RP], tl.float32)
-    b_d_next_code = tl.zeros([16, RP], tl.float32)
+    b_d_code = tl.zeros([RP], tl.float32)
+    b_d_next_code = tl.zeros([RP], tl.float32)
     # what the final state's gradients weigh in that of an output: the partial sum's before the first content chunk
     # from behind that is complete, then the mean's in that one
     partial_weight, mean_weight, mean_pending = 1.0, 0.0, 1.0
     if HAS_FINAL:
-        b_dS += tl.load(d_final_S + i_nhv * K * V + o_s, mask=m_s, other=0.0)
+        b_dS += tl.load(d_final_S + i_nhv * K * V + (o_v[:, None] + o_k[None, :] * V), mask=m_vk, other=0.0)
+        b_d_mean = load_columns(d_final_mean, i_nhv, V, o_v)
+        b_d_partial = load_columns(d_final_partial, i_nhv, V, o_v)
     _, _, last_high = chunk_rows(table, tl.maximum(last_chunk, 0))
-    for i_back in range(last_chunk - first_chunk + 1):
-        i_c = last_chunk - i_back
-        if ((i_back > 0) | (last_high == 64)) & (count % content_chunk == 0):
-            b_d_next_code = b_d_code / content_chunk
-            b_d_code = tl.zeros([16, RP], tl.float32)
-            partial_weight, mean_weight, mean_pending = 0.0, mean_pending / content_chunk, 0.0
-        count -= 64
-        start, low, high = chunk_rows(table, i_c)
-        m_r = (o_r >= low) & (o_r < high)
-        i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
-        b_dS_CT = b_dS.to(CT)
-        tl.store(d_states + i_chv * K * V + o_s, b_dS_CT, mask=m_s)
-        b_d_row = matmul(b_d_next_code, tl.load(p_down, mask=m_down, other=0.0), CT, PRECISION)
-        if HAS_FINAL:
-            b_d_row += partial_weight * load_equal_rows(d_final_partial + i_nhv * V, o_e, o_v, m_v)
-            b_d_row += mean_weight * load_equal_rows(d_final_mean + i_nhv * V, o_e, o_v, m_v)
-        store_equal_rows(d_output_rows + i_chv * V, o_e, o_v, m_v, b_d_row)
+    first_steep_chunk = find_steep_chunk(steep_from, first_chunk, last_chunk + 1, i_h, H)
+    steep_chunks = last_chunk + 1 - first_steep_chunk
+    for MILD in tl.static_range(2):
+        for i_back in range(steep_chunks if MILD else 0, last_chunk - first_chunk + 1 if MILD else steep_chunks):
+            i_c = last_chunk - i_back
+            complete = ((i_back > 0) | (last_high == 64)) & (count % content_chunk == 0)
+            b_d_next_code = tl.where(complete, b_d_code / content_chunk, b_d_next_code)
+            b_d_code = tl.where(complete, 0.0, b_d_code)
+            mean_weight = tl.where(complete, mean_pending / content_chunk, mean_weight)
+            mean_pending = tl.where(complete, 0.0, mean_pending)
+            partial_weight = tl.where(complete, 0.0, partial_weight)
+            count -= 64
+            start, low, high = chunk_rows(table, i_c)
+            m_r = (o_r >= low) & (o_r < high)
+            i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
+            b_dS_CT = b_dS.to(CT)
+            tl.store(d_states + i_chv * V * K + o_vk, b_dS_CT, mask=m_vk)
+            b_d_row = tl.sum(b_down * b_d_next_code[None, :], 1)
+            if HAS_FINAL:
+                b_d_row += partial_weight * b_d_partial + mean_weight * b_d_mean
+            store_columns(d_output_rows, i_chv, V, o_v, b_d_row)
 
-        # every output of the chunk gets the same row, so a residual gets it times the column sum of P
-        b_P_sum = tl.where(o_e[None, :] == 0, tl.load(P_sum + i_ch * 64 + o_r)[:, None], 0.0)
-        b_dR = load_tile(d_residuals_here, i_chv, o_r, V, o_v).to(tl.float32)
-        b_dR = tl.dot(b_P_sum.to(CT), b_d_row.to(CT), b_dR, input_precision=PRECISION)
-        b_dR += matmul(load_tile(k_to_end, i_ch, o_r, K, o_k), b_dS_CT, CT, PRECISION)
-        b_dR = b_dR.to(CT)
-        store_tile(d_residuals, i_chv, o_r, V, o_v, b_dR)
-        b_At = tl.load(A + i_chv * 64 * 64 + (o_r[None, :] * 64 + o_r[:, None]))
-        b_dz = matmul(b_At, b_dR, CT, PRECISION).to(CT)
+            b_do = tl.trans(load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v))
+            # every output of the chunk gets the same row, so a residual gets it times the column sum of P
+            b_dR = b_d_row[:, None] * tl.load(P_sum + i_ch * 64 + o_r)[None, :]
+            b_dR += matmul(b_do, load_tile(P, i_ch, o_r, 64, o_r), CT, PRECISION)
+            b_dR += matmul(b_dS_CT, tl.trans(load_tile(k_to_end, i_ch, o_r, K, o_k)), CT, PRECISION)
+            b_dR = b_dR.to(CT)
+            tl.store(d_residuals + i_chv * V * 64 + o_vr, b_dR, mask=m_vr)
+            # minus the gradient of w v - E S
+            b_dE = (-matmul(b_dR, load_tile(A, i_chv, o_r, 64, o_r), CT, PRECISION)).to(CT)
 
-        if not DETACHED:
-            b_dT = matmul(b_dz, tl.trans(load_tile(residuals, i_chv, o_r, V, o_v)), CT, PRECISION)
-            b_S = tl.load(states + i_chv * K * V + o_s, mask=m_s, other=0.0)
-            b_db = load_tile(k_start, i_ch, o_r, K, o_k) * matmul(b_dz, tl.trans(b_S), CT, PRECISION)
-            b_steep = load_steep_rows(steep, i_ch, o_r)
-            b_x = load_tile(k_up, i_ch, o_r, K, o_k)
-            b_x = matmul(tl.where(pairs_in_block(o_r, b_steep), b_dT, 0.0), b_x, CT, PRECISION)
-            b_db += load_tile(k_down, i_ch, o_r, K, o_k) * b_x
-            b_x = load_tile(k_16, i_ch, o_r, K, o_k)
-            b_db += b_x * matmul(tl.where(pairs_of_halves(o_r, 4), b_dT, 0.0), b_x, CT, PRECISION)
-            b_x = load_tile(k_32, i_ch, o_r, K, o_k)
-            b_db += b_x * matmul(tl.where(pairs_of_halves(o_r, 5), b_dT, 0.0), b_x, CT, PRECISION)
-            for step in range(tl.where(tl.max(b_steep, 0) == 0, 0, 4)):
-                b_x = load_tile(k_halved, i_ch * 4 + step, o_r, K, o_k)
-                m_pairs = pairs_of_halves(o_r, step) & (b_steep == 1)[:, None]
-                b_db += b_x * matmul(tl.where(m_pairs, b_dT, 0.0), b_x, CT, PRECISION)
-            p_b = erase_logits + start * (H * K) + (o_r[:, None] * (H * K) + i_h * K + o_k[None, :])
-            b_b = tl.load(p_b, mask=m_r[:, None] & m_k[None, :], other=0.0).to(tl.float32)
-            b_b = tl.sigmoid(b_b + tl.load(content + i_chv * K + o_k, mask=m_k, other=0.0)[None, :])
-            b_db *= b_b * (1.0 - b_b)
-            b_db_sum = matmul(tl.full([16, 64], 1.0, CT), b_db, CT, PRECISION)
-            b_d_code -= erase_scale * matmul(b_db_sum, tl.load(p_up, mask=m_up, other=0.0), CT, PRECISION)
+            if not DETACHED:
+                b_rows = tl.trans(b_dE)
+                b_dT = matmul(b_rows, tl.trans(load_tile(residuals, i_chv, o_r, V, o_v)), CT, PRECISION)
+                b_dT = tl.where(o_r[None, :] < o_r[:, None], b_dT, 0.0)
+                b_S = tl.load(states + i_chv * V * K + o_vk, mask=m_vk, other=0.0)
+                b_d_left = matmul(b_rows, b_S, CT, PRECISION) * UNSHIFT
+                b_dT_mild = b_dT
+                if not MILD:
+                    first_steep = tl.load(steep_from + i_ch)
+                    b_dT_mild = tl.where((o_r < first_steep)[:, None], b_dT, 0.0)
+                b_d_left += matmul(b_dT_mild, load_tile(k_right, i_ch, o_r, K, o_k), CT, PRECISION)
+                b_db = b_d_left * load_tile(gate_slope, i_chv, o_r, K, o_k).to(tl.float32)
+                b_d_content = tl.sum(b_db, 0)
+                if not MILD:
+                    tl.store(steep_dT + i_nhv * 64 * 64 + (o_r[:, None] * 64 + o_r[None, :]), b_dT.to(CT))
+                    tl.debug_barrier()  # what other threads stored is visible from here on
+                    write_steep_erase_gradient(
+                        k, g, erase_logits, content, A_log, dt_bias, steep_dT, steep_d_content, table, erase_scale,
+                        i_c, i_h, i_chv, i_nhv, H, first_steep,
+                        K, BK, RAW_DECAY, CT, PRECISION,
+                    )  # fmt: skip
+                    tl.debug_barrier()
+                    b_d_content += load_columns(steep_d_content, i_nhv, K, o_k)
+                    tl.debug_barrier()
+                b_d_code += tl.sum(b_up * b_d_content[:, None], 0)
 
-        p_do = do + start * (HV * V) + (o_r[:, None] * (HV * V) + i_hv * V + o_v[None, :])
-        b_do = tl.load(p_do, mask=m_r[:, None] & m_v[None, :], other=0.0).to(tl.float32)
-        b_do = tl.dot(first_of_equal_rows(o_r, o_e, CT), b_d_row.to(CT), b_do, input_precision=PRECISION)
-        b_0, b_1, b_2, b_3 = load_blocks(blocks, i_ch, K, o_k)
-        b_dS *= (b_0 * b_1 * b_2 * b_3)[:, None]
-        b_dS += matmul(tl.trans(load_tile(q_from_start, i_ch, o_r, K, o_k)), b_do, CT, PRECISION)
-        b_dS -= matmul(tl.trans(load_tile(erasure, i_chv, o_r, K, o_k)), b_dz, CT, PRECISION)
+            b_dS *= load_total_decay(last, i_ch, K, o_k)[None, :]
+            b_dS += b_d_row[:, None] * load_columns(q_sum, i_ch, K, o_k)[None, :]
+            b_dS += matmul(b_do, load_tile(q_from_start, i_ch, o_r, K, o_k), CT, PRECISION)
+            b_dS += matmul(b_dE, load_tile(erasure, i_chv, o_r, K, o_k), CT, PRECISION)
     if HAS_INITIAL:
-        b_d = matmul(b_d_code, tl.load(p_down, mask=m_down, other=0.0), CT, PRECISION)
-        b_d_row = matmul(b_d_next_code, tl.load(p_down, mask=m_down, other=0.0), CT, PRECISION)
+        b_d = tl.sum(b_down * b_d_code[None, :], 1)
+        b_d_row = tl.sum(b_down * b_d_next_code[None, :], 1)
         if HAS_FINAL:
-            b_d_mean = load_equal_rows(d_final_mean + i_nhv * V, o_e, o_v, m_v)
             b_d += mean_pending * b_d_mean
-            b_d_row += mean_weight * b_d_mean
-            b_d_row += partial_weight * load_equal_rows(d_final_partial + i_nhv * V, o_e, o_v, m_v)
-        tl.store(d_initial_S + i_nhv * K * V + o_s, b_dS, mask=m_s)
-        store_equal_rows(d_initial_mean + i_nhv * V, o_e, o_v, m_v, b_d)
-        store_equal_rows(d_initial_partial + i_nhv * V, o_e, o_v, m_v, b_d_row)
+            b_d_row += mean_weight * b_d_mean + partial_weight * b_d_partial
+        tl.store(d_initial_S + i_nhv * K * V + (o_v[:, None] + o_k[None, :] * V), b_dS, mask=m_vk)
+        store_columns(d_initial_mean, i_nhv, V, o_v, b_d)
+        store_columns(d_initial_partial, i_nhv, V, o_v, b_d_row)

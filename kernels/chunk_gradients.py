@@ -1,4 +1,7 @@
-"""The stages of the backward that treat all chunks at once."""
+"""The stages of the backward that treat all chunks at once.
+
+STATES_T: the states are [V, K]. D_STATES_T: so are their gradients, and those of the residuals are [V, C].
+"""
 
 import triton
 import triton.language as tl
@@ -8,44 +11,43 @@ from .tiles import (
     GATE_CONTENT,
     GATE_VALUES,
     LOG2_E,
-    by_block,
+    UNSHIFT,
     chunk_rows,
-    decay_after_block,
-    decay_before_block,
-    later_pairs_in_block,
-    load_blocks,
+    load_columns,
+    load_decay_to_end,
     load_erase_gate,
+    load_matrix,
     load_rows,
-    load_steep_rows,
     load_tile,
+    load_total_decay,
     load_write_gate,
     matmul,
-    pairs_in_block,
-    pairs_of_halves,
-    pairs_of_halves_mirrored,
-    reverse_cumsum,
     store_rows,
     store_tile,
+    sum_rows,
 )
 
 
 @triton.jit
 def chunk_recompute_kernel(
-    q, k, v, b, w, content, down, rest, blocks, A, P, states, do,
-    erasure, q_from_start, k_to_end, residuals, d_residuals_here,
+    q, k, v, b, w, content, left, right, last, rest, steep_from, A, P, states, do,
+    erasure, q_from_start, k_to_end, residuals, d_residuals_here, k_right, gate_slope,
     table, scale, erase_scale, H, HV,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, SCALAR_W: tl.constexpr, LOGITS_W: tl.constexpr,
-    WITH_A: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+    FOR_CARVE_LOOP: tl.constexpr, STATES_T: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and value head: what the forward formed and did not keep.
 
     Writes per chunk
-        erasure [NC, HE, C, K]: A (exp(G) b k), or exp(G) b k where WITH_A is false. HE is HV where the gate sees
-            content, else H.
+        erasure [NC, HE, C, K]: A (exp(G) b k), or exp(G) b k for CARVE's loop. HE is HV where the gate sees content,
+            else H.
         q_from_start [NC, H, C, K]: scale * exp(G) q; k_to_end [NC, H, C, K].
         residuals [NC, HV, C, V]: R = A (w v - exp(G) b k S).
-        d_residuals_here [NC, HV, C, V]: P^T do.
+        d_residuals_here [NC, HV, C, V]: P^T do, not for CARVE's loop.
+    and what CARVE's loop needs instead, in the shifted factors of tiles:
+        k_right [NC, H, C, K]: right k.
+        gate_slope [NC, HV, C, K]: derivative of the rows left b k by the erase logits.
     """
     i_c, i_hv = tl.program_id(0).to(tl.int64), tl.program_id(1)
     G = HV // H
@@ -54,52 +56,60 @@ def chunk_recompute_kernel(
     start, low, high = chunk_rows(table, i_c)
     o_r = tl.arange(0, 64)
     m_r = (o_r >= low) & (o_r < high)
+    first_steep = tl.load(steep_from + i_ch)
     b_A = load_tile(A, i_chv if GATE == GATE_CONTENT else i_ch, o_r, 64, o_r)
-    b_Pt = tl.load(P + i_ch * 64 * 64 + (o_r[None, :] * 64 + o_r[:, None]))
     for i_v in tl.static_range(V // BV):
         o_v = i_v * BV + tl.arange(0, BV)
-        b_do = load_rows(do, start, o_r, m_r, HV * V, i_hv * V + o_v)
-        store_tile(d_residuals_here, i_chv, o_r, V, o_v, matmul(b_Pt, b_do, CT, PRECISION))
+        if not FOR_CARVE_LOOP:
+            b_do = load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v)
+            b_Pt = load_matrix(P, i_ch, o_r, o_r, 64, 64, True)
+            store_tile(d_residuals_here, i_chv, o_r, V, o_v, matmul(b_Pt, b_do, CT, PRECISION))
         b_w = load_write_gate(w, start, o_r, m_r, i_hv, HV, V, o_v, SCALAR_W, LOGITS_W)
-        b_rest = b_w * load_rows(v, start, o_r, m_r, HV * V, i_hv * V + o_v).to(tl.float32)
+        b_rest = b_w * load_rows(v, start, o_r, m_r, i_hv, HV, V, o_v).to(tl.float32)
         for i_k in range(K // BK):
             o_k = i_k * BK + tl.arange(0, BK)
-            b_0, b_1, b_2, b_3 = load_blocks(blocks, i_ch, K, o_k)
-            b_decay = load_tile(down, i_ch, o_r, K, o_k).to(tl.float32) * decay_before_block(o_r, b_0, b_1, b_2)
-            b_k = load_rows(k, start, o_r, m_r, H * K, i_h * K + o_k).to(tl.float32)
+            b_decay = load_tile(left, i_ch, o_r, K, o_k).to(tl.float32) * UNSHIFT
+            b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
             b_b = load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_chv, K, o_k, erase_scale, GATE)
             b_E = (b_b * b_k * b_decay).to(CT)
-            b_S = tl.load(states + i_chv * K * V + (o_k[:, None] * V + o_v[None, :]))
+            b_S = load_matrix(states, i_chv, o_k, o_v, K, V, STATES_T)
             b_rest -= matmul(b_E, b_S, CT, PRECISION)
             if i_v == 0:
-                if WITH_A:
+                if not FOR_CARVE_LOOP:
                     b_E = matmul(b_A, b_E, CT, PRECISION).to(CT)
+                else:
+                    b_slope = b_b * (1.0 - b_b / erase_scale) * b_k * load_tile(left, i_ch, o_r, K, o_k).to(tl.float32)
+                    store_tile(gate_slope, i_chv, o_r, K, o_k, b_slope)
                 if GATE == GATE_CONTENT:
                     store_tile(erasure, i_chv, o_r, K, o_k, b_E)
                 if i_hv % G == 0:
                     if GATE != GATE_CONTENT:
                         store_tile(erasure, i_ch, o_r, K, o_k, b_E)
-                    b_q = load_rows(q, start, o_r, m_r, H * K, i_h * K + o_k).to(tl.float32) * scale
+                    b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
                     store_tile(q_from_start, i_ch, o_r, K, o_k, b_q * b_decay)
-                    b_decay = load_tile(rest, i_ch, o_r, K, o_k).to(tl.float32)
-                    store_tile(k_to_end, i_ch, o_r, K, o_k, b_k * b_decay * decay_after_block(o_r, b_1, b_2, b_3))
+                    b_decay = load_decay_to_end(right, last, rest, first_steep, i_ch, o_r, K, o_k)
+                    store_tile(k_to_end, i_ch, o_r, K, o_k, b_k * b_decay)
+                    if FOR_CARVE_LOOP:
+                        b_right = load_tile(right, i_ch, o_r, K, o_k).to(tl.float32)
+                        store_tile(k_right, i_ch, o_r, K, o_k, b_k * b_right)
         store_tile(residuals, i_chv, o_r, V, o_v, matmul(b_A, b_rest, CT, PRECISION))
 
 
 @triton.jit
 def chunk_value_gradient_kernel(
     v, w, A, do, d_output_rows, residuals, d_residuals,
-    dv, dw, d_written, dT, dP,
+    dv, dw, d_written, dT, dP, dP_own,
     table, H, HV,
     V: tl.constexpr, BV: tl.constexpr, PER_HEAD_A: tl.constexpr,
     SCALAR_W: tl.constexpr, LOGITS_W: tl.constexpr, OUTPUT_ROWS: tl.constexpr,
-    CT: tl.constexpr, PRECISION: tl.constexpr,
+    D_STATES_T: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and value head: gradients of values, write gates and both score matrices.
 
     Writes dv, dw like v, w (dw of a scalar gate per token), and per chunk
         d_written [NC, HV, C, V]: A^T dR, gradient of w v,
-        dT, dP [NC, HV, C, C]: gradients of the erased scores and of the query scores.
+        dT, dP [NC, HV, C, C]: gradients of the erased scores and of the query scores with earlier keys,
+        dP_own [NC, HV, C] float32: gradient of the query scores with the keys of the same row.
     """
     i_c, i_hv = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_chv = i_c * HV + i_hv
@@ -107,52 +117,54 @@ def chunk_value_gradient_kernel(
     o_r = tl.arange(0, 64)
     m_r = (o_r >= low) & (o_r < high)
     i_A = i_chv if PER_HEAD_A else i_c * H + i_hv // (HV // H)
-    b_At = tl.load(A + i_A * 64 * 64 + (o_r[None, :] * 64 + o_r[:, None]))
+    b_At = load_matrix(A, i_A, o_r, o_r, 64, 64, True)
     b_dT = tl.zeros([64, 64], tl.float32)
     b_dP = tl.zeros([64, 64], tl.float32)
     b_dw_row = tl.zeros([64], tl.float32)
     for i_v in range(V // BV):
         o_v = i_v * BV + tl.arange(0, BV)
-        b_dz = matmul(b_At, load_tile(d_residuals, i_chv, o_r, V, o_v), CT, PRECISION)
+        b_dz = matmul(b_At, load_matrix(d_residuals, i_chv, o_r, o_v, 64, V, D_STATES_T), CT, PRECISION)
         store_tile(d_written, i_chv, o_r, V, o_v, b_dz)
-        b_Rt = tl.load(residuals + i_chv * 64 * V + (o_r[None, :] * V + o_v[:, None]))
-        b_do = load_rows(do, start, o_r, m_r, HV * V, i_hv * V + o_v).to(tl.float32)
-        if OUTPUT_ROWS:
-            b_do += tl.where(m_r[:, None], tl.load(d_output_rows + i_chv * V + o_v)[None, :], 0.0)
+        b_Rt = load_matrix(residuals, i_chv, o_v, o_r, V, 64, True)
         b_dT -= matmul(b_dz, b_Rt, CT, PRECISION)
-        b_dP += matmul(b_do, b_Rt, CT, PRECISION)
-        b_v = load_rows(v, start, o_r, m_r, HV * V, i_hv * V + o_v).to(tl.float32)
+        b_dP += matmul(load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v), b_Rt, CT, PRECISION)
+        if OUTPUT_ROWS:
+            # in rows without a token too, whose queries are zero
+            b_row = load_columns(d_output_rows, i_chv, V, o_v)
+            b_dP += tl.sum(b_Rt.to(tl.float32) * b_row[:, None], 0)[None, :]
+        b_v = load_rows(v, start, o_r, m_r, i_hv, HV, V, o_v).to(tl.float32)
         b_w = load_write_gate(w, start, o_r, m_r, i_hv, HV, V, o_v, SCALAR_W, LOGITS_W)
-        store_rows(dv, start, o_r, m_r, HV * V, i_hv * V + o_v, b_w * b_dz)
+        store_rows(dv, start, o_r, m_r, i_hv, HV, V, o_v, b_w * b_dz)
         b_dw = b_v * b_dz
         if LOGITS_W:
             b_dw *= b_w * (1.0 - b_w)
         if SCALAR_W:
             b_dw_row += tl.sum(b_dw, 1)
         else:
-            store_rows(dw, start, o_r, m_r, HV * V, i_hv * V + o_v, b_dw)
+            store_rows(dw, start, o_r, m_r, i_hv, HV, V, o_v, b_dw)
     if SCALAR_W:
         tl.store(dw + (start + o_r) * HV + i_hv, b_dw_row.to(dw.dtype.element_ty), mask=m_r)
     b_dT = tl.where(o_r[:, None] > o_r[None, :], b_dT, 0.0)
-    b_dP = tl.where(o_r[:, None] >= o_r[None, :], b_dP, 0.0)
+    tl.store(dP_own + i_chv * 64 + o_r, tl.sum(tl.where(o_r[:, None] == o_r[None, :], b_dP, 0.0), 1))
+    b_dP = tl.where(o_r[:, None] > o_r[None, :], b_dP, 0.0)
     store_tile(dT, i_chv, o_r, 64, o_r, b_dT)
     store_tile(dP, i_chv, o_r, 64, o_r, b_dP)
 
 
 @triton.jit
 def chunk_row_gradient_kernel(
-    q, k, b, content, down, up, rest, blocks, steep, do, d_output_rows, states, d_written, dT, dP,
-    steep_dq, steep_dbk, dq, dk, db, d_content, d_sums,
+    q, k, b, content, left, right, steep_from, do, d_output_rows, states, d_written, dT, dP, dP_own,
+    dq, dk, db, d_content, d_sums,
     table, scale, erase_scale, H, HV,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, OUTPUT_ROWS: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, OUTPUT_ROWS: tl.constexpr, STATES_T: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per block of key columns, chunk and value head: gradients of what stands in rows, b k and q.
 
-    They come through the state before the chunk and through the scores with the keys before them. Writes dq, db
-    [B*T, HV, K], a share per value head; what of dk is known then, in dk; for GATE_CONTENT d_content [NC, HV, K], the
-    sum of db over the chunk; and d_sums [NC, HV, C, K] float32, the gradient of the sums of log-decays from the chunk's
-    start. steep_dq and steep_dbk are steep_gradient_kernel's results; they may be dq's and db's own memory.
+    They come through the state before the chunk and through the scores with earlier keys. Writes dq, db [B*T, HV, K], a
+    share per value head; what of dk is known then, in dk; for GATE_CONTENT d_content [NC, HV, K], the sum of db over
+    the chunk; and d_sums [NC, HV, C, K] float32, the gradient of the sums of log-decays from the chunk's start. On
+    entry dq and db of a chunk with steep rows hold what steep_gradient_kernel wrote there.
     """
     i_c, i_hv = tl.program_id(0).to(tl.int64) // (K // BK), tl.program_id(1)
     i_h = i_hv // (HV // H)
@@ -161,71 +173,59 @@ def chunk_row_gradient_kernel(
     o_r = tl.arange(0, 64)
     m_r = (o_r >= low) & (o_r < high)
     o_k = (tl.program_id(0) % (K // BK)) * BK + tl.arange(0, BK)
-    i_out = i_hv * K + o_k
-    m_block = m_r & (tl.load(steep + i_ch * 4 + o_r // 16) != 0)
-    b_drow = tl.zeros([64, BK], tl.float32)
+    first_steep = tl.load(steep_from + i_ch)
+    m_steep = m_r & (o_r >= tl.where(first_steep < 64, 0, 64))
+    b_dbk = tl.zeros([64, BK], tl.float32)
     b_dq = tl.zeros([64, BK], tl.float32)
     for i_v in range(V // BV):
         o_v = i_v * BV + tl.arange(0, BV)
-        b_S = tl.trans(tl.load(states + i_chv * K * V + (o_k[:, None] * V + o_v[None, :])))
-        b_do = load_rows(do, start, o_r, m_r, HV * V, i_hv * V + o_v)
+        b_S = load_matrix(states, i_chv, o_k, o_v, K, V, STATES_T)
+        b_dbk -= matmul(load_tile(d_written, i_chv, o_r, V, o_v), tl.trans(b_S), CT, PRECISION)
+        b_dq += matmul(load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v), tl.trans(b_S), CT, PRECISION)
         if OUTPUT_ROWS:
-            b_do = b_do.to(tl.float32)
-            b_do += tl.where(m_r[:, None], tl.load(d_output_rows + i_chv * V + o_v)[None, :], 0.0)
-        b_drow -= matmul(load_tile(d_written, i_chv, o_r, V, o_v), b_S, CT, PRECISION)
-        b_dq += matmul(b_do, b_S, CT, PRECISION)
-    b_0, b_1, b_2, _ = load_blocks(blocks, i_ch, K, o_k)
-    b_before = decay_before_block(o_r, b_0, b_1, b_2)
-    b_drow *= b_before
-    b_dq *= b_before
-    b_dT, b_dP = load_tile(dT, i_chv, o_r, 64, o_r), load_tile(dP, i_chv, o_r, 64, o_r)
-    b_k = load_rows(k, start, o_r, m_r, H * K, i_h * K + o_k).to(tl.float32)
-    b_columns = b_k * load_tile(rest, i_ch, o_r, K, o_k).to(tl.float32)
-    m_pairs = pairs_of_halves(o_r, 4)
-    b_drow += matmul(tl.where(m_pairs, b_dT, 0.0), b_columns, CT, PRECISION)
-    b_dq += matmul(tl.where(m_pairs, b_dP, 0.0), b_columns, CT, PRECISION)
-    b_columns = (b_columns * by_block(o_r, b_1[None, :], 1.0, 0.0, 0.0)).to(CT)
-    b_from_half = by_block(o_r, 0.0, 0.0, 1.0, b_2[None, :])
-    b_drow += b_from_half * matmul(b_dT, b_columns, CT, PRECISION)
-    b_dq += b_from_half * matmul(b_dP, b_columns, CT, PRECISION)
-    b_columns = (b_k * load_tile(up, i_ch, o_r, K, o_k).to(tl.float32)).to(CT)
-    m_pairs = pairs_in_block(o_r, load_steep_rows(steep, i_ch, o_r))
-    b_drow += matmul(tl.where(m_pairs, b_dT, 0.0), b_columns, CT, PRECISION)
-    b_dq += matmul(tl.where(m_pairs, b_dP, 0.0), b_columns, CT, PRECISION)
-    b_down = load_tile(down, i_ch, o_r, K, o_k).to(tl.float32)
-    # a query meets its own key without decay
-    b_own = tl.load(dP + i_chv * 64 * 64 + o_r * 65).to(tl.float32)[:, None]
-    b_q = load_rows(q, start, o_r, m_r, H * K, i_h * K + o_k).to(tl.float32) * scale
-    b_dq = b_dq * b_down + load_rows(steep_dq, start, o_r, m_block, HV * K, i_out).to(tl.float32)
-    store_rows(dq, start, o_r, m_r, HV * K, i_out, scale * (b_dq + b_own * b_k))
-    b_dg = b_q * b_dq
+            # in rows without a token too, where q is zero and nothing is stored
+            b_row = load_columns(d_output_rows, i_chv, V, o_v)
+            b_dq += tl.sum(b_S.to(tl.float32) * b_row[None, :], 1)[None, :]
+    b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
+    b_columns = (b_k * load_tile(right, i_ch, o_r, K, o_k).to(tl.float32)).to(CT)
+    o_square = i_chv * 64 * 64 + (o_r[:, None] * 64 + o_r[None, :])
+    m_mild = (o_r < first_steep)[:, None]
+    b_dT, b_dP = tl.load(dT + o_square, mask=m_mild, other=0.0), tl.load(dP + o_square, mask=m_mild, other=0.0)
+    b_dbk = b_dbk * UNSHIFT + matmul(b_dT, b_columns, CT, PRECISION)
+    b_dq = b_dq * UNSHIFT + matmul(b_dP, b_columns, CT, PRECISION)
+    b_left = load_tile(left, i_ch, o_r, K, o_k).to(tl.float32)
+    b_dbk = b_left * b_dbk + load_rows(db, start, o_r, m_steep, i_hv, HV, K, o_k).to(tl.float32)
+    b_dq = b_left * b_dq + load_rows(dq, start, o_r, m_steep, i_hv, HV, K, o_k).to(tl.float32)
     b_b = load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_chv, K, o_k, erase_scale, GATE)
-    b_drow = b_drow * b_down + load_rows(steep_dbk, start, o_r, m_block, HV * K, i_out).to(tl.float32)
-    b_dg += b_b * b_k * b_drow
-    b_db = b_k * b_drow
+    b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
+    # a query meets its own key without decay
+    b_own = tl.load(dP_own + i_chv * 64 + o_r)[:, None]
+    store_tile(d_sums, i_chv, o_r, K, o_k, b_q * b_dq + b_b * b_k * b_dbk)
+    store_rows(dq, start, o_r, m_r, i_hv, HV, K, o_k, scale * (b_dq + b_own * b_k))
+    store_rows(dk, start, o_r, m_r, i_hv, HV, K, o_k, b_b * b_dbk + b_own * b_q)
+    b_db = b_k * b_dbk
     if GATE != GATE_VALUES:
         b_db *= b_b * (1.0 - b_b / erase_scale)
     if GATE == GATE_CONTENT:
         tl.store(d_content + i_chv * K + o_k, tl.sum(tl.where(m_r[:, None], b_db, 0.0), 0))
-    store_rows(db, start, o_r, m_r, HV * K, i_out, b_db)
-    store_rows(dk, start, o_r, m_r, HV * K, i_out, b_b * b_drow + b_own * b_q)
-    store_tile(d_sums, i_chv, o_r, K, o_k, b_dg)
+    store_rows(db, start, o_r, m_r, i_hv, HV, K, o_k, b_db)
 
 
 @triton.jit
 def chunk_key_gradient_kernel(
-    q, k, g, b, A_log, dt_bias, content, down, up, rest, blocks, steep,
+    q, k, g, b, A_log, dt_bias, content, left, right, last, rest, steep_from,
     states, d_states, residuals, dT, dP, d_sums, steep_dk,
     dk, dg, dA_log, d_dt_bias,
     table, scale, erase_scale, H, HV,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, RAW_DECAY: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, RAW_DECAY: tl.constexpr, STATES_T: tl.constexpr, D_STATES_T: tl.constexpr,
+    CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per block of key columns, chunk and value head: gradients of the keys as columns, and of the decays.
 
-    They come through the state after the chunk and through the scores with the rows after them. Adds to dk what
-    chunk_row_gradient_kernel left there, and writes dg [B*T, HV, K]; for RAW_DECAY also dA_log and d_dt_bias
-    [NC, HV, K], sums over the chunk.
+    They come through the state after the chunk and through the scores with later rows. Adds to dk what
+    chunk_row_gradient_kernel left there, and steep_dk in a chunk with steep rows, and writes dg [B*T, HV, K]; for
+    RAW_DECAY also dA_log and d_dt_bias [NC, HV, K], sums over the chunk.
     """
     i_c, i_hv = tl.program_id(0).to(tl.int64) // (K // BK), tl.program_id(1)
     i_h = i_hv // (HV // H)
@@ -234,54 +234,42 @@ def chunk_key_gradient_kernel(
     o_r = tl.arange(0, 64)
     m_r = (o_r >= low) & (o_r < high)
     o_k = (tl.program_id(0) % (K // BK)) * BK + tl.arange(0, BK)
-    i_out = i_hv * K + o_k
-    m_block = m_r & (tl.load(steep + i_ch * 4 + o_r // 16) != 0)
+    first_steep = tl.load(steep_from + i_ch)
+    m_steep = m_r & (o_r >= tl.where(first_steep < 64, 0, 64))
     b_dkey = tl.zeros([64, BK], tl.float32)
     b_dtotal = tl.zeros([BK], tl.float32)
     for i_v in range(V // BV):
         o_v = i_v * BV + tl.arange(0, BV)
-        o_S = o_k[:, None] * V + o_v[None, :]
-        b_dS = tl.load(d_states + i_chv * K * V + o_S)
+        b_dS = load_matrix(d_states, i_chv, o_k, o_v, K, V, D_STATES_T)
         b_dkey += matmul(load_tile(residuals, i_chv, o_r, V, o_v), tl.trans(b_dS), CT, PRECISION)
-        b_dtotal += tl.sum(tl.load(states + i_chv * K * V + o_S).to(tl.float32) * b_dS.to(tl.float32), 1)
-    b_0, b_1, b_2, b_3 = load_blocks(blocks, i_ch, K, o_k)
-    b_rest = load_tile(rest, i_ch, o_r, K, o_k).to(tl.float32)
-    b_dkey *= decay_after_block(o_r, b_1, b_2, b_3) * b_rest
-    b_k = load_rows(k, start, o_r, m_r, H * K, i_h * K + o_k).to(tl.float32)
-    b_dtotal = b_dtotal * b_0 * b_1 * b_2 * b_3 + tl.sum(b_dkey * b_k, 0)
+        b_S = load_matrix(states, i_chv, o_k, o_v, K, V, STATES_T)
+        b_dtotal += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1)
+    b_dkey *= load_decay_to_end(right, last, rest, first_steep, i_ch, o_r, K, o_k)
+    b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
+    b_dtotal = b_dtotal * load_total_decay(last, i_ch, K, o_k) + tl.sum(b_dkey * b_k, 0)
 
-    b_down = load_tile(down, i_ch, o_r, K, o_k).to(tl.float32)
-    b_q = load_rows(q, start, o_r, m_r, H * K, i_h * K + o_k).to(tl.float32) * scale * b_down
-    b_bk = load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_chv, K, o_k, erase_scale, GATE) * b_k * b_down
-    o_transposed = o_r[None, :] * 64 + o_r[:, None]
-    b_dT, b_dP = tl.load(dT + i_chv * 64 * 64 + o_transposed), tl.load(dP + i_chv * 64 * 64 + o_transposed)
-    b_from_half = by_block(o_r, 0.0, 0.0, 1.0, b_2[None, :])
-    b_dcolumn = matmul(b_dT, b_bk * b_from_half, CT, PRECISION)
-    b_dcolumn += matmul(b_dP, b_q * b_from_half, CT, PRECISION)
-    b_dcolumn *= by_block(o_r, b_1[None, :], 1.0, 0.0, 0.0)
-    b_q, b_bk = b_q.to(CT), b_bk.to(CT)
-    m_pairs = pairs_of_halves_mirrored(o_r, 4)
-    b_dcolumn += matmul(tl.where(m_pairs, b_dT, 0.0), b_bk, CT, PRECISION)
-    b_dcolumn += matmul(tl.where(m_pairs, b_dP, 0.0), b_q, CT, PRECISION)
-    b_dkey += b_dcolumn * b_rest
-    m_pairs = later_pairs_in_block(o_r, load_steep_rows(steep, i_ch, o_r))
-    b_dcolumn = matmul(tl.where(m_pairs, b_dT, 0.0), b_bk, CT, PRECISION)
-    b_dcolumn += matmul(tl.where(m_pairs, b_dP, 0.0), b_q, CT, PRECISION)
-    b_dkey += b_dcolumn * load_tile(up, i_ch, o_r, K, o_k).to(tl.float32)
-    b_dkey += load_rows(steep_dk, start, o_r, m_block, HV * K, i_out).to(tl.float32)
+    b_left = load_tile(left, i_ch, o_r, K, o_k).to(tl.float32)
+    b_bk = load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_chv, K, o_k, erase_scale, GATE) * b_k * b_left
+    b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale * b_left
+    o_transposed = i_chv * 64 * 64 + (o_r[None, :] * 64 + o_r[:, None])
+    m_mild = (o_r < first_steep)[None, :]
+    b_dcolumn = matmul(tl.load(dT + o_transposed, mask=m_mild, other=0.0), b_bk, CT, PRECISION)
+    b_dcolumn += matmul(tl.load(dP + o_transposed, mask=m_mild, other=0.0), b_q, CT, PRECISION)
+    b_dkey += b_dcolumn * load_tile(right, i_ch, o_r, K, o_k).to(tl.float32)
+    b_dkey += load_rows(steep_dk, start, o_r, m_steep, i_hv, HV, K, o_k).to(tl.float32)
     b_dg = load_tile(d_sums, i_chv, o_r, K, o_k) - b_k * b_dkey
-    b_dkey += load_rows(dk, start, o_r, m_r, HV * K, i_out).to(tl.float32)
-    store_rows(dk, start, o_r, m_r, HV * K, i_out, b_dkey)
+    b_dkey += load_rows(dk, start, o_r, m_r, i_hv, HV, K, o_k).to(tl.float32)
+    store_rows(dk, start, o_r, m_r, i_hv, HV, K, o_k, b_dkey)
 
     # The log-decays: what a row gains with its decay from the start, a key loses. The decay of the whole chunk and that
     # of a key to its end also run over the steps after a row: their sum is added at every step.
-    b_dg = reverse_cumsum(b_dg, o_r, CT) + b_dtotal[None, :]
+    b_dg = sum_rows(o_r[None, :] >= o_r[:, None], b_dg, CT) + b_dtotal[None, :]
     if RAW_DECAY:
         b_dg = tl.where(m_r[:, None], b_dg, 0.0)
         b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
         tl.store(dA_log + i_chv * K + o_k, tl.sum(b_dg * b_g, 0) / LOG2_E)
-        b_x = load_rows(g, start, o_r, m_r, H * K, i_h * K + o_k).to(tl.float32)
+        b_x = load_rows(g, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
         b_x += tl.load(dt_bias + i_h * K + o_k)[None, :]
         b_dg *= -tl.exp(tl.load(A_log + i_h)) * tl.sigmoid(b_x)
         tl.store(d_dt_bias + i_chv * K + o_k, tl.sum(b_dg, 0))
-    store_rows(dg, start, o_r, m_r, HV * K, i_out, b_dg)
+    store_rows(dg, start, o_r, m_r, i_hv, HV, K, o_k, b_dg)

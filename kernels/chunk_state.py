@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-from .tiles import chunk_rows, load_blocks, load_rows, load_tile, matmul, store_tile
+from .tiles import chunk_rows, load_rows, load_tile, load_total_decay, matmul, store_tile
 
 
 @triton.jit
 def chunk_state_kernel(
-    erasure, update, k_to_end, blocks, initial_state,
+    erasure, update, k_to_end, last, initial_state,
     states, residuals, final_state,
     first, H, HV,
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
@@ -39,15 +39,14 @@ def chunk_state_kernel(
         b_R = b_R.to(CT)
         store_tile(residuals, i_chv, o_r, V, o_v, b_R)
         b_k = load_tile(k_to_end, i_ch, o_r, K, o_k)
-        b_0, b_1, b_2, b_3 = load_blocks(blocks, i_ch, K, o_k)
-        b_S = b_S * (b_0 * b_1 * b_2 * b_3)[:, None] + matmul(tl.trans(b_k), b_R, CT, PRECISION)
+        b_S = b_S * load_total_decay(last, i_ch, K, o_k)[:, None] + matmul(tl.trans(b_k), b_R, CT, PRECISION)
     if STORE_FINAL:
         tl.store(final_state + (i_n * HV + i_hv) * K * V + o_s, b_S, mask=m_s)
 
 
 @triton.jit
 def chunk_state_gradient_kernel(
-    erasure, k_to_end, q_from_start, blocks, d_residuals_here, do, d_final_state,
+    erasure, k_to_end, q_from_start, last, d_residuals_here, do, d_final_state,
     d_states, d_residuals, d_initial_state,
     table, first, H, HV,
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
@@ -86,11 +85,10 @@ def chunk_state_gradient_kernel(
         store_tile(d_residuals, i_chv, o_r, V, o_v, b_dR)
         start = row_0 + (i_c - first_chunk) * 64
         m_r = (start + o_r >= row_0 + low) & (start + o_r < last_row_0 + high)
-        b_do = load_rows(do, start, o_r, m_r, HV * V, i_hv * V + o_v)
+        b_do = load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v)
         b_q = load_tile(q_from_start, i_ch, o_r, K, o_k)
         b_W = load_tile(erasure, i_chv if PER_HEAD_ERASURE else i_ch, o_r, K, o_k)
-        b_0, b_1, b_2, b_3 = load_blocks(blocks, i_ch, K, o_k)
-        b_dS = b_dS * (b_0 * b_1 * b_2 * b_3)[:, None]
+        b_dS = b_dS * load_total_decay(last, i_ch, K, o_k)[:, None]
         b_dS += matmul(tl.trans(b_q), b_do, CT, PRECISION) - matmul(tl.trans(b_W), b_dR, CT, PRECISION)
     if STORE_INITIAL:
         tl.store(d_initial_state + (i_n * HV + i_hv) * K * V + o_s, b_dS, mask=m_s)

@@ -1,16 +1,14 @@
 """What the chunk kernels share: loads of rows, gates and decays, products, the triangular inverse.
 
-A tile has the 64 rows of a chunk, in four blocks of 16. With g the log2-decay of each step, three factors per element
-stand for every decay between two rows of a chunk:
+A tile has the 64 rows of a chunk. With G the sum of log2-decays from the chunk's start through a row, two factors per
+element stand for every decay between two rows:
 
-    down = 2^(g_first + ... + g_r)      from the block's start through row r
-    up   = 2^-(g_first + ... + g_s)     its inverse
-    rest = 2^(g_(s+1) + ... + g_last)   from after row s through the block's end
+    left  = 2^(G + SHIFT)     right = 2^-(G + SHIFT)
 
-and `blocks` holds the decay over each whole block. Row r and an earlier row s of one block: down_r * up_s. Of two
-blocks: down_r * rest_s times the decay of the blocks in between. `up` grows with the decay, so it serves only rows r
-whose block decayed little up to r (see decay_factors.py); nothing else can overflow, and every factor of row r lies in
-its past.
+The decay from row s to a later row r is left_r * right_s. SHIFT centres their exponents in the range that float32 and
+bfloat16 share; a power of two rounds nothing, and a constant one tells a row nothing about later rows. Rows that have
+decayed below 2^STEEPEST in some channel are steep: all from the first such row on, `steep_from` (64 if there is none),
+take the path of steep.py. Whether a row does depends on its past alone.
 """
 
 import triton
@@ -19,6 +17,10 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 # One step of this log2-decay is an exact 0 in float32, so stopping here changes no value; it keeps 0 * g finite.
 STEEPEST_LOG2_DECAY = tl.constexpr(-256.0)
+# left and right of rows that are not steep stay within 2^-80 and 2^80, far from the ends 2^-126 and 2^127.
+SHIFT = tl.constexpr(80.0)
+STEEPEST = tl.constexpr(-160.0)
+UNSHIFT = tl.constexpr(2.0**-80)
 
 # How the erase gate is given: its values, its logits, or logits to which a content term is added.
 GATE_VALUES = tl.constexpr(0)
@@ -39,19 +41,21 @@ def chunk_rows(table, i_c):
 
 
 @triton.jit
-def load_rows(x, start, o_r, m_r, stride, o_d):
-    """Rows o_r of a token tensor from token `start` on, zero where m_r is false, [rows, columns].
+def load_rows(x, start, o_r, m_r, i_h, H, D: tl.constexpr, o_d):
+    """Rows o_r of head i_h of a token tensor [..., H, D] from token `start` on, zero where m_r is false, [rows, BD].
 
-    `start` is a 64-bit scalar; the offsets from there fit 32 bits.
+    `start` is a 64-bit scalar; the offsets from there fit 32 bits. Columns beyond D, where a block is wider, are zero.
     """
-    p_x = x + start * stride + (o_r[:, None] * stride + o_d[None, :])
-    return tl.load(p_x, mask=m_r[:, None], other=0.0)
+    p_x = x + start * (H * D) + (o_r[:, None] * (H * D) + (i_h * D + o_d)[None, :])
+    if (o_d.shape[0] - 1) & D == 0:  # the block divides D
+        return tl.load(p_x, mask=m_r[:, None], other=0.0)
+    return tl.load(p_x, mask=m_r[:, None] & (o_d < D)[None, :], other=0.0)
 
 
 @triton.jit
-def store_rows(x, start, o_r, m_r, stride, o_d, b_x):
-    """The counterpart of load_rows."""
-    p_x = x + start * stride + (o_r[:, None] * stride + o_d[None, :])
+def store_rows(x, start, o_r, m_r, i_h, H, D: tl.constexpr, o_d, b_x):
+    """The counterpart of load_rows, for blocks of columns that divide D."""
+    p_x = x + start * (H * D) + (o_r[:, None] * (H * D) + (i_h * D + o_d)[None, :])
     tl.store(p_x, b_x.to(x.dtype.element_ty), mask=m_r[:, None])
 
 
@@ -59,19 +63,41 @@ def store_rows(x, start, o_r, m_r, stride, o_d, b_x):
 def load_tile(x, i, o_r, D: tl.constexpr, o_d):
     """Rows o_r of tile i of a scratch tensor of [64, D] tiles; columns beyond D, where a block is wider, are zero."""
     p_x = x + i * 64 * D + (o_r[:, None] * D + o_d[None, :])
-    if D & (D - 1) == 0:
+    if (o_d.shape[0] - 1) & D == 0:  # the block divides D
         return tl.load(p_x)
-    return tl.load(p_x, mask=o_d[None, :] < D, other=0.0)
+    return tl.load(p_x, mask=(o_d < D)[None, :], other=0.0)
 
 
 @triton.jit
 def store_tile(x, i, o_r, D: tl.constexpr, o_d, b_x):
     """The counterpart of load_tile."""
     p_x = x + i * 64 * D + (o_r[:, None] * D + o_d[None, :])
-    if D & (D - 1) == 0:
+    if (o_d.shape[0] - 1) & D == 0:  # the block divides D
         tl.store(p_x, b_x.to(x.dtype.element_ty))
     else:
-        tl.store(p_x, b_x.to(x.dtype.element_ty), mask=o_d[None, :] < D)
+        tl.store(p_x, b_x.to(x.dtype.element_ty), mask=(o_d < D)[None, :])
+
+
+@triton.jit
+def load_matrix(x, i, o_a, o_b, A: tl.constexpr, B: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Rows o_a and columns o_b of matrix i of a scratch tensor of [A, B] matrices, or [B, A] if TRANSPOSED."""
+    if TRANSPOSED:
+        return tl.load(x + i * A * B + (o_a[:, None] + o_b[None, :] * A))
+    return tl.load(x + i * A * B + (o_a[:, None] * B + o_b[None, :]))
+
+
+@triton.jit
+def load_columns(x, i, D: tl.constexpr, o_d):
+    """Vector i of a tensor of [D] vectors; columns beyond D, where a block is wider, are zero."""
+    if (o_d.shape[0] - 1) & D == 0:  # the block divides D
+        return tl.load(x + i * D + o_d)
+    return tl.load(x + i * D + o_d, mask=o_d < D, other=0.0)
+
+
+@triton.jit
+def store_columns(x, i, D: tl.constexpr, o_d, b_x):
+    """The counterpart of load_columns."""
+    tl.store(x + i * D + o_d, b_x.to(x.dtype.element_ty), mask=o_d < D)
 
 
 @triton.jit
@@ -79,7 +105,7 @@ def load_erase_gate(
     b, content, start, o_r, m_r, i_h, H, i_content, K: tl.constexpr, o_k, erase_scale, GATE: tl.constexpr
 ):
     """The erase gate, [rows, BK] float32. Empty rows hold something finite: their keys are zero."""
-    b_b = load_rows(b, start, o_r, m_r, H * K, i_h * K + o_k).to(tl.float32)
+    b_b = load_rows(b, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
     if GATE != GATE_VALUES:
         if GATE == GATE_CONTENT:
             b_b += tl.load(content + i_content * K + o_k)[None, :]
@@ -93,44 +119,26 @@ def load_write_gate(w, start, o_r, m_r, i_h, HV, V: tl.constexpr, o_v, SCALAR: t
     if SCALAR:
         b_w = tl.load(w + start * HV + (o_r * HV + i_h), mask=m_r, other=0.0).to(tl.float32)[:, None]
     else:
-        b_w = load_rows(w, start, o_r, m_r, HV * V, i_h * V + o_v).to(tl.float32)
+        b_w = load_rows(w, start, o_r, m_r, i_h, HV, V, o_v).to(tl.float32)
     if LOGITS:
         b_w = tl.sigmoid(b_w)
     return b_w
 
 
 @triton.jit
-def load_blocks(blocks, i_ch, K: tl.constexpr, o_k):
-    """The decay of each of a chunk's four blocks, four times [BK]."""
-    p_d = blocks + i_ch * 4 * K + o_k
-    if K & (K - 1) == 0:
-        return tl.load(p_d), tl.load(p_d + K), tl.load(p_d + 2 * K), tl.load(p_d + 3 * K)
-    m_k = o_k < K
-    return (
-        tl.load(p_d, mask=m_k, other=0.0),
-        tl.load(p_d + K, mask=m_k, other=0.0),
-        tl.load(p_d + 2 * K, mask=m_k, other=0.0),
-        tl.load(p_d + 3 * K, mask=m_k, other=0.0),
-    )
+def load_decay_to_end(right, last, rest, steep_from, i_ch, o_r, K: tl.constexpr, o_k):
+    """From after each row to the chunk's end, [64, BK] float32."""
+    if steep_from == 64:
+        b_decay = load_tile(right, i_ch, o_r, K, o_k).to(tl.float32) * load_columns(last, i_ch, K, o_k)[None, :]
+    else:
+        b_decay = load_tile(rest, i_ch, o_r, K, o_k).to(tl.float32)
+    return b_decay
 
 
 @triton.jit
-def by_block(o_r, b_0, b_1, b_2, b_3):
-    """Give the rows of each block their vector [BK] (or scalar), [64, BK]."""
-    i_b = (o_r // 16)[:, None]
-    return tl.where(i_b == 0, b_0, tl.where(i_b == 1, b_1, tl.where(i_b == 2, b_2, b_3)))
-
-
-@triton.jit
-def decay_before_block(o_r, b_0, b_1, b_2):
-    """From the chunk's start to the start of the row's block, [64, BK]."""
-    return by_block(o_r, 1.0, b_0[None, :], (b_0 * b_1)[None, :], (b_0 * b_1 * b_2)[None, :])
-
-
-@triton.jit
-def decay_after_block(o_r, b_1, b_2, b_3):
-    """From the end of the row's block to the chunk's end, [64, BK]."""
-    return by_block(o_r, (b_1 * b_2 * b_3)[None, :], (b_2 * b_3)[None, :], b_3[None, :], 1.0)
+def load_total_decay(last, i_ch, K: tl.constexpr, o_k):
+    """Over the whole chunk, [BK] float32."""
+    return load_columns(last, i_ch, K, o_k) * UNSHIFT
 
 
 @triton.jit
@@ -141,7 +149,7 @@ def unit_lower_inverse(b_T, o_r, CT: tl.constexpr, PRECISION: tl.constexpr):
     stable where a series in T, whose powers may be huge, is not.
     """
     b_A = tl.where(o_r[:, None] == o_r[None, :], 1.0, tl.where(pairs_of_halves(o_r, 0), -b_T, 0.0))
-    for step in range(1, 6):
+    for step in tl.static_range(1, 6):
         b_Th = tl.where(pairs_of_halves(o_r, step), b_T, 0.0)
         b_A -= matmul(b_A, matmul(b_Th, b_A, CT, PRECISION), CT, PRECISION)
     return b_A
@@ -164,33 +172,15 @@ def pairs_of_halves_mirrored(o_r, step):
 
 
 @triton.jit
-def reverse_cumsum(b_x, o_r, CT: tl.constexpr):
-    """Sum of each row and those after it, in float32: a product with ones, faster here than a scan across warps."""
-    later = o_r[None, :] >= o_r[:, None]
+def sum_rows(m_pairs, b_x, CT: tl.constexpr):
+    """Row r: the sum of the rows s of b_x where m_pairs is true, in float32, as a product with ones.
+
+    Faster here than a scan across warps. Terms left out count as exact zeros, for b_x is finite.
+    """
     if tl.bfloat16 == CT:
         # two halves of a float32's bits
         high = b_x.to(tl.bfloat16)
         low = (b_x - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(later.to(tl.bfloat16), low, tl.dot(later.to(tl.bfloat16), high))
-    return tl.dot(later.to(tl.float32), b_x, input_precision="tf32x3")
-
-
-@triton.jit
-def load_steep_rows(steep, i_ch, o_r):
-    """1 for the rows whose decay in their block is too steep for `up`, else 0, [rows] int32."""
-    return (tl.load(steep + i_ch * 4 + o_r // 16) >> (o_r % 16)) & 1
-
-
-@triton.jit
-def pairs_in_block(o_r, b_steep):
-    """Row r and an earlier row of its block, where r is not steep, [64, 64]."""
-    first = tl.where(b_steep == 0, o_r & -16, 64)
-    return (o_r[None, :] >= first[:, None]) & (o_r[None, :] < o_r[:, None])
-
-
-@triton.jit
-def later_pairs_in_block(o_r, b_steep):
-    """The transpose of pairs_in_block: row s and a later row of its block that is not steep."""
-    last = o_r | 15
-    later = (o_r[None, :] > o_r[:, None]) & (o_r[None, :] <= last[:, None])
-    return later & (b_steep[None, :] == 0)
+        ones = m_pairs.to(tl.bfloat16)
+        return tl.dot(ones, low, tl.dot(ones, high))
+    return tl.dot(m_pairs.to(tl.float32), b_x, input_precision="tf32x3")
