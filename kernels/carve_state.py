@@ -13,14 +13,16 @@ from .steep import write_steep_erase_gradient, write_steep_scores
 from .tiles import (
     GATE_CONTENT,
     UNSHIFT,
-    chunk_rows,
     load_columns,
+    load_matrix,
     load_rows,
     load_tile,
     load_total_decay,
     load_write_gate,
     matmul,
+    sequence_rows,
     store_columns,
+    store_matrix,
     store_tile,
     unit_lower_inverse,
 )
@@ -42,7 +44,7 @@ def carve_state_kernel(
     k, v, g, erase_logits, w, A_log, dt_bias, content_down, content_up,
     q_sum, P_sum, k_left, k_right, k_to_end, last, steep_from,
     initial_S, initial_mean, initial_partial, initial_count,
-    steep_content, A, states, residuals, codes, means, final_S, final_mean, final_partial,
+    A, states, residuals, codes, content, means, final_S, final_mean, final_partial,
     table, first, content_chunk, erase_scale, H, HV,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     R: tl.constexpr, RP: tl.constexpr,
@@ -55,43 +57,40 @@ def carve_state_kernel(
     Writes per chunk A [NC, HV, C, C], states [NC, HV, V, K], residuals [NC, HV, V, C], otherwise as GDN-2's stages do,
     and
         means [NC, HV, V] float32: m, the mean output of the content chunk before,
-        codes [NC, HV, R] float32: D m,
-    and the final state of the head. steep_content [NC, HV, K] float32 is scratch.
+        codes [NC, HV, R] and content [NC, HV, K] float32: D m and U D m,
+    and the final state of the head.
     """
     i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
     i_h, i_nhv = i_hv // (HV // H), i_n * HV + i_hv
     o_r, o_k, o_v, o_c = tl.arange(0, 64), tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, RP)
-    m_vk = (o_v < V)[:, None] & (o_k < K)[None, :]
-    o_vk, o_vr = o_v[:, None] * K + o_k[None, :], o_v[:, None] * 64 + o_r[None, :]
-    m_vr = (o_v < V)[:, None] & (o_r >= 0)[None, :]
-    m_down, m_up = (o_v < V)[:, None] & (o_c < R)[None, :], (o_k < K)[:, None] & (o_c < R)[None, :]
-    b_down = tl.load(content_down + i_hv * R * V + (o_c[None, :] * V + o_v[:, None]), mask=m_down, other=0.0)
-    b_up = tl.load(content_up + i_hv * K * R + (o_k[:, None] * R + o_c[None, :]), mask=m_up, other=0.0)
-    b_down, b_up = b_down.to(tl.float32), b_up.to(tl.float32)
+    b_down = load_matrix(content_down, i_hv, o_v, o_c, V, R, True).to(tl.float32)
+    b_up = load_matrix(content_up, i_hv, o_k, o_c, K, R, False).to(tl.float32)
 
     b_S = tl.zeros([VP, KP], tl.float32)
     b_mean = tl.zeros([VP], tl.float32)
     b_partial = tl.zeros([VP], tl.float32)
     count = tl.zeros([], tl.int64)
     if HAS_INITIAL:
-        b_S += tl.load(initial_S + i_nhv * K * V + (o_v[:, None] + o_k[None, :] * V), mask=m_vk, other=0.0)
+        b_S += load_matrix(initial_S, i_nhv, o_v, o_k, V, K, True)
         b_mean += load_columns(initial_mean, i_nhv, V, o_v)
         b_partial += load_columns(initial_partial, i_nhv, V, o_v)
         count += tl.load(initial_count + i_n) // 64 * 64
     begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
+    row_0, tokens_from, tokens_to = sequence_rows(table, begin, end)
     first_steep_chunk = find_steep_chunk(steep_from, begin, end, i_h, H)
     # Two copies of the loop: the code for steep rows takes registers that the other chunks go without.
     for STEEP in tl.static_range(2):
         for i_c in range(first_steep_chunk if STEEP else begin, end if STEEP else first_steep_chunk):
-            start, low, high = chunk_rows(table, i_c)
-            m_r = (o_r >= low) & (o_r < high)
+            start = row_0 + (i_c - begin) * 64
+            m_r = (start + o_r >= tokens_from) & (start + o_r < tokens_to)
             i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
             b_S_CT = b_S.to(CT)
-            tl.store(states + i_chv * V * K + o_vk, b_S_CT, mask=m_vk)
+            store_matrix(states, i_chv, o_v, o_k, V, K, False, b_S_CT)
             store_columns(means, i_chv, V, o_v, b_mean)
             b_code = tl.sum(b_down * b_mean[:, None], 0)
             store_columns(codes, i_chv, R, o_c, b_code)
             b_content = tl.sum(b_up * b_code[None, :], 1)
+            store_columns(content, i_chv, K, o_k, b_content)
 
             b_b = load_rows(erase_logits, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
             b_b = erase_scale * tl.sigmoid(b_b + b_content[None, :])
@@ -101,10 +100,9 @@ def carve_state_kernel(
             if STEEP:
                 first_steep = tl.load(steep_from + i_ch)
                 b_T = tl.where((o_r < first_steep)[:, None], b_T, 0.0)
-                store_columns(steep_content, i_chv, K, o_k, b_content)
                 tl.debug_barrier()  # what other threads stored is visible from here on
                 write_steep_scores(
-                    k, k, g, erase_logits, steep_content, A_log, dt_bias, A, A, table, 1.0, erase_scale,
+                    k, k, g, erase_logits, content, A_log, dt_bias, A, A, table, 1.0, erase_scale,
                     i_c, i_h, i_chv, H,
                     K, BK, GATE_CONTENT, RAW_DECAY, True, False, CT, PRECISION,
                 )  # fmt: skip
@@ -126,15 +124,15 @@ def carve_state_kernel(
             b_partial += tl.sum(b_S * load_columns(q_sum, i_ch, K, o_k)[None, :], 1)
             b_partial += tl.sum(b_R * tl.load(P_sum + i_ch * 64 + o_r)[None, :], 1)
             b_R = b_R.to(CT)
-            tl.store(residuals + i_chv * V * 64 + o_vr, b_R, mask=m_vr)
+            store_matrix(residuals, i_chv, o_v, o_r, V, 64, False, b_R)
             b_S *= load_total_decay(last, i_ch, K, o_k)[None, :]
             b_S += matmul(b_R, load_tile(k_to_end, i_ch, o_r, K, o_k), CT, PRECISION)
             count += 64
-            complete = (high == 64) & (count % content_chunk == 0)
+            complete = (start + 64 <= tokens_to) & (count % content_chunk == 0)
             b_mean = tl.where(complete, b_partial / content_chunk, b_mean)
             b_partial = tl.where(complete, 0.0, b_partial)
     if STORE_FINAL:
-        tl.store(final_S + i_nhv * K * V + (o_v[:, None] + o_k[None, :] * V), b_S, mask=m_vk)
+        store_matrix(final_S, i_nhv, o_v, o_k, V, K, True, b_S)
         store_columns(final_mean, i_nhv, V, o_v, b_mean)
         store_columns(final_partial, i_nhv, V, o_v, b_partial)
 
@@ -162,16 +160,13 @@ def carve_state_gradient_kernel(
     i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
     i_h, i_nhv = i_hv // (HV // H), i_n * HV + i_hv
     o_r, o_k, o_v, o_c = tl.arange(0, 64), tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, RP)
-    m_vk = (o_v < V)[:, None] & (o_k < K)[None, :]
-    o_vk, o_vr = o_v[:, None] * K + o_k[None, :], o_v[:, None] * 64 + o_r[None, :]
-    m_vr = (o_v < V)[:, None] & (o_r >= 0)[None, :]
-    m_down, m_up = (o_v < V)[:, None] & (o_c < R)[None, :], (o_k < K)[:, None] & (o_c < R)[None, :]
-    b_down = tl.load(content_down + i_hv * R * V + (o_c[None, :] * V + o_v[:, None]), mask=m_down, other=0.0)
-    b_up = tl.load(content_up + i_hv * K * R + (o_k[:, None] * R + o_c[None, :]), mask=m_up, other=0.0)
-    b_down, b_up = b_down.to(tl.float32), b_up.to(tl.float32)
+    b_down = load_matrix(content_down, i_hv, o_v, o_c, V, R, True).to(tl.float32)
+    b_up = load_matrix(content_up, i_hv, o_k, o_c, K, R, False).to(tl.float32)
 
-    first_chunk, last_chunk = tl.load(first + i_n), tl.load(first + i_n + 1) - 1
-    count = (last_chunk - first_chunk + 1) * 64
+    begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
+    row_0, tokens_from, tokens_to = sequence_rows(table, begin, end)
+    first_steep_chunk = find_steep_chunk(steep_from, begin, end, i_h, H)
+    count = (end - begin) * 64
     if HAS_INITIAL:
         count += tl.load(initial_count + i_n) // 64 * 64
     b_dS = tl.zeros([VP, KP], tl.float32)
@@ -182,27 +177,24 @@ def carve_state_gradient_kernel(
     # from behind that is complete, then the mean's in that one
     partial_weight, mean_weight, mean_pending = 1.0, 0.0, 1.0
     if HAS_FINAL:
-        b_dS += tl.load(d_final_S + i_nhv * K * V + (o_v[:, None] + o_k[None, :] * V), mask=m_vk, other=0.0)
+        b_dS += load_matrix(d_final_S, i_nhv, o_v, o_k, V, K, True)
         b_d_mean = load_columns(d_final_mean, i_nhv, V, o_v)
         b_d_partial = load_columns(d_final_partial, i_nhv, V, o_v)
-    _, _, last_high = chunk_rows(table, tl.maximum(last_chunk, 0))
-    first_steep_chunk = find_steep_chunk(steep_from, first_chunk, last_chunk + 1, i_h, H)
-    steep_chunks = last_chunk + 1 - first_steep_chunk
     for MILD in tl.static_range(2):
-        for i_back in range(steep_chunks if MILD else 0, last_chunk - first_chunk + 1 if MILD else steep_chunks):
-            i_c = last_chunk - i_back
-            complete = ((i_back > 0) | (last_high == 64)) & (count % content_chunk == 0)
+        for i_back in range(end - first_steep_chunk if MILD else 0, end - begin if MILD else end - first_steep_chunk):
+            i_c = end - 1 - i_back
+            start = row_0 + (i_c - begin) * 64
+            m_r = (start + o_r >= tokens_from) & (start + o_r < tokens_to)
+            complete = (start + 64 <= tokens_to) & (count % content_chunk == 0)
             b_d_next_code = tl.where(complete, b_d_code / content_chunk, b_d_next_code)
             b_d_code = tl.where(complete, 0.0, b_d_code)
             mean_weight = tl.where(complete, mean_pending / content_chunk, mean_weight)
             mean_pending = tl.where(complete, 0.0, mean_pending)
             partial_weight = tl.where(complete, 0.0, partial_weight)
             count -= 64
-            start, low, high = chunk_rows(table, i_c)
-            m_r = (o_r >= low) & (o_r < high)
             i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
             b_dS_CT = b_dS.to(CT)
-            tl.store(d_states + i_chv * V * K + o_vk, b_dS_CT, mask=m_vk)
+            store_matrix(d_states, i_chv, o_v, o_k, V, K, False, b_dS_CT)
             b_d_row = tl.sum(b_down * b_d_next_code[None, :], 1)
             if HAS_FINAL:
                 b_d_row += partial_weight * b_d_partial + mean_weight * b_d_mean
@@ -214,15 +206,17 @@ def carve_state_gradient_kernel(
             b_dR += matmul(b_do, load_tile(P, i_ch, o_r, 64, o_r), CT, PRECISION)
             b_dR += matmul(b_dS_CT, tl.trans(load_tile(k_to_end, i_ch, o_r, K, o_k)), CT, PRECISION)
             b_dR = b_dR.to(CT)
-            tl.store(d_residuals + i_chv * V * 64 + o_vr, b_dR, mask=m_vr)
+            store_matrix(d_residuals, i_chv, o_v, o_r, V, 64, False, b_dR)
             # minus the gradient of w v - E S
             b_dE = (-matmul(b_dR, load_tile(A, i_chv, o_r, 64, o_r), CT, PRECISION)).to(CT)
 
-            if not DETACHED:
+            # The first chunk's content is that of the initial state. A branch also keeps its loads out of the pipeline,
+            # for which shared memory would not suffice.
+            if (not DETACHED) & (i_c > begin - HAS_INITIAL):
                 b_rows = tl.trans(b_dE)
                 b_dT = matmul(b_rows, tl.trans(load_tile(residuals, i_chv, o_r, V, o_v)), CT, PRECISION)
                 b_dT = tl.where(o_r[None, :] < o_r[:, None], b_dT, 0.0)
-                b_S = tl.load(states + i_chv * V * K + o_vk, mask=m_vk, other=0.0)
+                b_S = load_matrix(states, i_chv, o_v, o_k, V, K, False)
                 b_d_left = matmul(b_rows, b_S, CT, PRECISION) * UNSHIFT
                 b_dT_mild = b_dT
                 if not MILD:
@@ -232,7 +226,7 @@ def carve_state_gradient_kernel(
                 b_db = b_d_left * load_tile(gate_slope, i_chv, o_r, K, o_k).to(tl.float32)
                 b_d_content = tl.sum(b_db, 0)
                 if not MILD:
-                    tl.store(steep_dT + i_nhv * 64 * 64 + (o_r[:, None] * 64 + o_r[None, :]), b_dT.to(CT))
+                    store_tile(steep_dT, i_nhv, o_r, 64, o_r, b_dT)
                     tl.debug_barrier()  # what other threads stored is visible from here on
                     write_steep_erase_gradient(
                         k, g, erase_logits, content, A_log, dt_bias, steep_dT, steep_d_content, table, erase_scale,
@@ -254,6 +248,6 @@ def carve_state_gradient_kernel(
         if HAS_FINAL:
             b_d += mean_pending * b_d_mean
             b_d_row += mean_weight * b_d_mean + partial_weight * b_d_partial
-        tl.store(d_initial_S + i_nhv * K * V + (o_v[:, None] + o_k[None, :] * V), b_dS, mask=m_vk)
+        store_matrix(d_initial_S, i_nhv, o_v, o_k, V, K, True, b_dS)
         store_columns(d_initial_mean, i_nhv, V, o_v, b_d)
         store_columns(d_initial_partial, i_nhv, V, o_v, b_d_row)

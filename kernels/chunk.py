@@ -78,7 +78,7 @@ class ChunkGDN2(torch.autograd.Function):
             call, recomputed, factors, do, d_final_state, ctx.has_initial
         )
         dv, dw, scores = chunk_value_gradient(call, x, A, do, None, recomputed.residuals, d_residuals)
-        d = chunk_key_gradient(call, x, factors, do, None, states, d_states, recomputed.residuals, scores)
+        d = chunk_key_gradient(call, x, factors, do, states, d_states, recomputed.residuals, scores)
         return None, None, d.q, d.k, dv, d.g, d.b, dw, d.A_log, d.dt_bias, d_initial
 
 
@@ -94,12 +94,12 @@ class ChunkCarve(torch.autograd.Function):
         factors = decay_factors(call, x)
         P, tiles = carve_tiles(call, x, factors)
         loop = carve_state(call, x, down, up, factors, tiles, initial, content_chunk, want_final)
-        A, states, residuals, codes, means, *final = loop
+        A, states, residuals, codes, content, means, *final = loop
         o = chunk_output(call, x, factors, P, states, residuals)
         ctx.call, ctx.content_chunk, ctx.detached = call, content_chunk, detached
         ctx.has_initial = initial[0] is not None
-        sums = tiles.q_sum, tiles.P_sum
-        ctx.save_for_backward(*tensors[:8], down, up, initial[3], A, P, states, codes, means, *sums)
+        saved = A, P, tiles.P_sum, states, codes, content, means
+        ctx.save_for_backward(*tensors[:8], down, up, initial[3], *saved)
         ctx.set_materialize_grads(False)
         return o, *final
 
@@ -107,8 +107,7 @@ class ChunkCarve(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor | None, *d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         call = ctx.call
-        down, up, count, A, P, states, codes, means, q_sum, P_sum = ctx.saved_tensors[8:]
-        content = torch.einsum("chr,hkr->chk", codes, up.float()).contiguous()
+        down, up, count, A, P, P_sum, states, codes, content, means = ctx.saved_tensors[8:]
         x = Inputs(*ctx.saved_tensors[:8], content)
         do = torch.zeros_like(x.v) if do is None else do.contiguous()
         factors = decay_factors(call, x)
@@ -121,11 +120,11 @@ class ChunkCarve(torch.autograd.Function):
             d_states, d_residuals, _ = chunk_state_gradient(call, recomputed, factors, do, d_final[0], False)
         else:
             d_states, d_residuals, d_rows, d_initial = carve_state_gradient(
-                call, x, down, up, factors, q_sum, P_sum, recomputed, A, P, states, do,
+                call, x, down, up, factors, P_sum, recomputed, A, P, states, do,
                 d_final, count, ctx.has_initial, ctx.content_chunk, ctx.detached,
             )  # fmt: skip
         dv, dw, scores = chunk_value_gradient(call, x, A, do, d_rows, recomputed.residuals, d_residuals)
-        d = chunk_key_gradient(call, x, factors, do, d_rows, states, d_states, recomputed.residuals, scores)
+        d = chunk_key_gradient(call, x, factors, do, states, d_states, recomputed.residuals, scores)
         assert d.content is not None
         d_up = torch.einsum("chk,chr->hkr", d.content, codes)
         d_down = torch.einsum("chr,chv->hrv", torch.einsum("hkr,chk->chr", up.float(), d.content), means)

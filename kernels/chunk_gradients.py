@@ -31,7 +31,7 @@ from .tiles import (
 @triton.jit
 def chunk_recompute_kernel(
     q, k, v, b, w, content, left, right, last, rest, steep_from, A, P, states, do,
-    erasure, q_from_start, k_to_end, residuals, d_residuals_here, k_right, gate_slope,
+    erasure, q_from_start, k_to_end, residuals, d_residuals_here, q_sum, k_right, gate_slope,
     table, scale, erase_scale, H, HV,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, SCALAR_W: tl.constexpr, LOGITS_W: tl.constexpr,
@@ -46,6 +46,7 @@ def chunk_recompute_kernel(
         residuals [NC, HV, C, V]: R = A (w v - exp(G) b k S).
         d_residuals_here [NC, HV, C, V]: P^T do, not for CARVE's loop.
     and what CARVE's loop needs instead, in the shifted factors of tiles:
+        q_sum [NC, H, K] float32: the sum of q_from_start's rows.
         k_right [NC, H, C, K]: right k.
         gate_slope [NC, HV, C, K]: derivative of the rows left b k by the erase logits.
     """
@@ -68,10 +69,10 @@ def chunk_recompute_kernel(
         b_rest = b_w * load_rows(v, start, o_r, m_r, i_hv, HV, V, o_v).to(tl.float32)
         for i_k in range(K // BK):
             o_k = i_k * BK + tl.arange(0, BK)
-            b_decay = load_tile(left, i_ch, o_r, K, o_k).to(tl.float32) * UNSHIFT
+            b_start = load_tile(left, i_ch, o_r, K, o_k).to(tl.float32) * UNSHIFT
             b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
             b_b = load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_chv, K, o_k, erase_scale, GATE)
-            b_E = (b_b * b_k * b_decay).to(CT)
+            b_E = (b_b * b_k * b_start).to(CT)
             b_S = load_matrix(states, i_chv, o_k, o_v, K, V, STATES_T)
             b_rest -= matmul(b_E, b_S, CT, PRECISION)
             if i_v == 0:
@@ -86,10 +87,11 @@ def chunk_recompute_kernel(
                     if GATE != GATE_CONTENT:
                         store_tile(erasure, i_ch, o_r, K, o_k, b_E)
                     b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
-                    store_tile(q_from_start, i_ch, o_r, K, o_k, b_q * b_decay)
-                    b_decay = load_decay_to_end(right, last, rest, first_steep, i_ch, o_r, K, o_k)
-                    store_tile(k_to_end, i_ch, o_r, K, o_k, b_k * b_decay)
+                    store_tile(q_from_start, i_ch, o_r, K, o_k, b_q * b_start)
+                    b_to_end = load_decay_to_end(right, last, rest, first_steep, i_ch, o_r, K, o_k)
+                    store_tile(k_to_end, i_ch, o_r, K, o_k, b_k * b_to_end)
                     if FOR_CARVE_LOOP:
+                        tl.store(q_sum + i_ch * K + o_k, tl.sum(b_q * b_start, 0))
                         b_right = load_tile(right, i_ch, o_r, K, o_k).to(tl.float32)
                         store_tile(k_right, i_ch, o_r, K, o_k, b_k * b_right)
         store_tile(residuals, i_chv, o_r, V, o_v, matmul(b_A, b_rest, CT, PRECISION))
@@ -98,7 +100,7 @@ def chunk_recompute_kernel(
 @triton.jit
 def chunk_value_gradient_kernel(
     v, w, A, do, d_output_rows, residuals, d_residuals,
-    dv, dw, d_written, dT, dP, dP_own,
+    dv, dw, d_outputs, d_written, dT, dP, dP_own,
     table, H, HV,
     V: tl.constexpr, BV: tl.constexpr, PER_HEAD_A: tl.constexpr,
     SCALAR_W: tl.constexpr, LOGITS_W: tl.constexpr, OUTPUT_ROWS: tl.constexpr,
@@ -107,6 +109,7 @@ def chunk_value_gradient_kernel(
     """One program per chunk and value head: gradients of values, write gates and both score matrices.
 
     Writes dv, dw like v, w (dw of a scalar gate per token), and per chunk
+        d_outputs [NC, HV, C, V]: for OUTPUT_ROWS, do with d_output_rows added to every row,
         d_written [NC, HV, C, V]: A^T dR, gradient of w v,
         dT, dP [NC, HV, C, C]: gradients of the erased scores and of the query scores with earlier keys,
         dP_own [NC, HV, C] float32: gradient of the query scores with the keys of the same row.
@@ -126,12 +129,13 @@ def chunk_value_gradient_kernel(
         b_dz = matmul(b_At, load_matrix(d_residuals, i_chv, o_r, o_v, 64, V, D_STATES_T), CT, PRECISION)
         store_tile(d_written, i_chv, o_r, V, o_v, b_dz)
         b_Rt = load_matrix(residuals, i_chv, o_v, o_r, V, 64, True)
-        b_dT -= matmul(b_dz, b_Rt, CT, PRECISION)
-        b_dP += matmul(load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v), b_Rt, CT, PRECISION)
+        b_do = load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v)
         if OUTPUT_ROWS:
-            # in rows without a token too, whose queries are zero
-            b_row = load_columns(d_output_rows, i_chv, V, o_v)
-            b_dP += tl.sum(b_Rt.to(tl.float32) * b_row[:, None], 0)[None, :]
+            b_do = b_do.to(tl.float32) + load_columns(d_output_rows, i_chv, V, o_v)[None, :]
+            b_do = tl.where(m_r[:, None], b_do, 0.0).to(CT)
+            store_tile(d_outputs, i_chv, o_r, V, o_v, b_do)
+        b_dT -= matmul(b_dz, b_Rt, CT, PRECISION)
+        b_dP += matmul(b_do, b_Rt, CT, PRECISION)
         b_v = load_rows(v, start, o_r, m_r, i_hv, HV, V, o_v).to(tl.float32)
         b_w = load_write_gate(w, start, o_r, m_r, i_hv, HV, V, o_v, SCALAR_W, LOGITS_W)
         store_rows(dv, start, o_r, m_r, i_hv, HV, V, o_v, b_w * b_dz)
@@ -153,7 +157,7 @@ def chunk_value_gradient_kernel(
 
 @triton.jit
 def chunk_row_gradient_kernel(
-    q, k, b, content, left, right, steep_from, do, d_output_rows, states, d_written, dT, dP, dP_own,
+    q, k, b, content, left, right, steep_from, do, d_outputs, states, d_written, dT, dP, dP_own,
     dq, dk, db, d_content, d_sums,
     table, scale, erase_scale, H, HV,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -181,11 +185,11 @@ def chunk_row_gradient_kernel(
         o_v = i_v * BV + tl.arange(0, BV)
         b_S = load_matrix(states, i_chv, o_k, o_v, K, V, STATES_T)
         b_dbk -= matmul(load_tile(d_written, i_chv, o_r, V, o_v), tl.trans(b_S), CT, PRECISION)
-        b_dq += matmul(load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v), tl.trans(b_S), CT, PRECISION)
         if OUTPUT_ROWS:
-            # in rows without a token too, where q is zero and nothing is stored
-            b_row = load_columns(d_output_rows, i_chv, V, o_v)
-            b_dq += tl.sum(b_S.to(tl.float32) * b_row[None, :], 1)[None, :]
+            b_do = load_tile(d_outputs, i_chv, o_r, V, o_v)
+        else:
+            b_do = load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v)
+        b_dq += matmul(b_do, tl.trans(b_S), CT, PRECISION)
     b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
     b_columns = (b_k * load_tile(right, i_ch, o_r, K, o_k).to(tl.float32)).to(CT)
     o_square = i_chv * 64 * 64 + (o_r[:, None] * 64 + o_r[None, :])

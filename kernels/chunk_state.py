@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import chunk_rows, load_rows, load_tile, load_total_decay, matmul, store_tile
+from .tiles import load_rows, load_tile, load_total_decay, matmul, sequence_rows, store_tile
 
 
 @triton.jit
@@ -69,12 +69,10 @@ def chunk_state_gradient_kernel(
     b_dS = tl.zeros([KP, BV], tl.float32)
     if HAS_FINAL:
         b_dS += tl.load(d_final_state + (i_n * HV + i_hv) * K * V + o_s, mask=m_s, other=0.0)
-    first_chunk, last_chunk = tl.load(first + i_n), tl.load(first + i_n + 1) - 1
-    # the sequence's tokens; read here, so that the loop's addresses do not wait for a load
-    row_0, low, _ = chunk_rows(table, tl.maximum(tl.minimum(first_chunk, last_chunk), 0))
-    last_row_0, _, high = chunk_rows(table, tl.maximum(last_chunk, 0))
-    for i_back in range(last_chunk - first_chunk + 1):
-        i_c = last_chunk - i_back
+    begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
+    row_0, tokens_from, tokens_to = sequence_rows(table, begin, end)
+    for i_back in range(end - begin):
+        i_c = end - 1 - i_back
         i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
         b_dS_CT = b_dS.to(CT)
         tl.store(d_states + i_chv * K * V + o_s, b_dS_CT, mask=m_s)
@@ -83,8 +81,8 @@ def chunk_state_gradient_kernel(
         b_dR += matmul(b_k, b_dS_CT, CT, PRECISION)
         b_dR = b_dR.to(CT)
         store_tile(d_residuals, i_chv, o_r, V, o_v, b_dR)
-        start = row_0 + (i_c - first_chunk) * 64
-        m_r = (start + o_r >= row_0 + low) & (start + o_r < last_row_0 + high)
+        start = row_0 + (i_c - begin) * 64
+        m_r = (start + o_r >= tokens_from) & (start + o_r < tokens_to)
         b_do = load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v)
         b_q = load_tile(q_from_start, i_ch, o_r, K, o_k)
         b_W = load_tile(erasure, i_chv if PER_HEAD_ERASURE else i_ch, o_r, K, o_k)

@@ -52,9 +52,9 @@ class Tuning(NamedTuple):
 TUNING = {
     "decay_factors": Tuning(64, 0, 4),
     "steep": Tuning(64, 0, 4),
-    "carve_tiles": Tuning(64, 0, 4),
-    "carve_state": Tuning(0, 0, 8),
-    "carve_state_gradient": Tuning(0, 0, 8),
+    "carve_tiles": Tuning(128, 0, 4),
+    "carve_state": Tuning(0, 0, 8, 2),
+    "carve_state_gradient": Tuning(0, 0, 8, 2),
     "chunk_operands": Tuning(64, 64, 4, 3),
     "chunk_state": Tuning(0, 64, 4, 3),
     "chunk_output": Tuning(64, 128, 4, 1, 168),
@@ -105,13 +105,14 @@ class CarveTiles(NamedTuple):
 
 
 class Recomputed(NamedTuple):
-    """What chunk_recompute_kernel writes; the last two only for CARVE's loop, the one before only without it."""
+    """What chunk_recompute_kernel writes; the last three only for CARVE's loop, the one before only without it."""
 
     erasure: Tensor
     q_from_start: Tensor
     k_to_end: Tensor
     residuals: Tensor
     d_residuals_here: Tensor | None
+    q_sum: Tensor | None
     k_right: Tensor | None
     gate_slope: Tensor | None
 
@@ -273,28 +274,28 @@ def carve_state(
     call: Call, x: Inputs, down: Tensor, up: Tensor, factors: Factors, tiles: CarveTiles,
     initial: Sequence[Tensor | None], content_chunk: int, want_final: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """A, states, residuals (both transposed), codes, means, and the three tensors of the final state."""
+    """A, states, residuals (both transposed), codes, content, means, and the three tensors of the final state."""
     A, residuals = call.tiles(x.v, call.HV, 64, 64), call.tiles(x.v, call.HV, call.V, 64)
     states = call.tiles(x.v, call.HV, call.V, call.K)
     # zeros: chunks beyond the last one enter the sums of the backward with weight zero
-    codes, means = call.floats(x.v, call.HV, down.shape[1]).zero_(), call.floats(x.v, call.HV, call.V).zero_()
+    codes, content, means = (call.floats(x.v, call.HV, size).zero_() for size in (down.shape[1], call.K, call.V))
     shape = (call.chunks.sequences, call.HV)
     final = [
         means.new_empty(*shape, *tail) if want_final else None for tail in ((call.K, call.V), (call.V,), (call.V,))
     ]
     carve_state_kernel[(call.chunks.sequences * call.HV,)](
         x.k, x.v, x.g, x.b, x.w, x.A_log, x.dt_bias, down, up, *tiles, factors.last, factors.steep_from,
-        *initial, call.floats(x.v, call.HV, call.K), A, states, residuals, codes, means, *final,
+        *initial, A, states, residuals, codes, content, means, *final,
         call.chunks.table, call.chunks.first, content_chunk, call.erase_scale, call.H, call.HV,
         **carve_sizes(call, down), HAS_INITIAL=initial[0] is not None, STORE_FINAL=want_final,
         RAW_DECAY=call.raw_decay, LOGITS_W=call.logits_w,
         **call.arithmetic, **TUNING["carve_state"].launch(call.tile_dtype, call.K, call.V),
     )  # fmt: skip
-    return A, states, residuals, codes, means, *final
+    return A, states, residuals, codes, content, means, *final
 
 
 def carve_state_gradient(
-    call: Call, x: Inputs, down: Tensor, up: Tensor, factors: Factors, q_sum: Tensor, P_sum: Tensor,
+    call: Call, x: Inputs, down: Tensor, up: Tensor, factors: Factors, P_sum: Tensor,
     recomputed: Recomputed, A: Tensor, P: Tensor, states: Tensor, do: Tensor,
     d_final: Sequence[Tensor | None], count: Tensor | None, has_initial: bool, content_chunk: int, detached: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:  # fmt: skip
@@ -311,7 +312,7 @@ def carve_state_gradient(
     d_initial = [d_rows.new_empty(*shape, *tail) if has_initial else None for tail in tails]
     carve_state_gradient_kernel[(call.chunks.sequences * call.HV,)](
         x.k, x.g, x.b, x.A_log, x.dt_bias, down, up, x.content,
-        q_sum, P_sum, recomputed.k_right, recomputed.k_to_end, recomputed.q_from_start, recomputed.erasure,
+        recomputed.q_sum, P_sum, recomputed.k_right, recomputed.k_to_end, recomputed.q_from_start, recomputed.erasure,
         recomputed.gate_slope, factors.last, factors.steep_from,
         A, P, states, recomputed.residuals, do,
         *d_final, count,
@@ -334,6 +335,7 @@ def chunk_recompute(
         call.tiles(x.q, call.H, *key_tile), call.tiles(x.q, call.H, *key_tile),
         call.tiles(x.q, call.HV, *value_tile),
         None if for_carve_loop else call.tiles(x.q, call.HV, *value_tile),
+        call.floats(x.q, call.H, call.K) if for_carve_loop else None,
         call.tiles(x.q, call.H, *key_tile) if for_carve_loop else None,
         call.tiles(x.q, call.HV, *key_tile) if for_carve_loop else None,
     )  # fmt: skip
@@ -371,8 +373,9 @@ def chunk_state_gradient(
 
 
 class ScoreGradients(NamedTuple):
-    """Gradients inside a chunk that chunk_value_gradient_kernel leaves for the key axis."""
+    """What chunk_value_gradient_kernel leaves for the key axis; d_outputs only where rows are added to do."""
 
+    d_outputs: Tensor | None
     d_written: Tensor
     dT: Tensor
     dP: Tensor
@@ -391,8 +394,8 @@ def chunk_value_gradient(
     """dv, dw, and what the key axis needs."""
     dv, dw = torch.empty_like(x.v), torch.empty_like(x.w)
     scores = ScoreGradients(
-        torch.empty_like(residuals), call.tiles(x.v, call.HV, 64, 64), call.tiles(x.v, call.HV, 64, 64),
-        call.floats(x.v, call.HV, 64),
+        None if d_output_rows is None else torch.empty_like(residuals), torch.empty_like(residuals),
+        call.tiles(x.v, call.HV, 64, 64), call.tiles(x.v, call.HV, 64, 64), call.floats(x.v, call.HV, 64),
     )  # fmt: skip
     BV = column_block(call.V, TUNING["chunk_value_gradient"].BV)
     chunk_value_gradient_kernel[(call.chunks.count, call.HV)](
@@ -420,7 +423,7 @@ class KeyGradients(NamedTuple):
 
 
 def chunk_key_gradient(
-    call: Call, x: Inputs, factors: Factors, do: Tensor, d_output_rows: Tensor | None,
+    call: Call, x: Inputs, factors: Factors, do: Tensor,
     states: Tensor, d_states: Tensor, residuals: Tensor, scores: ScoreGradients,
 ) -> KeyGradients:  # fmt: skip
     shared = call.HV != call.H
@@ -447,11 +450,11 @@ def chunk_key_gradient(
     blocks = call.blocks("chunk_row_gradient")
     chunk_row_gradient_kernel[(call.chunks.count * (call.K // blocks["BK"]), call.HV)](
         x.q, x.k, x.b, x.content, factors.left, factors.right, factors.steep_from,
-        do, d_output_rows, states, *scores,
+        do, scores.d_outputs, states, scores.d_written, scores.dT, scores.dP, scores.dP_own,
         dq, dk, db, d_content, d_sums,
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV,
         K=call.K, V=call.V, **blocks,
-        GATE=call.gate, OUTPUT_ROWS=d_output_rows is not None, STATES_T=call.sees_content,
+        GATE=call.gate, OUTPUT_ROWS=scores.d_outputs is not None, STATES_T=call.sees_content,
         **call.arithmetic, **TUNING["chunk_row_gradient"].launch(call.tile_dtype, *blocks.values()),
     )  # fmt: skip
     blocks = call.blocks("chunk_key_gradient")
@@ -461,7 +464,7 @@ def chunk_key_gradient(
         dk, dg, dA_log, d_dt_bias,
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV,
         K=call.K, V=call.V, **blocks,
-        GATE=call.gate, RAW_DECAY=call.raw_decay, STATES_T=call.sees_content, D_STATES_T=d_output_rows is not None,
+        GATE=call.gate, RAW_DECAY=call.raw_decay, STATES_T=call.sees_content, D_STATES_T=scores.d_outputs is not None,
         **call.arithmetic, **TUNING["chunk_key_gradient"].launch(call.tile_dtype, *blocks.values()),
     )  # fmt: skip
     if shared:

@@ -41,6 +41,17 @@ def chunk_rows(table, i_c):
 
 
 @triton.jit
+def sequence_rows(table, begin, end):
+    """(token of row 0 of a sequence's first chunk, its first token, the one after its last); chunks begin to end.
+
+    For loops over a sequence's chunks, whose addresses then wait for no load.
+    """
+    row_0, low, _ = chunk_rows(table, tl.maximum(tl.minimum(begin, end - 1), 0))
+    last_row_0, _, high = chunk_rows(table, tl.maximum(end - 1, 0))
+    return row_0, row_0 + low, last_row_0 + high
+
+
+@triton.jit
 def load_rows(x, start, o_r, m_r, i_h, H, D: tl.constexpr, o_d):
     """Rows o_r of head i_h of a token tensor [..., H, D] from token `start` on, zero where m_r is false, [rows, BD].
 
@@ -80,10 +91,30 @@ def store_tile(x, i, o_r, D: tl.constexpr, o_d, b_x):
 
 @triton.jit
 def load_matrix(x, i, o_a, o_b, A: tl.constexpr, B: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Rows o_a and columns o_b of matrix i of a scratch tensor of [A, B] matrices, or [B, A] if TRANSPOSED."""
+    """Rows o_a and columns o_b of matrix i of a tensor of [A, B] matrices, or [B, A] if TRANSPOSED.
+
+    What lies beyond A or B, where a block is wider, is zero.
+    """
     if TRANSPOSED:
-        return tl.load(x + i * A * B + (o_a[:, None] + o_b[None, :] * A))
-    return tl.load(x + i * A * B + (o_a[:, None] * B + o_b[None, :]))
+        p_x = x + i * A * B + (o_a[:, None] + o_b[None, :] * A)
+    else:
+        p_x = x + i * A * B + (o_a[:, None] * B + o_b[None, :])
+    if ((o_a.shape[0] - 1) & A) + ((o_b.shape[0] - 1) & B) == 0:
+        return tl.load(p_x)
+    return tl.load(p_x, mask=(o_a < A)[:, None] & (o_b < B)[None, :], other=0.0)
+
+
+@triton.jit
+def store_matrix(x, i, o_a, o_b, A: tl.constexpr, B: tl.constexpr, TRANSPOSED: tl.constexpr, b_x):
+    """The counterpart of load_matrix."""
+    if TRANSPOSED:
+        p_x = x + i * A * B + (o_a[:, None] + o_b[None, :] * A)
+    else:
+        p_x = x + i * A * B + (o_a[:, None] * B + o_b[None, :])
+    if ((o_a.shape[0] - 1) & A) + ((o_b.shape[0] - 1) & B) == 0:
+        tl.store(p_x, b_x.to(x.dtype.element_ty))
+    else:
+        tl.store(p_x, b_x.to(x.dtype.element_ty), mask=(o_a < A)[:, None] & (o_b < B)[None, :])
 
 
 @triton.jit
