@@ -14,33 +14,33 @@ backward outside it, as torch advises); o has the dtype of v.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import recurrent, reference
-from .backends import resolve_backend
-from .checks import check_carve, check_gdn2
+from .backends import require_triton_support, resolve_backend
+from .checks import check_carve, check_erase_scale, check_gdn2, check_in_place, check_raw_decay
+from .gates import plain_decay, plain_erase_gate
 from .state import CarveState
 
-__all__ = ["CarveState", "chunk_carve", "chunk_gdn2", "recurrent_carve", "recurrent_gdn2", "resolve_backend"]
-
-
-def _chunk_ops(backend: str) -> Any:
-    """The module with a backend's chunk ops; Triton is imported only when asked for."""
-    if backend == "torch":
-        return reference
-    from . import chunk
-
-    return chunk
+__all__ = [
+    "CarveState",
+    "chunk_carve",
+    "chunk_gdn2",
+    "recurrent_carve",
+    "recurrent_gdn2",
+    "require_triton_support",
+    "resolve_backend",
+]
 
 
 def _recurrent_ops(backend: str, q: Tensor, v: Tensor) -> Any:
+    """The module with a backend's recurrent ops; Triton is imported only when asked for."""
     if backend == "torch":
         return recurrent
     from . import decode
-    from .chunk import check_supported
 
-    check_supported(q, v, 256)
-
+    require_triton_support("recurrent", q.dtype, q.shape[3], v.shape[3])
     return decode
 
 
@@ -56,6 +56,10 @@ def chunk_gdn2(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    gate_logits: bool = False,
+    erase_scale: float = 1.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Gated DeltaNet-2 over whole sequences, differentiable in every float input and the initial state.
@@ -74,6 +78,10 @@ def chunk_gdn2(
         output_final_state: also return S after the last token of each sequence.
         cu_seqlens: boundaries of packed sequences, [N + 1], int32 or int64, from 0 to T, nondecreasing; needs B = 1.
             The torch backend reads them on the host.
+        A_log, dt_bias: [H] and [H, K], float32 (float64 beside float64). Where they are given, g is the raw decay x,
+            [B, T, H, K], and the log-decay is -exp(A_log) * softplus(x + dt_bias), formed in the kernels.
+        gate_logits: b and w are logits: b stands for erase_scale * sigmoid(b), w for sigmoid(w).
+        erase_scale: upper end of an erase gate given as logits, above 0 and at most 2.
         backend: "torch" (any device, the reference), "triton" or "auto" (see resolve_backend).
 
     Returns:
@@ -84,11 +92,19 @@ def chunk_gdn2(
         NotImplementedError: the backend does not exist for this device.
     """
     check_gdn2(q, k, v, g, b, w, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    return _chunk_ops(resolve_backend(backend, q.device)).chunk_gdn2(
-        q, k, v, g, b, w,
-        scale=_scale(scale, q), initial_state=initial_state, output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+    check_raw_decay(A_log, dt_bias, q)
+    check_erase_scale(erase_scale)
+    options: dict[str, Any] = {
+        "scale": _scale(scale, q), "initial_state": initial_state, "output_final_state": output_final_state,
+        "cu_seqlens": cu_seqlens,
+    }  # fmt: skip
+    if resolve_backend(backend, q.device) == "triton":
+        from . import chunk
+
+        options |= {"A_log": A_log, "dt_bias": dt_bias, "gate_logits": gate_logits, "erase_scale": erase_scale}
+        return chunk.chunk_gdn2(q, k, v, g, b, w, **options)
+    g, b, w = _plain_gdn2(g, b, w, A_log, dt_bias, gate_logits, erase_scale)
+    return reference.chunk_gdn2(q, k, v, g, b, w, **options)
 
 
 def chunk_carve(
@@ -108,6 +124,9 @@ def chunk_carve(
     initial_state: CarveState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    gate_logits: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, CarveState | None]:
     """CARVE over whole sequences, differentiable in every float input and the floats of the initial state.
@@ -140,6 +159,9 @@ def chunk_carve(
             calls, of either CARVE op, computes what one call computes.
         cu_seqlens: boundaries of packed sequences, [N + 1], int32 or int64, from 0 to T, nondecreasing; needs B = 1.
             The torch backend reads them on the host.
+        A_log, dt_bias: [H] and [H, K], float32 (float64 beside float64). Where they are given, g is the raw decay x,
+            [B, T, H, K], and the log-decay is -exp(A_log) * softplus(x + dt_bias), formed in the kernels.
+        gate_logits: w is a logit, it stands for sigmoid(w).
         backend: "torch" (any device, the reference), "triton" or "auto" (see resolve_backend).
 
     Returns:
@@ -154,11 +176,19 @@ def chunk_carve(
         content_chunk=content_chunk, content_grad=content_grad, erase_scale=erase_scale,
         initial_state=initial_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    return _chunk_ops(resolve_backend(backend, q.device)).chunk_carve(
-        q, k, v, g, erase_logits, w, content_down, content_up,
-        content_chunk=content_chunk, content_grad=content_grad, erase_scale=erase_scale, scale=_scale(scale, q),
-        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+    check_raw_decay(A_log, dt_bias, q)
+    options: dict[str, Any] = {
+        "content_chunk": content_chunk, "content_grad": content_grad, "erase_scale": erase_scale,
+        "scale": _scale(scale, q), "initial_state": initial_state, "output_final_state": output_final_state,
+        "cu_seqlens": cu_seqlens,
+    }  # fmt: skip
+    if resolve_backend(backend, q.device) == "triton":
+        from . import chunk
+
+        options |= {"A_log": A_log, "dt_bias": dt_bias, "gate_logits": gate_logits}
+        return chunk.chunk_carve(q, k, v, g, erase_logits, w, content_down, content_up, **options)
+    g, w = plain_decay(g, A_log, dt_bias), torch.sigmoid(w) if gate_logits else w
+    return reference.chunk_carve(q, k, v, g, erase_logits, w, content_down, content_up, **options)
 
 
 def recurrent_gdn2(
@@ -173,18 +203,30 @@ def recurrent_gdn2(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    gate_logits: bool = False,
+    erase_scale: float = 1.0,
+    inplace_state: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Gated DeltaNet-2 token by token, for decoding.
 
     Arguments, results and errors are those of chunk_gdn2, and so are the values up to rounding. Runs under
-    torch.no_grad: the results carry no gradient.
+    torch.no_grad: the results carry no gradient. With inplace_state the state is written into initial_state, which
+    must be contiguous, and is returned as the final state.
     """
     check_gdn2(q, k, v, g, b, w, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    check_raw_decay(A_log, dt_bias, q)
+    check_erase_scale(erase_scale)
+    if inplace_state:
+        check_in_place(initial_state)
+    with torch.no_grad():
+        g, b, w = _plain_gdn2(g, b, w, A_log, dt_bias, gate_logits, erase_scale)
     return _recurrent_ops(resolve_backend(backend, q.device), q, v).recurrent_gdn2(
         q, k, v, g, b, w,
         scale=_scale(scale, q), initial_state=initial_state, output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=cu_seqlens, inplace_state=inplace_state,
     )  # fmt: skip
 
 
@@ -205,23 +247,41 @@ def recurrent_carve(
     initial_state: CarveState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    gate_logits: bool = False,
+    inplace_state: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, CarveState | None]:
     """CARVE token by token, for decoding.
 
     Arguments, results and errors are those of chunk_carve, and so are the values up to rounding. Runs under
-    torch.no_grad: the results carry no gradient, and content_grad is checked but has no effect.
+    torch.no_grad: the results carry no gradient, and content_grad is checked but has no effect. With inplace_state the
+    state is written into the tensors of initial_state, which must be contiguous, and is returned as the final state.
     """
     check_carve(
         q, k, v, g, erase_logits, w, content_down, content_up,
         content_chunk=content_chunk, content_grad=content_grad, erase_scale=erase_scale,
         initial_state=initial_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
+    check_raw_decay(A_log, dt_bias, q)
+    if inplace_state:
+        check_in_place(initial_state)
+    with torch.no_grad():
+        g, w = plain_decay(g, A_log, dt_bias), torch.sigmoid(w) if gate_logits else w
     return _recurrent_ops(resolve_backend(backend, q.device), q, v).recurrent_carve(
         q, k, v, g, erase_logits, w, content_down, content_up,
         content_chunk=content_chunk, erase_scale=erase_scale, scale=_scale(scale, q), initial_state=initial_state,
-        output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        output_final_state=output_final_state, cu_seqlens=cu_seqlens, inplace_state=inplace_state,
     )  # fmt: skip
+
+
+def _plain_gdn2(
+    g: Tensor, b: Tensor, w: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, gate_logits: bool, erase_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decay and gates as the reference takes them."""
+    w = torch.sigmoid(w) if gate_logits else w
+    return plain_decay(g, A_log, dt_bias), plain_erase_gate(b, gate_logits, erase_scale), w
 
 
 def _scale(scale: float | None, q: Tensor) -> float:

@@ -18,8 +18,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         device: where the inputs live.
 
     Returns:
-        "torch" or "triton". "auto" is "torch" on every device in this release: the Triton kernels pass their tests
-        in the interpreter and on a GPU, but no model has been trained with them yet, so they are asked for by name.
+        "torch" or "triton"; "auto" is "triton" on a CUDA GPU and "torch" elsewhere.
 
     Raises:
         ValueError: `backend` is not one of the three names.
@@ -34,8 +33,41 @@ def resolve_backend(backend: str, device: torch.device) -> str:
             )
         return "triton"
     if backend == "auto":
-        _log_choice("torch", device.type)
+        chosen = "triton" if device.type == "cuda" else "torch"
+        _log_choice(chosen, device.type)
+        return chosen
     return "torch"
+
+
+HEAD_WIDTHS = (32, 64, 96, 128, 256)
+
+
+def require_triton_support(op: str, dtype: torch.dtype, K: int, V: int) -> None:
+    """Refuse what the Triton kernels lack.
+
+    Args:
+        op: "gdn2" or "carve" for the chunk ops, "recurrent" for decoding.
+        dtype: of q, k, v.
+        K, V: head widths.
+
+    Raises:
+        NotImplementedError: a width or dtype that no kernel takes, or one whose tiles exceed the shared memory of a
+            Hopper SM: float16 and float32 are held as float32, and float32 operands are split in two.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if dtype == torch.float64:
+        raise NotImplementedError(f"backend 'triton': no {name}; use backend='torch'")
+    widest_K = widest_V = 256
+    if op == "carve" and dtype != torch.bfloat16:
+        widest_K = widest_V = 128
+    elif op == "gdn2" and dtype == torch.float32:
+        widest_K = 128
+    for letter, width, widest in (("K", K, widest_K), ("V", V, widest_V)):
+        if width not in HEAD_WIDTHS or width > widest:
+            legal = ", ".join(str(w) for w in HEAD_WIDTHS if w <= widest)
+            raise NotImplementedError(
+                f"backend 'triton': expected {letter} of {legal} for {op} in {name}, got {width}; use backend='torch'"
+            )
 
 
 def _interpreted() -> bool:
@@ -48,8 +80,4 @@ def _interpreted() -> bool:
 @functools.cache
 def _log_choice(chosen: str, device_type: str) -> None:
     """Say once per device type what "auto" became."""
-    logger.info(
-        "backend 'auto' on %s: %s; the Triton kernels are experimental, backend 'triton' selects them",
-        device_type,
-        chosen,
-    )
+    logger.info("backend 'auto' on %s: %s", device_type, chosen)

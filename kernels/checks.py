@@ -67,11 +67,37 @@ def check_carve(
     _check_shape("content_down", content_down, "[HV, R, V]", (value_heads, rank, value_dim))
     _check_shape("content_up", content_up, "[HV, K, R]", (value_heads, key_dim, rank))
     _check_content_options(content_chunk, content_grad)
-    if isinstance(erase_scale, bool) or not isinstance(erase_scale, int | float) or not 0 < erase_scale <= 2:
-        raise ValueError(f"erase_scale: expected a number above 0 and at most 2, got {erase_scale!r}")
+    check_erase_scale(erase_scale)
     rows = _check_cu_seqlens(cu_seqlens, q)
     if initial_state is not None:
         _check_carve_state(initial_state, rows, q, v)
+
+
+def check_raw_decay(A_log: Tensor | None, dt_bias: Tensor | None, q: Tensor) -> None:
+    """Check the parameters of a raw decay: both or neither, in the dtype that the op computes in."""
+    if A_log is None and dt_bias is None:
+        return
+    if A_log is None or dt_bias is None:
+        missing, given = ("A_log", "dt_bias") if A_log is None else ("dt_bias", "A_log")
+        raise ValueError(f"{missing}: expected a tensor beside {given}, got None")
+    _check_state("A_log", A_log, "[H]", (q.shape[2],), q)
+    _check_state("dt_bias", dt_bias, "[H, K]", (q.shape[2], q.shape[3]), q)
+
+
+def check_erase_scale(erase_scale: float) -> None:
+    if isinstance(erase_scale, bool) or not isinstance(erase_scale, int | float) or not 0 < erase_scale <= 2:
+        raise ValueError(f"erase_scale: expected a number above 0 and at most 2, got {erase_scale!r}")
+
+
+def check_in_place(state: Tensor | CarveState | None) -> None:
+    """Check the initial state of a call that updates it."""
+    if state is None:
+        raise ValueError("initial_state: expected one to update with inplace_state=True, got None")
+    parts = {"": state} if isinstance(state, Tensor) else {f".{name}": x for name, x in state._asdict().items()}
+    for name, part in parts.items():
+        if not part.is_contiguous():
+            expected = "expected a contiguous tensor with inplace_state=True"
+            raise ValueError(f"initial_state{name}: {expected}, got strides {part.stride()}")
 
 
 def read_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> list[int]:

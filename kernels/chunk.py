@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import require_triton_support
 from .chunks import make_chunks
 from .stages import (
     SEES_CONTENT,
@@ -23,28 +24,6 @@ from .stages import (
     decay_factors,
 )
 from .state import CarveState
-
-HEAD_WIDTHS = (32, 64, 96, 128, 256)
-
-
-def check_supported(q: Tensor, v: Tensor, widest: int) -> None:
-    """Refuse what these kernels lack."""
-    if q.dtype == torch.float64:
-        raise NotImplementedError("backend 'triton': no float64, use backend='torch'")
-    for name, width in (("K", q.shape[3]), ("V", v.shape[3])):
-        if width not in HEAD_WIDTHS or width > widest:
-            legal = ", ".join(str(w) for w in HEAD_WIDTHS if w <= widest)
-            raise NotImplementedError(f"backend 'triton': expected {name} of {legal}, got {width}; use backend='torch'")
-
-
-def check_float32_size(q: Tensor, v: Tensor, largest_K: int, largest_state: int) -> None:
-    """Refuse float32 heads whose tiles, each split in two for tf32x3, exceed a Hopper SM's shared memory."""
-    K, V = q.shape[3], v.shape[3]
-    if q.dtype == torch.float32 and (largest_K < K or largest_state < K * V):
-        raise NotImplementedError(
-            f"backend 'triton': for float32 expected K <= {largest_K} and K * V <= {largest_state}, got K = {K}, "
-            f"V = {V}; use bfloat16, float16 or backend='torch'"
-        )
 
 
 class ChunkGDN2(torch.autograd.Function):
@@ -137,8 +116,7 @@ def chunk_gdn2(
     A_log=None, dt_bias=None, gate_logits=False, erase_scale=1.0,
 ):  # fmt: skip
     """The Triton backend of the public chunk_gdn2, after its checks."""
-    check_supported(q, v, 256)
-    check_float32_size(q, v, 128, 128 * 256)
+    require_triton_support("gdn2", q.dtype, q.shape[3], v.shape[3])
     call = Call(
         make_chunks(q, cu_seqlens, None), q.shape[2], v.shape[2], q.shape[3], v.shape[3], scale, erase_scale,
         gate=int(gate_logits), scalar_w=w.ndim == 3, logits_w=gate_logits, raw_decay=A_log is not None, dtype=q.dtype,
@@ -153,9 +131,7 @@ def chunk_carve(
     A_log=None, dt_bias=None, gate_logits=False,
 ):  # fmt: skip
     """The Triton backend of the public chunk_carve, after its checks."""
-    # the whole state of a head stays in one program's registers
-    check_supported(q, v, 128)
-    check_float32_size(q, v, 128, 128 * 64)
+    require_triton_support("carve", q.dtype, q.shape[3], v.shape[3])
     count = None if initial_state is None else initial_state.count
     chunks = make_chunks(q, cu_seqlens, count)
     call = Call(

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import check_in_place
 from .state import CarveState
 
 # Numbers in a tile of S: 32 KiB in flight a program, of which three fit on an SM of Hopper. Narrower tiles spread a
@@ -66,7 +67,7 @@ def recurrent_gdn2(
         ValueError: inplace_state without an initial_state, or with one that is not contiguous.
     """
     if inplace_state:
-        _check_in_place(initial_state)
+        check_in_place(initial_state)
     S = None if initial_state is None else initial_state.contiguous()
     new_S = S
     if not inplace_state:
@@ -113,7 +114,7 @@ def recurrent_carve(
         ValueError: inplace_state without an initial_state, or with tensors that are not contiguous.
     """
     if inplace_state:
-        _check_in_place(initial_state)
+        check_in_place(initial_state)
     one_token = cu_seqlens is None and q.shape[1] == 1
     state = None if initial_state is None else CarveState(*(part.contiguous() for part in initial_state))
     new_state = state
@@ -408,16 +409,6 @@ def store_tile(S, b_S, o_k, o_v, K: tl.constexpr, V: tl.constexpr, BK: tl.conste
         tl.store(p_S, b_S)
     else:
         tl.store(p_S, b_S, mask=o_k[:, None] < K)
-
-
-def _check_in_place(state: Tensor | CarveState | None) -> None:
-    if state is None:
-        raise ValueError("initial_state: expected one to update with inplace_state=True, got None")
-    parts = {"": state} if isinstance(state, Tensor) else {f".{name}": x for name, x in state._asdict().items()}
-    for name, part in parts.items():
-        if not part.is_contiguous():
-            expected = "expected a contiguous tensor with inplace_state=True"
-            raise ValueError(f"initial_state{name}: {expected}, got strides {part.stride()}")
 
 
 def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:

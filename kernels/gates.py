@@ -1,9 +1,23 @@
-"""CARVE's erase gate: the sigmoid of the erase logits plus the content term."""
+"""Gates in plain torch: from what a layer projects to what the reference ops take, and CARVE's erase gate."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .elementwise import log_decay
+
+
+def plain_decay(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None) -> Tensor:
+    """The log-decay, from the raw projection g where A_log and dt_bias are given."""
+    return g if A_log is None or dt_bias is None else log_decay(g, A_log, dt_bias)
+
+
+def plain_erase_gate(b: Tensor, gate_logits: bool, erase_scale: float) -> Tensor:
+    """GDN-2's erase gate, from its logits in float32, as CARVE's is, so that the two agree in every bit."""
+    if not gate_logits:
+        return b
+    return erase_scale * torch.sigmoid(b.to(torch.promote_types(b.dtype, torch.float32)))
 
 
 def erase_gate(logits: Tensor, plain: Tensor, content: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ def recurrent_gdn2(
     initial_state: Tensor | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
+    inplace_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The torch backend of the public recurrent_gdn2, after its checks."""
     grid = _token_grid(q, cu_seqlens)
@@ -44,6 +45,8 @@ def recurrent_gdn2(
             o, S = _step(*token, b_t, S)
             outputs.append(o)
         o = grid.take(torch.stack(outputs, 1)).to(v.dtype)
+    if inplace_state and initial_state is not None:
+        return o, initial_state.copy_(S)
     return o, S if output_final_state else None
 
 
@@ -64,6 +67,7 @@ def recurrent_carve(
     initial_state: CarveState | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
+    inplace_state: bool = False,
 ) -> tuple[Tensor, CarveState | None]:
     """The torch backend of the public recurrent_carve, after its checks."""
     grid = _token_grid(q, cu_seqlens)
@@ -88,7 +92,10 @@ def recurrent_carve(
             mean, partial = finish_content_chunk(full, mean, partial, content_chunk)
             count = count.masked_fill(full, 0)
         o = grid.take(torch.stack(outputs, 1)).to(v.dtype)
-    return o, CarveState(S, mean, partial, count) if output_final_state else None
+    final_state = CarveState(S, mean, partial, count)
+    if inplace_state and initial_state is not None:
+        return o, CarveState(*(old.copy_(new) for old, new in zip(initial_state, final_state, strict=True)))
+    return o, final_state if output_final_state else None
 
 
 def _step(q: Tensor, k: Tensor, z: Tensor, decay: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:

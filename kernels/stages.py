@@ -39,13 +39,14 @@ class Tuning(NamedTuple):
     def launch(self, dtype: torch.dtype, *columns: int) -> dict[str, Any]:
         """Launch options for tiles of this dtype with these blocks of columns.
 
-        Loads of float32 tiles are not pipelined: several stages of them exceed a Hopper SM's shared memory.
+        Loads of float32 tiles and of 256 columns are not pipelined: several stages of them exceed a Hopper SM's shared
+        memory.
 
         Triton 3.6 reads outside shared memory in a wgmma product of 64 rows with 32 columns or fewer that lie
         contiguous (seen on an H200 with compute-sanitizer); two warps multiply without wgmma.
         """
         num_warps = min(self.num_warps, 2) if min(columns) < 64 else self.num_warps
-        num_stages = self.num_stages if dtype == torch.bfloat16 else 1
+        num_stages = self.num_stages if dtype == torch.bfloat16 and max(columns) <= 128 else 1
         return {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": self.maxnreg}
 
 

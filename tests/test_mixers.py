@@ -1,5 +1,6 @@
 """The mixer layers: sizes, gates, precision, packing, errors."""
 
+import importlib
 import itertools
 from types import SimpleNamespace
 
@@ -128,18 +129,11 @@ def test_negative_eigenvalues_double_the_erase_gate(kind, negative, limit, monke
     mixer = build(kind, options={"negative_eigenvalues": negative})
     scale, logits = 50.0, hidden_states()
     gates = []
-    if kind == "gdn2":
-        from megatron_carve.mixers import gdn2 as module
-
-        original = module.chunk_gdn2
-        monkeypatch.setattr(module, "chunk_gdn2", lambda *a, **k: gates.append(a[4]) or original(*a, **k))
-    else:
-        from megatron_carve.mixers import carve as module
-
-        original = module.chunk_carve
-        monkeypatch.setattr(
-            module, "chunk_carve", lambda *a, **k: gates.append(k["erase_scale"] * a[4].sigmoid()) or original(*a, **k)
-        )
+    module, name = importlib.import_module(f"megatron_carve.mixers.{kind}"), f"chunk_{kind}"
+    original = getattr(module, name)
+    monkeypatch.setattr(
+        module, name, lambda *a, **k: gates.append(k["erase_scale"] * a[4].sigmoid()) or original(*a, **k)
+    )
     mixer(scale * logits)
     assert gates[0].max().item() == pytest.approx(limit, rel=1e-3)
     assert gates[0].min() >= 0

@@ -31,7 +31,7 @@ class MixerSubmodules:
 
 @dataclass(frozen=True)
 class MixerInputs:
-    """What the recurrence of one layer consumes, in [batch, time, heads, channels]."""
+    """What the recurrence of one layer consumes, in [batch, time, heads, channels]; decay and gates as projected."""
 
     q: Tensor
     k: Tensor
@@ -178,7 +178,7 @@ class LinearAttentionMixer(MegatronModule):
             q=l2_normalize(q.unflatten(-1, by_key)),
             k=l2_normalize(k.unflatten(-1, by_key)),
             v=v.unflatten(-1, (-1, self.mixer.value_head_dim)),
-            g=self.decay(decay.unflatten(-1, by_key)),
+            g=decay.unflatten(-1, by_key),
             erase=part["erase"].unflatten(-1, by_key),
             write=part["write"],
         )

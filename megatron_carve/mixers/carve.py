@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from megatron_carve.kernels import chunk_carve
@@ -31,8 +30,9 @@ class CarveMixer(LinearAttentionMixer):
     def mix(self, inputs: MixerInputs, backend: str, cu_seqlens: Tensor | None) -> Tensor:
         out, _ = chunk_carve(
             inputs.q, inputs.k, inputs.v, inputs.g, inputs.erase,
-            torch.sigmoid(inputs.write),
-            self.content_down, self.content_up,
+            inputs.write, self.content_down, self.content_up,
+            **self.decay(),
+            gate_logits=True,
             content_chunk=self.mixer.content_chunk,
             content_grad=self.mixer.content_grad,
             erase_scale=self.erase_scale,

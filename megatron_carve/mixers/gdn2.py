@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from megatron_carve.kernels import chunk_gdn2
@@ -15,12 +14,12 @@ class GDN2Mixer(LinearAttentionMixer):
     kind = "gdn2"
 
     def mix(self, inputs: MixerInputs, backend: str, cu_seqlens: Tensor | None) -> Tensor:
-        # In float32 as CARVE's gate is, so that without content the two mixers agree in every bit.
-        b = self.erase_scale * torch.sigmoid(inputs.erase.float())
         out, _ = chunk_gdn2(
-            inputs.q, inputs.k, inputs.v, inputs.g,
-            b,
-            torch.sigmoid(inputs.write).unflatten(-1, inputs.v.shape[-2:]),
+            inputs.q, inputs.k, inputs.v, inputs.g, inputs.erase,
+            inputs.write.unflatten(-1, inputs.v.shape[-2:]),
+            **self.decay(),
+            gate_logits=True,
+            erase_scale=self.erase_scale,
             cu_seqlens=cu_seqlens,
             backend=backend,
         )  # fmt: skip

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_carve.kernels.elementwise import gated_rms_norm, log_decay, short_convolution
+from megatron_carve.kernels.elementwise import gated_rms_norm, short_convolution
 
 # Range of the initial step sizes softplus(dt_bias), and of exp(A_log).
 STEP_RANGE = (0.001, 0.1)
@@ -87,7 +87,7 @@ class HeadParallelLinear(nn.Module):
 
 
 class LogDecay(nn.Module):
-    """Raw decay [..., H, K] -> natural-log decay, with A_log [H] and dt_bias [H*K] of this rank's heads.
+    """The parameters A_log [H] and dt_bias [H*K] of this rank's heads, with which the ops form the decay.
 
     Both stay float32 in a model that is cast to bfloat16: their changes in a training step are far below
     bfloat16's resolution at their size, so a cast would freeze them.
@@ -105,8 +105,9 @@ class LogDecay(nn.Module):
             step = self.dt_bias.uniform_(*map(math.log, STEP_RANGE)).exp_()
             step.add_(torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
-    def forward(self, raw: Tensor) -> Tensor:
-        return log_decay(raw, self.A_log, self.dt_bias.view(raw.shape[-2:]))
+    def forward(self) -> dict[str, Tensor]:
+        """The ops' arguments beside a raw decay."""
+        return {"A_log": self.A_log, "dt_bias": self.dt_bias.unflatten(0, (self.A_log.shape[0], -1))}
 
     def _apply(self, fn, recurse=True):
         """Follow moves between devices, ignore casts."""

@@ -37,9 +37,9 @@ CASES: dict[str, dict[str, Any]] = {
     "packed": {"lengths": [1, 190, 0, 64, 65, 3], "H": 2, "K": 128, "V": 128, "initial_state": True},
     "steep": {"B": 1, "T": 200, "H": 2, "K": 128, "V": 128, "decay": "steep", "erase": "extreme", "zero_keys": True},
     "one token": {"B": 2, "T": 1, "H": 2, "K": 128, "V": 128},
+    "256": {"B": 1, "T": 130, "H": 1, "K": 256, "V": 256, "initial_state": True},
 }
 GDN2_CASES = CASES | {
-    "256": {"B": 1, "T": 130, "H": 1, "K": 256, "V": 256, "initial_state": True},
     "vector gate": {"B": 2, "T": 150, "H": 1, "HV": 2, "K": 128, "V": 128, "short_w": False},
 }
 CARVE_CASES = CASES | {
@@ -80,9 +80,8 @@ def rms_error(found: torch.Tensor, truth: torch.Tensor) -> float:
 @pytest.mark.parametrize(("op", "case"), ALL)
 def test_values_and_gradients(op: str, case: str, dtype: str) -> None:
     inputs = draw(op, DTYPES[dtype], **(GDN2_CASES | CARVE_CASES)[case])
-    K, V = inputs.tensors["k"].shape[3], inputs.tensors["v"].shape[3]
-    if dtype == "fp32" and (max(K, V) > 128 or (op == "carve" and K * V > 128 * 64)):
-        with pytest.raises(NotImplementedError, match="for float32"):
+    if case == "256" and (dtype == "fp32" or (op == "carve" and dtype == "fp16")):
+        with pytest.raises(NotImplementedError, match="expected K of 32, 64, 96, 128 for"):
             run(inputs, "triton")
         return
     check(inputs, dtype)
@@ -182,7 +181,7 @@ def test_without_content_carve_is_gdn2() -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_no_more_is_saved_than_inputs_and_tiles(op: str) -> None:
-    """A, P and the states, in bfloat16: per chunk and head 64 * 64 * 2 + K * V elements."""
+    """A, P and the states, in bfloat16: per chunk and head 64 * 64 * 2 + K * V elements; CARVE's vectors besides."""
     inputs = draw(op, B=1, T=4096, H=4, K=128, V=128)
     leaves = inputs.map_floats(lambda x: x.detach().requires_grad_())
     leaves.call(OPS[op], CarveState, backend="triton")
@@ -191,4 +190,4 @@ def test_no_more_is_saved_than_inputs_and_tiles(op: str) -> None:
     o, _ = leaves.call(OPS[op], CarveState, backend="triton")
     saved = torch.cuda.memory_allocated() - before - o.numel() * 2
     tiles = 4096 // 64 * 4 * (2 * 64 * 64 + 128 * 128) * 2
-    assert saved <= 1.02 * tiles + 2**20
+    assert saved <= (1.03 if op == "carve" else 1.0) * tiles + 2**20

@@ -13,6 +13,7 @@ from megatron_carve.kernels import (
     chunk_gdn2,
     recurrent_carve,
     recurrent_gdn2,
+    require_triton_support,
     resolve_backend,
 )
 from megatron_carve.kernels.backends import _log_choice
@@ -99,6 +100,13 @@ GDN2_ERRORS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "state device": ({"initial_state": X(B, HV, K, V, **META)}, ("initial_state:", "device", "cpu", "meta")),
     "state type": ({"initial_state": state()}, ("initial_state:", "tensor", "CarveState")),
 }
+RAW_ERRORS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "A_log alone": ({"A_log": X(H)}, ("dt_bias:", "beside A_log", "None")),
+    "dt_bias alone": ({"dt_bias": X(H, K)}, ("A_log:", "beside dt_bias", "None")),
+    "A_log shape": ({"A_log": X(HV), "dt_bias": X(H, K)}, ("A_log:", "[H] = [2]", "[4]")),
+    "dt_bias dtype": ({"A_log": X(H), "dt_bias": X(H, K).half()}, ("dt_bias:", "float32", "float16")),
+    "erase_scale": ({"erase_scale": 0}, ("erase_scale:", "above 0 and at most 2", "0")),
+}
 CARVE_ERRORS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "erase_logits shape": ({"erase_logits": X(B, T, HV, K)}, ("erase_logits:", "[2, 5, 2, 8]", "[2, 5, 4, 8]")),
     "w shape": ({"w": X(B, T, HV, V)}, ("w:", "[B, T, HV] = [2, 5, 4]", "[2, 5, 4, 6]")),
@@ -149,13 +157,13 @@ def assert_refused(op: Any, arguments: dict[str, Any], changes: dict[str, Any], 
 
 
 @FORMS
-@table(SHARED_ERRORS | GDN2_ERRORS)
+@table(SHARED_ERRORS | GDN2_ERRORS | RAW_ERRORS)
 def test_gdn2_errors(form: str, changes: dict[str, Any], words: tuple[str, ...]) -> None:
     assert_refused(GDN2[form], gdn2_arguments(), changes, words)
 
 
 @FORMS
-@table(SHARED_ERRORS | CARVE_ERRORS)
+@table(SHARED_ERRORS | RAW_ERRORS | CARVE_ERRORS)
 def test_carve_errors(form: str, changes: dict[str, Any], words: tuple[str, ...]) -> None:
     assert_refused(CARVE[form], carve_arguments(), changes, words)
 
@@ -194,11 +202,25 @@ def test_triton_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
         backends.resolve_backend("triton", torch.device("cpu"))
 
 
-def test_auto_and_torch_resolve_to_torch(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("op", "dtype", "K", "V", "words"),
+    [
+        ("gdn2", torch.bfloat16, 48, 64, ("K of 32, 64, 96, 128, 256 for gdn2 in bfloat16", "got 48")),
+        ("gdn2", torch.float32, 256, 64, ("K of 32, 64, 96, 128 for gdn2 in float32", "got 256")),
+        ("carve", torch.float16, 64, 256, ("V of 32, 64, 96, 128 for carve in float16", "got 256")),
+        ("recurrent", torch.float64, 64, 64, ("no float64", "use backend='torch'")),
+    ],
+)
+def test_what_triton_lacks_is_named(op: str, dtype: torch.dtype, K: int, V: int, words: tuple[str, ...]) -> None:
+    with pytest.raises(NotImplementedError) as caught:
+        require_triton_support(op, dtype, K, V)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_auto_is_triton_on_a_gpu_and_torch_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
     _log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="megatron_carve.kernels.backends"):
         for backend in ("torch", "auto", "auto"):
             assert resolve_backend(backend, torch.device("cpu")) == "torch"
-    assert [record.message for record in caplog.records] == [
-        "backend 'auto' on cpu: torch; the Triton kernels are experimental, backend 'triton' selects them"
-    ]
+    assert resolve_backend("auto", torch.device("cuda")) == "triton"
+    assert [record.message for record in caplog.records] == ["backend 'auto' on cpu: torch"]

@@ -7,7 +7,7 @@ import torch
 from support.inputs import in_float64, make_inputs, run_with_grads
 from support.interpreter import DEVICE
 from support.oracle import oracle_carve, oracle_gdn2
-from support.tolerances import assert_close
+from support.tolerances import TOLERANCES, assert_close, error
 
 from megatron_carve.kernels import CarveState, chunk_carve, chunk_gdn2
 
@@ -35,6 +35,44 @@ def test_content_chunks_across_calls(content_grad: str) -> None:
         "B": 2, "T": 100, "H": 1, "K": 32, "V": 32, "content_chunk": 128, "counts": [5, 70], "initial_state": True,
         "content_grad": content_grad,
     })  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ["gdn2", "carve"])
+def test_raw_decay_and_gate_logits(op: str) -> None:
+    """Against the torch backend in float64, which forms decay and gates before the recurrence."""
+    inputs = make_inputs(op, B=1, T=75, H=2, HV=4, K=32, V=32, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    raw = {"g": 2.0, "b": 1.0, "erase_logits": 1.0, "w": 1.0}  # projections, by their spread
+    tensors = {
+        name: raw[name] * torch.randn(x.shape, generator=generator, dtype=x.dtype) if name in raw else x
+        for name, x in inputs.tensors.items()
+    }
+    tensors |= {"A_log": torch.tensor([0.0, 1.0]), "dt_bias": torch.randn(2, 32, generator=generator) - 2}
+
+    def run(dtype: torch.dtype, device: str, backend: str) -> dict[str, torch.Tensor]:
+        leaves = {name: x.detach().to(device, dtype).requires_grad_() for name, x in tensors.items()}
+        given = [x for name, x in leaves.items() if name not in ("A_log", "dt_bias")]
+        o, _ = OPS[op](
+            *given, A_log=leaves["A_log"], dt_bias=leaves["dt_bias"], gate_logits=True, erase_scale=2.0,
+            backend=backend, **inputs.options,
+        )  # fmt: skip
+        weights = torch.randn(o.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        o.backward(weights.to(o))
+        return {"o": o.detach().cpu()} | {
+            f"grad_{name}": x.grad.cpu() for name, x in leaves.items() if x.grad is not None
+        }
+
+    found, plain, truth = (
+        run(dtype, device, backend)
+        for dtype, device, backend in (
+            (torch.float32, DEVICE, "triton"), (torch.float32, "cpu", "torch"), (torch.float64, "cpu", "torch"),
+        )
+    )  # fmt: skip
+    assert found.keys() == truth.keys() == {"o"} | {f"grad_{name}" for name in tensors}
+    for name, expected in truth.items():
+        # the sums over all tokens cancel, in the torch backend as in the kernels
+        limit = 3 * error(plain[name], expected) + TOLERANCES["float32"].grad
+        assert error(found[name], expected) <= limit, name
 
 
 def check(op: str, options: dict[str, Any]) -> None:

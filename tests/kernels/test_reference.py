@@ -377,3 +377,27 @@ def test_recurrent_ops_record_no_gradient(op: str) -> None:
     inputs = make_inputs(op, T=3, initial_state=True).map_floats(lambda x: x.requires_grad_())
     results = named_outputs(op, inputs.call(RECURRENT[op], CarveState, output_final_state=True))
     assert not any(x.requires_grad for x in results.values())
+
+
+@BOTH
+@pytest.mark.parametrize("ops", [CHUNK, RECURRENT], ids=["chunk", "recurrent"])
+def test_raw_decay_and_gate_logits(op: str, ops: dict[str, Any]) -> None:
+    inputs = make_inputs(op, T=70, short_w=False)
+    A_log, dt_bias = torch.tensor([0.0, 1.0]).double(), torch.tensor([[-1.0], [2.0]]).double().expand(2, 8)
+    raw = {name: 2 * torch.randn_like(inputs.tensors[name]) for name in ("g", "b", "w") if name in inputs.tensors}
+    formed = {"g": -A_log.exp()[:, None] * torch.nn.functional.softplus(raw["g"] + dt_bias), "w": raw["w"].sigmoid()}
+    if op == "gdn2":
+        formed["b"] = 1.5 * raw["b"].sigmoid()
+    options = {"output_final_state": True} | ({"erase_scale": 1.5} if op == "gdn2" else {})
+    decay = {"A_log": A_log, "dt_bias": dt_bias}
+    found = inputs.with_tensors(**raw).call(ops[op], CarveState, **decay, gate_logits=True, **options)
+    assert_same_bits(named_outputs(op, found), forward(ops, inputs.with_tensors(**formed)))
+
+
+@BOTH
+def test_state_updated_in_place(op: str) -> None:
+    inputs = make_inputs(op, T=5, initial_state=True)
+    expected = forward(RECURRENT, inputs)
+    found = inputs.call(RECURRENT[op], CarveState, inplace_state=True)
+    assert_same_bits(named_outputs(op, found), expected)
+    assert_same_bits(inputs.state, {name: x for name, x in expected.items() if name != "o"})
