@@ -20,6 +20,7 @@ from .tiles import (
     load_total_decay,
     load_write_gate,
     matmul,
+    merge_scores,
     sequence_rows,
     store_columns,
     store_matrix,
@@ -96,10 +97,8 @@ def carve_state_kernel(
             b_b = erase_scale * tl.sigmoid(b_b + b_content[None, :])
             b_bk = (b_b * load_tile(k_left, i_ch, o_r, K, o_k).to(tl.float32)).to(CT)
             b_T = matmul(b_bk, tl.trans(load_tile(k_right, i_ch, o_r, K, o_k)), CT, PRECISION)
-            b_T = tl.where(o_r[None, :] < o_r[:, None], b_T, 0.0)
             if STEEP:
                 first_steep = tl.load(steep_from + i_ch)
-                b_T = tl.where((o_r < first_steep)[:, None], b_T, 0.0)
                 tl.debug_barrier()  # what other threads stored is visible from here on
                 write_steep_scores(
                     k, k, g, erase_logits, content, A_log, dt_bias, A, A, table, 1.0, erase_scale,
@@ -107,10 +106,10 @@ def carve_state_kernel(
                     K, BK, GATE_CONTENT, RAW_DECAY, True, False, CT, PRECISION,
                 )  # fmt: skip
                 tl.debug_barrier()
-                m_steep = (o_r >= first_steep)[:, None] & (o_r[None, :] < o_r[:, None])
-                o_square = i_chv * 64 * 64 + (o_r[:, None] * 64 + o_r[None, :])
-                b_T += tl.load(A + o_square, mask=m_steep, other=0.0).to(tl.float32)
+                b_T = merge_scores(b_T, A + i_chv * 64 * 64 + (o_r[:, None] * 64 + o_r[None, :]), first_steep, o_r)
                 tl.debug_barrier()
+            else:
+                b_T = tl.where(o_r[None, :] < o_r[:, None], b_T, 0.0)
             b_A = unit_lower_inverse(b_T, o_r, CT, PRECISION).to(CT)
             store_tile(A, i_chv, o_r, 64, o_r, b_A)
 

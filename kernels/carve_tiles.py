@@ -10,6 +10,7 @@ from .tiles import (
     load_rows,
     load_tile,
     matmul,
+    merge_scores,
     store_tile,
 )
 
@@ -34,6 +35,7 @@ def carve_tiles_kernel(
     i_ch = i_c * H + i_h
     first_steep = tl.load(steep_from + i_ch)
     b_P = tl.zeros([64, 64], tl.float32)
+    b_diagonal = tl.zeros([64], tl.float32)  # a row's own score has no decay to be split
     for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
@@ -44,12 +46,12 @@ def carve_tiles_kernel(
         store_tile(k_right, i_ch, o_r, K, o_k, b_k_right)
         b_to_end = load_decay_to_end(right, last, rest, first_steep, i_ch, o_r, K, o_k)
         store_tile(k_to_end, i_ch, o_r, K, o_k, b_k * b_to_end)
+        b_diagonal += tl.sum(b_q * b_k, 1)
         b_q *= b_left
         b_P += matmul(b_q, tl.trans(b_k_right), CT, PRECISION)
         tl.store(q_sum + i_ch * K + o_k, tl.sum(b_q * UNSHIFT, 0))
     o_square = i_ch * 64 * 64 + (o_r[:, None] * 64 + o_r[None, :])
-    m_steep = (o_r >= first_steep)[:, None] & (o_r[None, :] <= o_r[:, None])
-    m_mild = (o_r < first_steep)[:, None] & (o_r[None, :] <= o_r[:, None])
-    b_P = tl.where(m_mild, b_P, tl.load(P + o_square, mask=m_steep, other=0.0).to(tl.float32))
+    b_P = merge_scores(b_P, P + o_square, first_steep, o_r)
+    b_P = tl.where(o_r[:, None] == o_r[None, :], b_diagonal[:, None], b_P)
     tl.store(P + o_square, b_P.to(P.dtype.element_ty))
     tl.store(P_sum + i_ch * 64 + o_r, tl.sum(b_P, 0))

@@ -12,6 +12,7 @@ from .tiles import (
     load_tile,
     load_write_gate,
     matmul,
+    merge_scores,
     store_tile,
     unit_lower_inverse,
 )
@@ -44,21 +45,22 @@ def chunk_operands_kernel(
 
     b_T = tl.zeros([64, 64], tl.float32)
     b_P = tl.zeros([64, 64], tl.float32)
+    b_diagonal = tl.zeros([64], tl.float32)  # a row's own score has no decay to be split
     for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
         b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
         b_left = load_tile(left, i_ch, o_r, K, o_k).to(tl.float32)
         b_columns = tl.trans((b_k * load_tile(right, i_ch, o_r, K, o_k).to(tl.float32)).to(CT))
+        b_diagonal += tl.sum(b_q * b_k, 1)
         b_P += matmul(b_q * b_left, b_columns, CT, PRECISION)
         b_k *= load_erase_gate(b, b, start, o_r, m_r, i_h, H, 0, K, o_k, erase_scale, GATE)
         b_T += matmul(b_k * b_left, b_columns, CT, PRECISION)
     o_square = i_ch * 64 * 64 + (o_r[:, None] * 64 + o_r[None, :])
-    m_steep = (o_r >= first_steep)[:, None] & (o_r[None, :] <= o_r[:, None])
-    m_mild = (o_r < first_steep)[:, None] & (o_r[None, :] <= o_r[:, None])
-    b_P = tl.where(m_mild, b_P, tl.load(P + o_square, mask=m_steep, other=0.0).to(tl.float32))
+    b_P = merge_scores(b_P, P + o_square, first_steep, o_r)
+    b_P = tl.where(o_r[:, None] == o_r[None, :], b_diagonal[:, None], b_P)
     tl.store(P + o_square, b_P.to(P.dtype.element_ty))
-    b_T = tl.where(m_mild, b_T, tl.load(A + o_square, mask=m_steep, other=0.0).to(tl.float32))
+    b_T = merge_scores(b_T, A + o_square, first_steep, o_r)
     b_A = unit_lower_inverse(b_T, o_r, CT, PRECISION).to(CT)
     tl.store(A + o_square, b_A)
 

@@ -173,6 +173,15 @@ def load_total_decay(last, i_ch, K: tl.constexpr, o_k):
 
 
 @triton.jit
+def merge_scores(b_mild, p_steep, first_steep, o_r):
+    """Scores of a chunk, strictly lower [64, 64] float32: rows from first_steep on are those at p_steep."""
+    m_lower = o_r[None, :] < o_r[:, None]
+    m_steep = m_lower & (o_r >= first_steep)[:, None]
+    b_mild = tl.where(m_lower & (o_r < first_steep)[:, None], b_mild, 0.0)
+    return b_mild + tl.load(p_steep, mask=m_steep, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def unit_lower_inverse(b_T, o_r, CT: tl.constexpr, PRECISION: tl.constexpr):
     """(I + T)^-1 for a strictly lower T, [64, 64] float32.
 
