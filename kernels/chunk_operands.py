@@ -3,27 +3,25 @@
 import triton
 import triton.language as tl
 
+from .decay import UNSHIFT, load_decay_to_end, load_left, right_factor
+from .steep import merge_scores
 from .tiles import (
-    UNSHIFT,
     chunk_rows,
-    load_decay_to_end,
     load_erase_gate,
     load_rows,
-    load_tile,
     load_write_gate,
     matmul,
-    merge_scores,
     store_tile,
-    unit_lower_inverse,
+    unit_triangular_inverse,
 )
 
 
 @triton.jit
 def chunk_operands_kernel(
-    q, k, v, b, w, left, right, last, rest, steep_from,
-    A, P, erasure, update, k_to_end,
+    q, k, v, b, w, left, last, rest, steep_from,
+    A, P, erasure, update, k_to_end, q_from_start,
     table, scale, erase_scale, H, HV,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr,
     GATE: tl.constexpr, SCALAR_W: tl.constexpr, LOGITS_W: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -35,6 +33,7 @@ def chunk_operands_kernel(
         erasure [NC, H, C, K]: A (exp(G) b k), what the chunk erases of the state.
         update [NC, HV, C, V]: A (w v), what it would write into an empty one.
         k_to_end [NC, H, C, K]: keys decayed to the chunk's end.
+        q_from_start [NC, H, C, K]: scale * exp(G) q.
     """
     i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, low, high = chunk_rows(table, i_c)
@@ -45,37 +44,38 @@ def chunk_operands_kernel(
 
     b_T = tl.zeros([64, 64], tl.float32)
     b_P = tl.zeros([64, 64], tl.float32)
-    b_diagonal = tl.zeros([64], tl.float32)  # a row's own score has no decay to be split
+    b_own = tl.zeros([64], tl.float32)  # a query meets the key of its own row without decay
     for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
         b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
-        b_left = load_tile(left, i_ch, o_r, K, o_k).to(tl.float32)
-        b_columns = tl.trans((b_k * load_tile(right, i_ch, o_r, K, o_k).to(tl.float32)).to(CT))
-        b_diagonal += tl.sum(b_q * b_k, 1)
-        b_P += matmul(b_q * b_left, b_columns, CT, PRECISION)
+        b_left = load_left(left, i_ch, o_r, K, o_k)
+        b_columns = tl.trans((b_k * right_factor(b_left)).to(CT))
+        b_own += tl.sum(b_q * b_k, 1)
+        b_q *= b_left
+        store_tile(q_from_start, i_ch, o_r, K, o_k, b_q * UNSHIFT)
+        b_P += matmul(b_q, b_columns, CT, PRECISION)
         b_k *= load_erase_gate(b, b, start, o_r, m_r, i_h, H, 0, K, o_k, erase_scale, GATE)
         b_T += matmul(b_k * b_left, b_columns, CT, PRECISION)
     o_square = i_ch * 64 * 64 + (o_r[:, None] * 64 + o_r[None, :])
     b_P = merge_scores(b_P, P + o_square, first_steep, o_r)
-    b_P = tl.where(o_r[:, None] == o_r[None, :], b_diagonal[:, None], b_P)
-    tl.store(P + o_square, b_P.to(P.dtype.element_ty))
+    tl.store(P + o_square, tl.where(o_r[:, None] == o_r[None, :], b_own[:, None], b_P).to(P.dtype.element_ty))
     b_T = merge_scores(b_T, A + o_square, first_steep, o_r)
-    b_A = unit_lower_inverse(b_T, o_r, CT, PRECISION).to(CT)
+    b_A = unit_triangular_inverse(b_T, o_r, False, CT, PRECISION).to(CT)
     tl.store(A + o_square, b_A)
 
     for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
-        b_to_end = load_decay_to_end(right, last, rest, first_steep, i_ch, o_r, K, o_k)
+        b_left = load_left(left, i_ch, o_r, K, o_k)
+        b_to_end = load_decay_to_end(b_left, last, rest, first_steep, i_ch, o_r, K, o_k)
         store_tile(k_to_end, i_ch, o_r, K, o_k, b_k * b_to_end)
         b_k *= load_erase_gate(b, b, start, o_r, m_r, i_h, H, 0, K, o_k, erase_scale, GATE)
-        b_k *= load_tile(left, i_ch, o_r, K, o_k).to(tl.float32) * UNSHIFT
-        store_tile(erasure, i_ch, o_r, K, o_k, matmul(b_A, b_k, CT, PRECISION))
+        store_tile(erasure, i_ch, o_r, K, o_k, matmul(b_A, b_k * b_left * UNSHIFT, CT, PRECISION))
     G = HV // H
     for i_hv in range(i_h * G, i_h * G + G):
         for i_v in range(V // BV):
             o_v = i_v * BV + tl.arange(0, BV)
-            b_w = load_write_gate(w, start, o_r, m_r, i_hv, HV, V, o_v, SCALAR_W, LOGITS_W)
+            b_w = load_write_gate(w, start, o_r, m_r, i_hv, HV, V, o_v, SPLIT, SCALAR_W, LOGITS_W)
             b_z = b_w * load_rows(v, start, o_r, m_r, i_hv, HV, V, o_v).to(tl.float32)
             store_tile(update, i_c * HV + i_hv, o_r, V, o_v, matmul(b_A, b_z, CT, PRECISION))

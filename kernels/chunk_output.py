@@ -3,13 +3,13 @@
 import triton
 import triton.language as tl
 
-from .tiles import UNSHIFT, chunk_rows, load_matrix, load_rows, load_tile, matmul, store_rows
+from .tiles import chunk_rows, load_matrix, load_tile, matmul, store_rows
 
 
 @triton.jit
 def chunk_output_kernel(
-    q, left, P, states, residuals, o, table, scale, H, HV,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    q_from_start, P, states, residuals, o, table, H, HV,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     TRANSPOSED: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and value head: o = scale * (exp(G) q) S + P R, [B, T, HV, V].
@@ -25,12 +25,9 @@ def chunk_output_kernel(
     b_P = load_tile(P, i_ch, o_r, 64, o_r)
     for i_v in range(V // BV):
         o_v = i_v * BV + tl.arange(0, BV)
-        b_o = tl.zeros([64, BV], tl.float32)
+        b_o = matmul(b_P, load_matrix(residuals, i_chv, o_r, o_v, 64, V, TRANSPOSED), CT, PRECISION)
         for i_k in range(K // BK):
             o_k = i_k * BK + tl.arange(0, BK)
-            b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
-            b_q *= load_tile(left, i_ch, o_r, K, o_k).to(tl.float32) * UNSHIFT
-            b_S = load_matrix(states, i_chv, o_k, o_v, K, V, TRANSPOSED)
-            b_o += matmul(b_q, b_S, CT, PRECISION)
-        b_o += matmul(b_P, load_matrix(residuals, i_chv, o_r, o_v, 64, V, TRANSPOSED), CT, PRECISION)
+            b_q = load_tile(q_from_start, i_ch, o_r, K, o_k)
+            b_o += matmul(b_q, load_matrix(states, i_chv, o_k, o_v, K, V, TRANSPOSED), CT, PRECISION)
         store_rows(o, start, o_r, m_r, i_hv, HV, V, o_v, b_o)

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .tiles import load_rows, load_tile, load_total_decay, matmul, sequence_rows, store_tile
+from .decay import load_total_decay
+from .tiles import load_rows, load_tile, matmul, sequence_rows, store_tile
 
 
 @triton.jit
@@ -48,14 +49,15 @@ def chunk_state_kernel(
 def chunk_state_gradient_kernel(
     erasure, k_to_end, q_from_start, last, d_residuals_here, do, d_final_state,
     d_states, d_residuals, d_initial_state,
-    table, first, H, HV,
+    table, first, H, HV, HE,
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    HAS_FINAL: tl.constexpr, STORE_INITIAL: tl.constexpr, PER_HEAD_ERASURE: tl.constexpr,
+    HAS_FINAL: tl.constexpr, STORE_INITIAL: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The reverse of chunk_state_kernel, with the same programs.
 
-    Reads d_residuals_here [NC, HV, C, V], what the chunk's own outputs give its residuals; writes per chunk
+    Reads erasure [NC, HE, C, K] and d_residuals_here [NC, HV, C, V], what the chunk's own outputs give its residuals;
+    writes per chunk
         d_states [NC, HV, K, V]: gradient of the state after it,
         d_residuals [NC, HV, C, V]: gradient of its residuals,
     and d_initial_state [N, HV, K, V] float32.
@@ -85,7 +87,7 @@ def chunk_state_gradient_kernel(
         m_r = (start + o_r >= tokens_from) & (start + o_r < tokens_to)
         b_do = load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v)
         b_q = load_tile(q_from_start, i_ch, o_r, K, o_k)
-        b_W = load_tile(erasure, i_chv if PER_HEAD_ERASURE else i_ch, o_r, K, o_k)
+        b_W = load_tile(erasure, i_c * HE + i_hv // (HV // HE), o_r, K, o_k)
         b_dS = b_dS * load_total_decay(last, i_ch, K, o_k)[:, None]
         b_dS += matmul(tl.trans(b_q), b_do, CT, PRECISION) - matmul(tl.trans(b_W), b_dR, CT, PRECISION)
     if STORE_INITIAL:

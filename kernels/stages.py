@@ -7,24 +7,23 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .carve_operands import SUM_ROWS, carve_operands_kernel
 from .carve_state import carve_state_gradient_kernel, carve_state_kernel
-from .carve_tiles import carve_tiles_kernel
-from .chunk_gradients import (
-    chunk_key_gradient_kernel,
-    chunk_recompute_kernel,
-    chunk_row_gradient_kernel,
-    chunk_value_gradient_kernel,
-)
+from .chunk_gradient import chunk_key_gradient_kernel, chunk_value_gradient_kernel
 from .chunk_operands import chunk_operands_kernel
 from .chunk_output import chunk_output_kernel
 from .chunk_state import chunk_state_gradient_kernel, chunk_state_kernel
 from .chunks import Chunks
-from .decay_factors import decay_factors_kernel
+from .decay import decay_kernel
+from .gradient_operands import gradient_operands_kernel
 from .steep import GROUP, steep_gradient_kernel, steep_scores_kernel
 from .tiles import GATE_CONTENT
 
 SEES_CONTENT = GATE_CONTENT.value
+# Values wider than this count as several heads of this width wherever columns of values do not depend on each other.
+WIDEST_VALUES = 128
 
 
 class Tuning(NamedTuple):
@@ -51,19 +50,18 @@ class Tuning(NamedTuple):
 
 
 TUNING = {
-    "decay_factors": Tuning(64, 0, 4),
+    "decay": Tuning(64, 0, 4),
     "steep": Tuning(64, 0, 4),
-    "carve_tiles": Tuning(128, 0, 4),
+    "carve_operands": Tuning(64, 0, 4),
     "carve_state": Tuning(0, 0, 8, 2),
     "carve_state_gradient": Tuning(0, 0, 8, 2),
-    "chunk_operands": Tuning(64, 64, 4, 3),
+    "chunk_operands": Tuning(64, 64, 4, 2),
     "chunk_state": Tuning(0, 64, 4, 3),
     "chunk_output": Tuning(64, 128, 4, 1, 168),
-    "chunk_recompute": Tuning(64, 128, 4),
+    "gradient_operands": Tuning(64, 0, 4),
     "chunk_state_gradient": Tuning(0, 64, 8, 2),
-    "chunk_value_gradient": Tuning(0, 128, 4),
-    "chunk_row_gradient": Tuning(64, 128, 4),
-    "chunk_key_gradient": Tuning(64, 128, 4),
+    "chunk_value_gradient": Tuning(0, 0, 4),
+    "chunk_key_gradient": Tuning(64, 0, 4),
 }
 
 
@@ -86,47 +84,52 @@ class Inputs(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What decay_factors_kernel writes."""
+    """What decay_kernel writes."""
 
     left: Tensor
-    right: Tensor
     last: Tensor
     rest: Tensor
     steep_from: Tensor
 
 
-class CarveTiles(NamedTuple):
-    """What carve_tiles_kernel writes besides P."""
+class CarveOperands(NamedTuple):
+    """What carve_operands_kernel writes."""
 
+    P: Tensor
     q_sum: Tensor
     P_sum: Tensor
     k_left: Tensor
     k_right: Tensor
     k_to_end: Tensor
+    q_from_start: Tensor
 
 
-class Recomputed(NamedTuple):
-    """What chunk_recompute_kernel writes; the last three only for CARVE's loop, the one before only without it."""
+class GradientOperands(NamedTuple):
+    """What gradient_operands_kernel writes; d_residuals_here only without CARVE's loop, the last three only for it."""
 
     erasure: Tensor
-    q_from_start: Tensor
     k_to_end: Tensor
+    q_from_start: Tensor
     residuals: Tensor
     d_residuals_here: Tensor | None
-    q_sum: Tensor | None
+    P: Tensor | None
     k_right: Tensor | None
     gate_slope: Tensor | None
 
 
 @dataclass(frozen=True)
 class Call:
-    """What all stages of one call need besides its tensors."""
+    """What all stages of one call need besides its tensors.
+
+    HV heads of V value columns each, at most WIDEST_VALUES: `split` of them make a head of the caller.
+    """
 
     chunks: Chunks
     H: int
     HV: int
     K: int
     V: int
+    split: int
     scale: float
     erase_scale: float
     gate: int
@@ -149,11 +152,16 @@ class Call:
 
     @property
     def gates(self) -> dict[str, Any]:
-        return {"GATE": self.gate, "SCALAR_W": self.scalar_w, "LOGITS_W": self.logits_w}
+        return {"GATE": self.gate, "SPLIT": self.split, "SCALAR_W": self.scalar_w, "LOGITS_W": self.logits_w}
 
     @property
     def sees_content(self) -> bool:
         return self.gate == SEES_CONTENT
+
+    @property
+    def erase_heads(self) -> int:
+        """Heads that have an erase gate of their own."""
+        return self.HV // self.split if self.sees_content else self.H
 
     def tiles(self, like: Tensor, heads: int, *shape: int) -> Tensor:
         """Scratch with one tile per chunk and head."""
@@ -162,9 +170,19 @@ class Call:
     def floats(self, like: Tensor, heads: int, *shape: int) -> Tensor:
         return torch.empty(self.chunks.count, heads, *shape, dtype=torch.float32, device=like.device)
 
-    def blocks(self, stage: str) -> dict[str, int]:
-        """The stage's blocks of key and value columns."""
-        return {"BK": column_block(self.K, TUNING[stage].BK), "BV": column_block(self.V, TUNING[stage].BV)}
+    def key_block(self, stage: str) -> int:
+        return column_block(self.K, TUNING[stage].BK)
+
+    def value_block(self, stage: str) -> int:
+        return column_block(self.V, TUNING[stage].BV)
+
+    @property
+    def values(self) -> dict[str, int]:
+        """All value columns in one block."""
+        return {"V": self.V, "VP": triton.next_power_of_2(self.V)}
+
+    def launch(self, stage: str, *columns: int) -> dict[str, Any]:
+        return self.arithmetic | TUNING[stage].launch(self.tile_dtype, *columns)
 
 
 def column_block(width: int, largest: int) -> int:
@@ -173,307 +191,293 @@ def column_block(width: int, largest: int) -> int:
 
 
 def decay_factors(call: Call, x: Inputs) -> Factors:
-    tuning = TUNING["decay_factors"]
-    BK = column_block(call.K, tuning.BK)
+    BK = call.key_block("decay")
     steep_from = torch.empty(call.chunks.count, call.H, dtype=torch.int32, device=x.g.device)
-    left, right, rest = (call.tiles(x.g, call.H, 64, call.K) for _ in range(3))
-    factors = Factors(left, right, call.floats(x.g, call.H, call.K), rest, steep_from)
-    arithmetic = {"CT": call.arithmetic["CT"]}
-    decay_factors_kernel[(call.chunks.count, call.H)](
+    left, rest = (call.tiles(x.g, call.H, 64, call.K) for _ in range(2))
+    factors = Factors(left, call.floats(x.g, call.H, call.K), rest, steep_from)
+    decay_kernel[(call.chunks.count, call.H)](
         x.g, x.A_log, x.dt_bias, *factors, call.chunks.table, call.H,
-        K=call.K, BK=BK, RAW_DECAY=call.raw_decay, **arithmetic, **tuning.launch(call.tile_dtype, BK),
+        K=call.K, BK=BK, RAW_DECAY=call.raw_decay, CT=call.arithmetic["CT"],
+        **TUNING["decay"].launch(call.tile_dtype, BK),
     )  # fmt: skip
     return factors
 
 
-def steep_scores(call: Call, x: Inputs, factors: Factors, T: Tensor | None, P: Tensor) -> None:
-    tuning = TUNING["steep"]
-    BK = column_block(call.K, tuning.BK)
+def steep_scores(call: Call, x: Inputs, factors: Factors, T: Tensor | None) -> Tensor:
+    """P [NC, H, C, C], and T, with the scores of steep rows alone."""
+    BK = call.key_block("steep")
+    P = call.tiles(x.q, call.H, 64, 64)
     steep_scores_kernel[(triton.cdiv(call.chunks.count, GROUP.value), call.H)](
         x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, factors.steep_from, T, P,
         call.chunks.table, call.scale, call.erase_scale, call.chunks.count, call.H,
-        K=call.K, BK=BK, GATE=call.gate, RAW_DECAY=call.raw_decay, WITH_T=T is not None,
-        **call.arithmetic, **tuning.launch(call.tile_dtype, BK),
+        K=call.K, BK=BK, GATE=call.gate, RAW_DECAY=call.raw_decay, WITH_T=T is not None, **call.launch("steep", BK),
     )  # fmt: skip
+    return P
 
 
-def chunk_operands(call: Call, x: Inputs, factors: Factors) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A, P, erasure, update, k_to_end."""
-    A, P = call.tiles(x.k, call.H, 64, 64), call.tiles(x.k, call.H, 64, 64)
-    erasure, k_to_end = call.tiles(x.k, call.H, 64, call.K), call.tiles(x.k, call.H, 64, call.K)
-    update = call.tiles(x.k, call.HV, 64, call.V)
-    steep_scores(call, x, factors, A, P)
-    blocks = call.blocks("chunk_operands")
+def chunk_operands(call: Call, x: Inputs, factors: Factors) -> tuple[Tensor, ...]:
+    """A, P, erasure, update, k_to_end, q_from_start."""
+    A = call.tiles(x.k, call.H, 64, 64)
+    P = steep_scores(call, x, factors, A)
+    erasure, k_to_end, q_from_start = (call.tiles(x.k, call.H, 64, call.K) for _ in range(3))
+    operands = A, P, erasure, call.tiles(x.k, call.HV, 64, call.V), k_to_end, q_from_start
+    BK, BV = call.key_block("chunk_operands"), call.value_block("chunk_operands")
     chunk_operands_kernel[(call.chunks.count, call.H)](
-        x.q, x.k, x.v, x.b, x.w, *factors,
-        A, P, erasure, update, k_to_end,
+        x.q, x.k, x.v, x.b, x.w, *factors, *operands,
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV,
-        K=call.K, V=call.V, **blocks, **call.gates,
-        **call.arithmetic, **TUNING["chunk_operands"].launch(call.tile_dtype, *blocks.values()),
+        K=call.K, BK=BK, V=call.V, BV=BV, **call.gates, **call.launch("chunk_operands", BK, BV),
     )  # fmt: skip
-    return A, P, erasure, update, k_to_end
+    return operands
 
 
 def chunk_state(
-    call: Call, erasure: Tensor, update: Tensor, k_to_end: Tensor, factors: Factors, initial_state: Tensor | None,
+    call: Call, factors: Factors, erasure: Tensor, update: Tensor, k_to_end: Tensor, initial_state: Tensor | None,
     want_final: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """States, residuals, final state."""
-    tuning = TUNING["chunk_state"]
     states, residuals = call.tiles(erasure, call.HV, call.K, call.V), torch.empty_like(update)
     sequences = call.chunks.sequences
     final_state = factors.last.new_empty(sequences, call.HV, call.K, call.V) if want_final else None
-    BV = column_block(call.V, tuning.BV // (call.K // 128 or 1))
+    BV = state_columns(call, "chunk_state")
     chunk_state_kernel[(sequences * call.HV, call.V // BV)](
         erasure, update, k_to_end, factors.last, initial_state,
         states, residuals, final_state,
         call.chunks.first, call.H, call.HV,
         K=call.K, KP=triton.next_power_of_2(call.K), V=call.V, BV=BV,
-        HAS_INITIAL=initial_state is not None, STORE_FINAL=want_final,
-        **call.arithmetic, **tuning.launch(call.tile_dtype, BV),
+        HAS_INITIAL=initial_state is not None, STORE_FINAL=want_final, **call.launch("chunk_state", BV),
     )  # fmt: skip
     return states, residuals, final_state
 
 
-def chunk_output(call: Call, x: Inputs, factors: Factors, P: Tensor, states: Tensor, residuals: Tensor) -> Tensor:
-    blocks = call.blocks("chunk_output")
+def state_columns(call: Call, stage: str) -> int:
+    """Value columns of a program that holds a block of the state, all K rows of it."""
+    return column_block(call.V, TUNING[stage].BV // (call.K // 128 or 1))
+
+
+def chunk_output(call: Call, x: Inputs, q_from_start: Tensor, P: Tensor, states: Tensor, residuals: Tensor) -> Tensor:
+    BK, BV = call.key_block("chunk_output"), call.value_block("chunk_output")
     o = torch.empty_like(x.v)
     chunk_output_kernel[(call.chunks.count, call.HV)](
-        x.q, factors.left, P, states, residuals, o,
-        call.chunks.table, call.scale, call.H, call.HV,
-        K=call.K, V=call.V, **blocks, TRANSPOSED=call.sees_content,
-        **call.arithmetic, **TUNING["chunk_output"].launch(call.tile_dtype, *blocks.values()),
+        q_from_start, P, states, residuals, o, call.chunks.table, call.H, call.HV,
+        K=call.K, BK=BK, V=call.V, BV=BV, TRANSPOSED=call.sees_content, **call.launch("chunk_output", BK, BV),
     )  # fmt: skip
     return o
 
 
-def carve_tiles(call: Call, x: Inputs, factors: Factors) -> tuple[Tensor, CarveTiles]:
-    """P and the rest."""
-    tuning = TUNING["carve_tiles"]
-    BK = column_block(call.K, tuning.BK)
-    P = call.tiles(x.q, call.H, 64, 64)
-    steep_scores(call, x, factors, None, P)
-    tiles = CarveTiles(
-        call.floats(x.q, call.H, call.K), call.floats(x.q, call.H, 64),
-        *(call.tiles(x.q, call.H, 64, call.K) for _ in range(3)),
+def carve_operands(call: Call, x: Inputs, factors: Factors) -> CarveOperands:
+    operands = CarveOperands(
+        steep_scores(call, x, factors, None),
+        call.tiles(x.q, call.H, SUM_ROWS.value, call.K), call.tiles(x.q, call.H, SUM_ROWS.value, 64),
+        *(call.tiles(x.q, call.H, 64, call.K) for _ in range(4)),
     )  # fmt: skip
-    carve_tiles_kernel[(call.chunks.count, call.H)](
-        x.q, x.k, *factors, P, *tiles,
-        call.chunks.table, call.scale, call.H,
-        K=call.K, BK=BK, **call.arithmetic, **tuning.launch(call.tile_dtype, BK),
+    BK = call.key_block("carve_operands")
+    carve_operands_kernel[(call.chunks.count, call.H)](
+        x.q, x.k, *factors, *operands, call.chunks.table, call.scale, call.H,
+        K=call.K, BK=BK, **call.launch("carve_operands", BK),
     )  # fmt: skip
-    return P, tiles
+    return operands
+
+
+def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Blocks of [rows, columns] of a contiguous tensor seen as rows of its last dimensions."""
+    x = x.flatten(0, -2) if x.ndim != 2 else x
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 
 def carve_sizes(call: Call, content_down: Tensor) -> dict[str, int]:
-    sizes = {"K": call.K, "V": call.V, "R": content_down.shape[1]}
+    sizes = {"K": call.K, "V": content_down.shape[2], "R": content_down.shape[1]}
     padded = {name + "P": triton.next_power_of_2(size) for name, size in sizes.items()}
     return sizes | padded | {"BK": column_block(call.K, 64)}
 
 
 def carve_state(
-    call: Call, x: Inputs, down: Tensor, up: Tensor, factors: Factors, tiles: CarveTiles,
+    call: Call, x: Inputs, down: Tensor, up: Tensor, factors: Factors, operands: CarveOperands,
     initial: Sequence[Tensor | None], content_chunk: int, want_final: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """A, states, residuals (both transposed), codes, content, means, and the three tensors of the final state."""
-    A, residuals = call.tiles(x.v, call.HV, 64, 64), call.tiles(x.v, call.HV, call.V, 64)
-    states = call.tiles(x.v, call.HV, call.V, call.K)
+    heads, sizes = call.erase_heads, carve_sizes(call, down)
+    V = sizes["V"]
+    A, residuals = call.tiles(x.v, heads, 64, 64), call.tiles(x.v, heads, V, 64)
+    states = call.tiles(x.v, heads, V, call.K)
     # zeros: chunks beyond the last one enter the sums of the backward with weight zero
-    codes, content, means = (call.floats(x.v, call.HV, size).zero_() for size in (down.shape[1], call.K, call.V))
-    shape = (call.chunks.sequences, call.HV)
-    final = [
-        means.new_empty(*shape, *tail) if want_final else None for tail in ((call.K, call.V), (call.V,), (call.V,))
-    ]
-    carve_state_kernel[(call.chunks.sequences * call.HV,)](
-        x.k, x.v, x.g, x.b, x.w, x.A_log, x.dt_bias, down, up, *tiles, factors.last, factors.steep_from,
-        *initial, A, states, residuals, codes, content, means, *final,
-        call.chunks.table, call.chunks.first, content_chunk, call.erase_scale, call.H, call.HV,
-        **carve_sizes(call, down), HAS_INITIAL=initial[0] is not None, STORE_FINAL=want_final,
-        RAW_DECAY=call.raw_decay, LOGITS_W=call.logits_w,
-        **call.arithmetic, **TUNING["carve_state"].launch(call.tile_dtype, call.K, call.V),
+    codes, content, means = (call.floats(x.v, heads, size).zero_() for size in (sizes["R"], call.K, V))
+    shape = (call.chunks.sequences, heads)
+    final = [means.new_empty(*shape, *tail) if want_final else None for tail in ((call.K, V), (V,), (V,))]
+    K = call.K
+    carve_state_kernel[(call.chunks.sequences * heads,)](
+        x.k, x.g, x.b, x.w, x.A_log, x.dt_bias, down, up,
+        descriptor(x.b.flatten(2), 64, K), descriptor(x.v.flatten(2), 64, V),
+        descriptor(operands.q_sum, SUM_ROWS.value, K), descriptor(operands.P_sum, SUM_ROWS.value, 64),
+        descriptor(operands.k_left, 64, K), descriptor(operands.k_right, 64, K), descriptor(operands.k_to_end, 64, K),
+        factors.last, factors.steep_from,
+        *initial, A, descriptor(states, V, K), descriptor(residuals, V, 64), codes, content, means, *final,
+        call.chunks.table, call.chunks.first, content_chunk, call.erase_scale, call.H, heads,
+        **sizes, HAS_INITIAL=initial[0] is not None, STORE_FINAL=want_final,
+        RAW_DECAY=call.raw_decay, LOGITS_W=call.logits_w, **call.launch("carve_state", call.K, V),
     )  # fmt: skip
     return A, states, residuals, codes, content, means, *final
 
 
 def carve_state_gradient(
-    call: Call, x: Inputs, down: Tensor, up: Tensor, factors: Factors, P_sum: Tensor,
-    recomputed: Recomputed, A: Tensor, P: Tensor, states: Tensor, do: Tensor,
+    call: Call, x: Inputs, down: Tensor, up: Tensor, factors: Factors, operands: GradientOperands,
+    A: Tensor, states: Tensor, do: Tensor,
     d_final: Sequence[Tensor | None], count: Tensor | None, has_initial: bool, content_chunk: int, detached: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:  # fmt: skip
     """Gradients of states and residuals (both transposed), what is added to outputs', those of the initial state."""
-    d_states, d_residuals = torch.empty_like(states), call.tiles(do, call.HV, call.V, 64)
-    d_rows = call.floats(do, call.HV, call.V)
-    shape = (call.chunks.sequences, call.HV)
-    tails = ((call.K, call.V), (call.V,), (call.V,))
+    heads, sizes = call.erase_heads, carve_sizes(call, down)
+    V = sizes["V"]
+    d_states, d_residuals = torch.empty_like(states), call.tiles(do, heads, V, 64)
+    d_rows = call.floats(do, heads, V)
+    shape = (call.chunks.sequences, heads)
+    tails = ((call.K, V), (V,), (V,))
     has_final = any(d is not None for d in d_final)
     if has_final:
         d_final = [
             d_rows.new_zeros(*shape, *t) if d is None else d.contiguous() for d, t in zip(d_final, tails, strict=True)
         ]
     d_initial = [d_rows.new_empty(*shape, *tail) if has_initial else None for tail in tails]
-    carve_state_gradient_kernel[(call.chunks.sequences * call.HV,)](
+    K = call.K
+    carve_state_gradient_kernel[(call.chunks.sequences * heads,)](
         x.k, x.g, x.b, x.A_log, x.dt_bias, down, up, x.content,
-        recomputed.q_sum, P_sum, recomputed.k_right, recomputed.k_to_end, recomputed.q_from_start, recomputed.erasure,
-        recomputed.gate_slope, factors.last, factors.steep_from,
-        A, P, states, recomputed.residuals, do,
-        *d_final, count,
-        torch.empty(*shape, 64, 64, dtype=call.tile_dtype, device=do.device), d_rows.new_empty(*shape, call.K),
-        d_states, d_residuals, d_rows, *d_initial,
-        call.chunks.table, call.chunks.first, content_chunk, call.erase_scale, call.H, call.HV,
-        **carve_sizes(call, down), HAS_FINAL=has_final, HAS_INITIAL=has_initial, DETACHED=detached,
-        RAW_DECAY=call.raw_decay,
-        **call.arithmetic, **TUNING["carve_state_gradient"].launch(call.tile_dtype, call.K, call.V),
+        descriptor(operands.P, 64, 64), descriptor(operands.k_right, 64, K), descriptor(operands.k_to_end, 64, K),
+        descriptor(operands.q_from_start, 64, K), descriptor(operands.erasure, 64, K),
+        descriptor(operands.gate_slope, K, 64), factors.last, factors.steep_from,
+        descriptor(A, 64, 64), descriptor(states, V, K), descriptor(operands.residuals, V, 64),
+        descriptor(do.flatten(2), 64, V),
+        *d_final, count, d_rows.new_empty(*shape, call.K),
+        descriptor(d_states, V, K), d_residuals, d_rows, *d_initial,
+        call.chunks.table, call.chunks.first, content_chunk, call.erase_scale, call.H, heads,
+        **sizes, HAS_FINAL=has_final, HAS_INITIAL=has_initial, DETACHED=detached, RAW_DECAY=call.raw_decay,
+        **call.launch("carve_state_gradient", call.K, V),
     )  # fmt: skip
     return d_states, d_residuals, d_rows, d_initial
 
 
-def chunk_recompute(
-    call: Call, x: Inputs, factors: Factors, A: Tensor, P: Tensor, states: Tensor, do: Tensor, for_carve_loop: bool
-) -> Recomputed:
-    key_tile, value_tile = (64, call.K), (64, call.V)
-    recomputed = Recomputed(
-        call.tiles(x.q, call.HV if call.sees_content else call.H, *key_tile),
-        call.tiles(x.q, call.H, *key_tile), call.tiles(x.q, call.H, *key_tile),
+def gradient_operands(
+    call: Call, x: Inputs, factors: Factors, A: Tensor, states: Tensor, do: Tensor, for_carve_loop: bool
+) -> GradientOperands:
+    key_tile, gate_heads = (64, call.K), call.erase_heads
+    value_tile = (call.V, 64) if for_carve_loop else (64, call.V)
+    P = steep_scores(call, x, factors, None)
+    operands = GradientOperands(
+        call.tiles(x.q, gate_heads, *key_tile), call.tiles(x.q, call.H, *key_tile), call.tiles(x.q, call.H, *key_tile),
         call.tiles(x.q, call.HV, *value_tile),
         None if for_carve_loop else call.tiles(x.q, call.HV, *value_tile),
-        call.floats(x.q, call.H, call.K) if for_carve_loop else None,
+        P if for_carve_loop else None,
         call.tiles(x.q, call.H, *key_tile) if for_carve_loop else None,
-        call.tiles(x.q, call.HV, *key_tile) if for_carve_loop else None,
+        call.tiles(x.q, gate_heads, call.K, 64) if for_carve_loop else None,
     )  # fmt: skip
-    blocks = call.blocks("chunk_recompute")
-    chunk_recompute_kernel[(call.chunks.count, call.HV)](
+    BK = call.key_block("gradient_operands")
+    gradient_operands_kernel[(call.chunks.count, call.HV)](
         x.q, x.k, x.v, x.b, x.w, x.content, *factors, A, P, states, do,
-        *recomputed,
-        call.chunks.table, call.scale, call.erase_scale, call.H, call.HV,
-        K=call.K, V=call.V, **blocks, **call.gates,
-        FOR_CARVE_LOOP=for_carve_loop, STATES_T=call.sees_content,
-        **call.arithmetic, **TUNING["chunk_recompute"].launch(call.tile_dtype, *blocks.values()),
+        operands.erasure, operands.k_to_end, operands.q_from_start, operands.residuals, operands.d_residuals_here,
+        operands.k_right, operands.gate_slope,
+        call.chunks.table, call.scale, call.erase_scale, call.H, call.HV, gate_heads,
+        K=call.K, BK=BK, **call.values, **call.gates,
+        STATES_T=call.sees_content, FOR_CARVE_LOOP=for_carve_loop, **call.launch("gradient_operands", BK, call.V),
     )  # fmt: skip
-    return recomputed
+    return operands
 
 
 def chunk_state_gradient(
-    call: Call, recomputed: Recomputed, factors: Factors, do: Tensor, d_final_state: Tensor | None, want_initial: bool
+    call: Call,
+    factors: Factors,
+    operands: GradientOperands,
+    do: Tensor,
+    d_final_state: Tensor | None,
+    want_initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of states, residuals and the initial state."""
-    tuning = TUNING["chunk_state_gradient"]
-    d_states, d_residuals = call.tiles(do, call.HV, call.K, call.V), torch.empty_like(recomputed.residuals)
+    d_states, d_residuals = call.tiles(do, call.HV, call.K, call.V), call.tiles(do, call.HV, 64, call.V)
     sequences = call.chunks.sequences
     d_initial = factors.last.new_empty(sequences, call.HV, call.K, call.V) if want_initial else None
-    BV = column_block(call.V, tuning.BV // (call.K // 128 or 1))
+    BV = state_columns(call, "chunk_state_gradient")
     chunk_state_gradient_kernel[(sequences * call.HV, call.V // BV)](
-        recomputed.erasure, recomputed.k_to_end, recomputed.q_from_start, factors.last, recomputed.d_residuals_here,
+        operands.erasure, operands.k_to_end, operands.q_from_start, factors.last, operands.d_residuals_here,
         do, d_final_state,
         d_states, d_residuals, d_initial,
-        call.chunks.table, call.chunks.first, call.H, call.HV,
+        call.chunks.table, call.chunks.first, call.H, call.HV, call.erase_heads,
         K=call.K, KP=triton.next_power_of_2(call.K), V=call.V, BV=BV,
-        HAS_FINAL=d_final_state is not None, STORE_INITIAL=want_initial, PER_HEAD_ERASURE=call.sees_content,
-        **call.arithmetic, **tuning.launch(call.tile_dtype, BV),
+        HAS_FINAL=d_final_state is not None, STORE_INITIAL=want_initial, **call.launch("chunk_state_gradient", BV),
     )  # fmt: skip
     return d_states, d_residuals, d_initial
 
 
-class ScoreGradients(NamedTuple):
-    """What chunk_value_gradient_kernel leaves for the key axis; d_outputs only where rows are added to do."""
-
-    d_outputs: Tensor | None
-    d_written: Tensor
-    dT: Tensor
-    dP: Tensor
-    dP_own: Tensor
-
-
-def chunk_value_gradient(
-    call: Call,
-    x: Inputs,
-    A: Tensor,
-    do: Tensor,
-    d_output_rows: Tensor | None,
-    residuals: Tensor,
-    d_residuals: Tensor,
-) -> tuple[Tensor, Tensor, ScoreGradients]:
-    """dv, dw, and what the key axis needs."""
-    dv, dw = torch.empty_like(x.v), torch.empty_like(x.w)
-    scores = ScoreGradients(
-        None if d_output_rows is None else torch.empty_like(residuals), torch.empty_like(residuals),
-        call.tiles(x.v, call.HV, 64, 64), call.tiles(x.v, call.HV, 64, 64), call.floats(x.v, call.HV, 64),
-    )  # fmt: skip
-    BV = column_block(call.V, TUNING["chunk_value_gradient"].BV)
-    chunk_value_gradient_kernel[(call.chunks.count, call.HV)](
-        x.v, x.w, A, do, d_output_rows, residuals, d_residuals,
-        dv, dw, *scores,
-        call.chunks.table, call.H, call.HV,
-        V=call.V, BV=BV, PER_HEAD_A=call.sees_content,
-        SCALAR_W=call.scalar_w, LOGITS_W=call.logits_w, OUTPUT_ROWS=d_output_rows is not None,
-        D_STATES_T=d_output_rows is not None,
-        **call.arithmetic, **TUNING["chunk_value_gradient"].launch(call.tile_dtype, BV),
-    )  # fmt: skip
-    return dv, dw, scores
-
-
-class KeyGradients(NamedTuple):
-    """Gradients of everything on the key axis; None for what the call has not."""
+class Gradients(NamedTuple):
+    """Of the inputs, in their order; and of CARVE's content terms, [NC, HV, K]. None for what the call has not."""
 
     q: Tensor
     k: Tensor
+    v: Tensor
     g: Tensor
     b: Tensor
-    content: Tensor | None
+    w: Tensor
     A_log: Tensor | None
     dt_bias: Tensor | None
+    content: Tensor | None
 
 
-def chunk_key_gradient(
-    call: Call, x: Inputs, factors: Factors, do: Tensor,
-    states: Tensor, d_states: Tensor, residuals: Tensor, scores: ScoreGradients,
-) -> KeyGradients:  # fmt: skip
-    shared = call.HV != call.H
+def chunk_gradient(
+    call: Call, x: Inputs, factors: Factors, operands: GradientOperands, A: Tensor, states: Tensor, do: Tensor,
+    d_output_rows: Tensor | None, d_residuals: Tensor, d_states: Tensor,
+) -> Gradients:  # fmt: skip
     tokens = x.q.shape[:2]
 
-    def per_value_head(given: Tensor) -> Tensor:
-        dtype = torch.float32 if shared else given.dtype
-        return torch.empty(*tokens, call.HV, call.K, dtype=dtype, device=given.device)
+    def share(given: Tensor, heads: int, *width: int) -> Tensor:
+        """A gradient per value head, summed up afterwards where value heads share what is given."""
+        dtype = given.dtype if given.shape[2] == heads else torch.float32
+        return torch.empty(*tokens, heads, *width, dtype=dtype, device=given.device)
 
-    dq, dk, dg, db = (per_value_head(given) for given in (x.q, x.k, x.g, x.b))
-    vector = (x.q, call.HV, call.K)
-    d_content = call.floats(*vector) if call.sees_content else None
-    dA_log, d_dt_bias = (call.floats(*vector), call.floats(*vector)) if call.raw_decay else (None, None)
+    def vector() -> Tensor:
+        return call.floats(x.q, call.HV, call.K)
+
+    shares = Gradients(
+        share(x.q, call.HV, call.K), share(x.k, call.HV, call.K), torch.empty_like(x.v),
+        share(x.g, call.HV, call.K), share(x.b, call.HV, call.K),
+        share(x.w, call.HV) if call.scalar_w else torch.empty_like(x.w),
+        vector() if call.raw_decay else None, vector() if call.raw_decay else None,
+        vector() if call.sees_content else None,
+    )  # fmt: skip
+    from_loop = d_output_rows is not None
+    dq, dk, dv, dg, db, dw, dA_log, d_dt_bias, d_content = shares
+    d_written, dT, dP = call.tiles(do, call.HV, 64, call.V), *(call.tiles(do, call.HV, 64, 64) for _ in range(2))
+    dP_own = call.floats(do, call.HV, 64)
+    chunk_value_gradient_kernel[(call.chunks.count, call.HV)](
+        x.v, x.w, A, do, d_output_rows, operands.residuals, d_residuals,
+        dv, dw, d_written, dT, dP, dP_own,
+        call.chunks.table, call.H, call.HV, call.erase_heads,
+        **call.values, SPLIT=call.split, SCALAR_W=call.scalar_w, LOGITS_W=call.logits_w,
+        OUTPUT_ROWS=from_loop, RESIDUALS_T=from_loop, **call.launch("chunk_value_gradient", call.V),
+    )  # fmt: skip
     steep_dk = torch.empty_like(dk)
-    steep = TUNING["steep"]
-    BK = column_block(call.K, steep.BK)
+    BK = call.key_block("steep")
     steep_gradient_kernel[(triton.cdiv(call.chunks.count, GROUP.value), call.HV)](
-        x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, x.content, factors.steep_from, scores.dT, scores.dP, dq, steep_dk, db,
-        call.chunks.table, call.scale, call.erase_scale, call.chunks.count, call.H, call.HV,
-        K=call.K, BK=BK, GATE=call.gate, RAW_DECAY=call.raw_decay,
-        **call.arithmetic, **steep.launch(call.tile_dtype, BK),
+        x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, x.content, factors.steep_from, dT, dP, dq, steep_dk, db,
+        call.chunks.table, call.scale, call.erase_scale, call.chunks.count, call.H, call.HV, call.erase_heads,
+        K=call.K, BK=BK, GATE=call.gate, RAW_DECAY=call.raw_decay, **call.launch("steep", BK),
     )  # fmt: skip
-    d_sums = call.floats(x.q, call.HV, 64, call.K)
-    blocks = call.blocks("chunk_row_gradient")
-    chunk_row_gradient_kernel[(call.chunks.count * (call.K // blocks["BK"]), call.HV)](
-        x.q, x.k, x.b, x.content, factors.left, factors.right, factors.steep_from,
-        do, scores.d_outputs, states, scores.d_written, scores.dT, scores.dP, scores.dP_own,
-        dq, dk, db, d_content, d_sums,
-        call.chunks.table, call.scale, call.erase_scale, call.H, call.HV,
-        K=call.K, V=call.V, **blocks,
-        GATE=call.gate, OUTPUT_ROWS=scores.d_outputs is not None, STATES_T=call.sees_content,
-        **call.arithmetic, **TUNING["chunk_row_gradient"].launch(call.tile_dtype, *blocks.values()),
-    )  # fmt: skip
-    blocks = call.blocks("chunk_key_gradient")
-    chunk_key_gradient_kernel[(call.chunks.count * (call.K // blocks["BK"]), call.HV)](
+    BK = call.key_block("chunk_key_gradient")
+    chunk_key_gradient_kernel[(call.chunks.count * (call.K // BK), call.HV)](
         x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, x.content, *factors,
-        states, d_states, residuals, scores.dT, scores.dP, d_sums, steep_dk,
-        dk, dg, dA_log, d_dt_bias,
-        call.chunks.table, call.scale, call.erase_scale, call.H, call.HV,
-        K=call.K, V=call.V, **blocks,
-        GATE=call.gate, RAW_DECAY=call.raw_decay, STATES_T=call.sees_content, D_STATES_T=scores.d_outputs is not None,
-        **call.arithmetic, **TUNING["chunk_key_gradient"].launch(call.tile_dtype, *blocks.values()),
+        states, d_states, do, d_output_rows, operands.residuals, d_written, dT, dP, dP_own, steep_dk,
+        dq, dk, dg, db, d_content, dA_log, d_dt_bias,
+        call.chunks.table, call.scale, call.erase_scale, call.H, call.HV, call.erase_heads,
+        K=call.K, BK=BK, **call.values, GATE=call.gate, RAW_DECAY=call.raw_decay,
+        OUTPUT_ROWS=from_loop, STATES_T=call.sees_content, D_STATES_T=from_loop, RESIDUALS_T=from_loop,
+        **call.launch("chunk_key_gradient", BK, call.V),
     )  # fmt: skip
-    if shared:
-        dq, dk, dg, db = (
-            dx.unflatten(2, (call.H, -1)).sum(3).to(given.dtype)
-            for dx, given in ((dq, x.q), (dk, x.k), (dg, x.g), (db, x.b))
-        )
+
+    def gather(dx: Tensor, given: Tensor) -> Tensor:
+        if dx.shape == given.shape:
+            return dx
+        return dx.unflatten(2, (given.shape[2], -1)).sum(3).to(given.dtype)
+
     if dA_log is not None and d_dt_bias is not None:
         dA_log = dA_log.sum(0).view(call.H, -1).sum(1)
         d_dt_bias = d_dt_bias.sum(0).view(call.H, -1, call.K).sum(1)
-    return KeyGradients(dq, dk, dg, db, d_content, dA_log, d_dt_bias)
+    if d_content is not None:
+        d_content = d_content.unflatten(1, (call.erase_heads, -1)).sum(2)
+    return Gradients(
+        gather(dq, x.q), gather(dk, x.k), dv, gather(dg, x.g), gather(db, x.b), gather(dw, x.w),
+        dA_log, d_dt_bias, d_content,
+    )  # fmt: skip

@@ -1,26 +1,10 @@
-"""What the chunk kernels share: loads of rows, gates and decays, products, the triangular inverse.
+"""What the chunk kernels share: loads and stores of tiles, gates, products, the triangular inverse.
 
-A tile has the 64 rows of a chunk. With G the sum of log2-decays from the chunk's start through a row, two factors per
-element stand for every decay between two rows:
-
-    left  = 2^(G + SHIFT)     right = 2^-(G + SHIFT)
-
-The decay from row s to a later row r is left_r * right_s. SHIFT centres their exponents in the range that float32 and
-bfloat16 share; a power of two rounds nothing, and a constant one tells a row nothing about later rows. Rows that have
-decayed below 2^STEEPEST in some channel are steep: all from the first such row on, `steep_from` (64 if there is none),
-take the path of steep.py. Whether a row does depends on its past alone.
+A tile has the 64 rows of a chunk.
 """
 
 import triton
 import triton.language as tl
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-# One step of this log2-decay is an exact 0 in float32, so stopping here changes no value; it keeps 0 * g finite.
-STEEPEST_LOG2_DECAY = tl.constexpr(-256.0)
-# left and right of rows that are not steep stay within 2^-80 and 2^80, far from the ends 2^-126 and 2^127.
-SHIFT = tl.constexpr(80.0)
-STEEPEST = tl.constexpr(-160.0)
-UNSHIFT = tl.constexpr(2.0**-80)
 
 # How the erase gate is given: its values, its logits, or logits to which a content term is added.
 GATE_VALUES = tl.constexpr(0)
@@ -65,9 +49,12 @@ def load_rows(x, start, o_r, m_r, i_h, H, D: tl.constexpr, o_d):
 
 @triton.jit
 def store_rows(x, start, o_r, m_r, i_h, H, D: tl.constexpr, o_d, b_x):
-    """The counterpart of load_rows, for blocks of columns that divide D."""
+    """The counterpart of load_rows."""
     p_x = x + start * (H * D) + (o_r[:, None] * (H * D) + (i_h * D + o_d)[None, :])
-    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=m_r[:, None])
+    if (o_d.shape[0] - 1) & D == 0:  # the block divides D
+        tl.store(p_x, b_x.to(x.dtype.element_ty), mask=m_r[:, None])
+    else:
+        tl.store(p_x, b_x.to(x.dtype.element_ty), mask=m_r[:, None] & (o_d < D)[None, :])
 
 
 @triton.jit
@@ -145,82 +132,41 @@ def load_erase_gate(
 
 
 @triton.jit
-def load_write_gate(w, start, o_r, m_r, i_h, HV, V: tl.constexpr, o_v, SCALAR: tl.constexpr, LOGITS: tl.constexpr):
-    """The write gate in float32, [rows, 1] where it is a scalar per head, else [rows, BV]."""
+def load_write_gate(
+    w, start, o_r, m_r, i_hv, HV, V: tl.constexpr, o_v, SPLIT: tl.constexpr, SCALAR: tl.constexpr, LOGITS: tl.constexpr
+):
+    """The write gate in float32, [rows, 1] where it is a scalar, shared by SPLIT heads, else [rows, BV]."""
     if SCALAR:
-        b_w = tl.load(w + start * HV + (o_r * HV + i_h), mask=m_r, other=0.0).to(tl.float32)[:, None]
+        p_w = w + start * (HV // SPLIT) + (o_r * (HV // SPLIT) + i_hv // SPLIT)
+        b_w = tl.load(p_w, mask=m_r, other=0.0).to(tl.float32)[:, None]
     else:
-        b_w = load_rows(w, start, o_r, m_r, i_h, HV, V, o_v).to(tl.float32)
+        b_w = load_rows(w, start, o_r, m_r, i_hv, HV, V, o_v).to(tl.float32)
     if LOGITS:
         b_w = tl.sigmoid(b_w)
     return b_w
 
 
 @triton.jit
-def load_decay_to_end(right, last, rest, steep_from, i_ch, o_r, K: tl.constexpr, o_k):
-    """From after each row to the chunk's end, [64, BK] float32."""
-    if steep_from == 64:
-        b_decay = load_tile(right, i_ch, o_r, K, o_k).to(tl.float32) * load_columns(last, i_ch, K, o_k)[None, :]
-    else:
-        b_decay = load_tile(rest, i_ch, o_r, K, o_k).to(tl.float32)
-    return b_decay
-
-
-@triton.jit
-def load_total_decay(last, i_ch, K: tl.constexpr, o_k):
-    """Over the whole chunk, [BK] float32."""
-    return load_columns(last, i_ch, K, o_k) * UNSHIFT
-
-
-@triton.jit
-def merge_scores(b_mild, p_steep, first_steep, o_r):
-    """Scores of a chunk, strictly lower [64, 64] float32: rows from first_steep on are those at p_steep."""
-    m_lower = o_r[None, :] < o_r[:, None]
-    m_steep = m_lower & (o_r >= first_steep)[:, None]
-    b_mild = tl.where(m_lower & (o_r < first_steep)[:, None], b_mild, 0.0)
-    return b_mild + tl.load(p_steep, mask=m_steep, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def unit_lower_inverse(b_T, o_r, CT: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + T)^-1 for a strictly lower T, [64, 64] float32.
+def unit_triangular_inverse(b_T, o_r, UPPER: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + T)^-1 for a strictly lower T, or a strictly upper one, [64, 64] float32.
 
     Goes from the inverse of the diagonal blocks of 2^step rows to that of twice as many. This is block substitution:
     stable where a series in T, whose powers may be huge, is not.
     """
-    b_A = tl.where(o_r[:, None] == o_r[None, :], 1.0, tl.where(pairs_of_halves(o_r, 0), -b_T, 0.0))
+    b_A = tl.where(o_r[:, None] == o_r[None, :], 1.0, tl.where(pairs_of_halves(o_r, 0, UPPER), -b_T, 0.0))
+    b_T = b_T.to(CT)
     for step in tl.static_range(1, 6):
-        b_Th = tl.where(pairs_of_halves(o_r, step), b_T, 0.0)
+        b_Th = tl.where(pairs_of_halves(o_r, step, UPPER), b_T, 0.0)
         b_A -= matmul(b_A, matmul(b_Th, b_A, CT, PRECISION), CT, PRECISION)
     return b_A
 
 
 @triton.jit
-def pairs_of_halves(o_r, step):
-    """Where row r, in a lower half of 2^step rows, meets a column of the upper half before it, [rows, rows]."""
+def pairs_of_halves(o_r, step, UPPER: tl.constexpr = False):
+    """Where a row of a lower half of 2^step rows meets a column of the upper half before it, or UPPER the transpose."""
     half = o_r >> step
-    partner = tl.where((half & 1) == 1, half - 1, -1)
+    if UPPER:
+        partner = tl.where((half & 1) == 0, half + 1, -1)
+    else:
+        partner = tl.where((half & 1) == 1, half - 1, -1)
     return partner[:, None] == half[None, :]
-
-
-@triton.jit
-def pairs_of_halves_mirrored(o_r, step):
-    """The transpose of pairs_of_halves: row r, in an upper half, meets a column of the lower half after it."""
-    half = o_r >> step
-    partner = tl.where((half & 1) == 0, half + 1, -1)
-    return partner[:, None] == half[None, :]
-
-
-@triton.jit
-def sum_rows(m_pairs, b_x, CT: tl.constexpr):
-    """Row r: the sum of the rows s of b_x where m_pairs is true, in float32, as a product with ones.
-
-    Faster here than a scan across warps. Terms left out count as exact zeros, for b_x is finite.
-    """
-    if tl.bfloat16 == CT:
-        # two halves of a float32's bits
-        high = b_x.to(tl.bfloat16)
-        low = (b_x - high.to(tl.float32)).to(tl.bfloat16)
-        ones = m_pairs.to(tl.bfloat16)
-        return tl.dot(ones, low, tl.dot(ones, high))
-    return tl.dot(m_pairs.to(tl.float32), b_x, input_precision="tf32x3")

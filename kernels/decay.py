@@ -1,0 +1,134 @@
+"""Stage 1, forward and backward: the decays of a chunk as factors, formed from the log-decays.
+
+With G the sum of log2-decays from the chunk's start through a row, two factors per element stand for every decay
+between two rows:
+
+    left  = 2^(G + SHIFT)     right = 1 / left
+
+The decay from row s to a later row r is left_r * right_s. SHIFT centres their exponents in the range that float32 and
+bfloat16 share; a power of two rounds nothing, and a constant one tells a row nothing about later rows. Rows that have
+decayed below 2^STEEPEST in some channel are steep: all from the first such row on take the path of steep.py. Whether a
+row does depends on its past alone.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import chunk_rows, load_columns, load_rows, load_tile, store_tile
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# One step of this log2-decay is an exact 0 in float32, so stopping here changes no value; it keeps 0 * g finite.
+STEEPEST_LOG2_DECAY = tl.constexpr(-256.0)
+# left and right of rows that are not steep stay within 2^-80 and 2^80, far from the ends 2^-126 and 2^127.
+SHIFT = tl.constexpr(80.0)
+STEEPEST = tl.constexpr(-160.0)
+UNSHIFT = tl.constexpr(2.0**-80)
+
+
+@triton.jit
+def softplus(x):
+    e = tl.exp(tl.minimum(x, 20.0))
+    # the logarithm loses a small e beside 1
+    small = e * (1.0 - 0.5 * e)
+    return tl.where(x > 20.0, x, tl.where(x < -7.0, small, tl.log(1.0 + e)))
+
+
+@triton.jit
+def load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K: tl.constexpr, o_k, RAW: tl.constexpr):
+    """log2 of the decay per step, [rows, BK] float32, 0 in empty rows; RAW forms it from the raw projection."""
+    b_g = load_rows(g, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
+    if RAW:
+        b_g += load_columns(dt_bias, i_h, K, o_k)[None, :]
+        b_g = -tl.exp(tl.load(A_log + i_h)) * softplus(b_g)
+        b_g = tl.where(m_r[:, None], b_g, 0.0)
+    return tl.maximum(b_g * LOG2_E, STEEPEST_LOG2_DECAY)
+
+
+@triton.jit
+def sum_rows(m_pairs, b_x, CT: tl.constexpr):
+    """Row r: the sum of the rows s of b_x where m_pairs is true, in float32, as a product with ones.
+
+    Faster here than a scan across warps. Terms left out count as exact zeros, for b_x is finite.
+    """
+    if tl.bfloat16 == CT:
+        # two halves of a float32's bits
+        high = b_x.to(tl.bfloat16)
+        low = (b_x - high.to(tl.float32)).to(tl.bfloat16)
+        ones = m_pairs.to(tl.bfloat16)
+        return tl.dot(ones, low, tl.dot(ones, high))
+    return tl.dot(m_pairs.to(tl.float32), b_x, input_precision="tf32x3")
+
+
+@triton.jit
+def left_factor(b_g, o_r, CT: tl.constexpr):
+    """(sums of b_g from the chunk's start, to the whole number in float32; left), [64, BK] each."""
+    m_until = o_r[None, :] <= o_r[:, None]
+    if tl.bfloat16 == CT:
+        b_G = sum_rows(m_until, b_g, CT)
+        b_left = tl.exp2(b_G + SHIFT)
+    else:
+        # a float32 sum near -100 is coarser than the factor; the small parts of the steps, summed apart, are not
+        b_whole = tl.floor(b_g + 0.5)
+        b_G = sum_rows(m_until, b_whole, CT)
+        b_left = tl.exp2(sum_rows(m_until, b_g - b_whole, CT)) * tl.exp2(b_G + SHIFT)
+    return b_G, b_left
+
+
+@triton.jit
+def right_factor(b_left):
+    """1 / left; something finite in steep rows."""
+    return 1.0 / tl.maximum(b_left, UNSHIFT)
+
+
+@triton.jit
+def load_left(left, i_ch, o_r, K: tl.constexpr, o_k):
+    return load_tile(left, i_ch, o_r, K, o_k).to(tl.float32)
+
+
+@triton.jit
+def load_decay_to_end(b_left, last, rest, steep_from, i_ch, o_r, K: tl.constexpr, o_k):
+    """From after each row to the chunk's end, [64, BK] float32."""
+    if steep_from == 64:
+        b_decay = right_factor(b_left) * load_columns(last, i_ch, K, o_k)[None, :]
+    else:
+        b_decay = load_tile(rest, i_ch, o_r, K, o_k).to(tl.float32)
+    return b_decay
+
+
+@triton.jit
+def load_total_decay(last, i_ch, K: tl.constexpr, o_k):
+    """Over the whole chunk, [BK] float32."""
+    return load_columns(last, i_ch, K, o_k) * UNSHIFT
+
+
+@triton.jit
+def decay_kernel(
+    g, A_log, dt_bias, left, last, rest, steep_from, table, H,
+    K: tl.constexpr, BK: tl.constexpr, RAW_DECAY: tl.constexpr, CT: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk and key head.
+
+    Writes left [NC, H, C, K]; last [NC, H, K] float32, left's last row; steep_from [NC, H] int32, the first steep row,
+    64 if there is none; and, only for a chunk with steep rows, rest [NC, H, C, K], the decay from after each row to the
+    chunk's end.
+    """
+    i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_ch = i_c * H + i_h
+    start, low, high = chunk_rows(table, i_c)
+    o_r = tl.arange(0, 64)
+    m_r = (o_r >= low) & (o_r < high)
+    b_least = tl.zeros([64], tl.float32)
+    for i_k in range(K // BK):
+        o_k = i_k * BK + tl.arange(0, BK)
+        b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
+        b_G, b_left = left_factor(b_g, o_r, CT)
+        b_least = tl.minimum(b_least, tl.min(b_G, 1))
+        store_tile(left, i_ch, o_r, K, o_k, b_left)
+        tl.store(last + i_ch * K + o_k, tl.sum(tl.where(o_r[:, None] == 63, b_left, 0.0), 0))
+    first_steep = tl.min(tl.where(b_least < STEEPEST, o_r, 64), 0)
+    tl.store(steep_from + i_ch, first_steep)
+    if first_steep < 64:
+        for i_k in range(K // BK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
+            store_tile(rest, i_ch, o_r, K, o_k, tl.exp2(sum_rows(o_r[None, :] > o_r[:, None], b_g, CT)))
