@@ -13,7 +13,7 @@ SUM_ROWS = tl.constexpr(16)
 
 @triton.jit
 def store_sum(x, i, D: tl.constexpr, o_d, b_sum):
-    """Store a float32 vector as tile i of [SUM_ROWS, D] tiles whose rows add up to it, in two rows if they have 16 bits.
+    """Store a float32 vector as a tile whose rows add up to it, two of them if they have 16 bits; i counts tiles.
 
     A product of rows with the tile's transpose, summed over its columns, is their product with the vector.
     """
@@ -36,10 +36,10 @@ def carve_operands_kernel(
     """One program per chunk and key head.
 
     Writes
-        P [NC, H, C, C], q_from_start [NC, H, C, K], k_to_end [NC, H, C, K] as GDN-2's stage; on entry P holds steep rows',
+        P [NC, H, C, C], q_from_start, k_to_end [NC, H, C, K] as GDN-2's stage; on entry P holds that of steep rows,
         k_left, k_right [NC, H, C, K]: left k and right k (shifted, see decay.py),
-        q_sum [NC, H, SUM_ROWS, K], P_sum [NC, H, SUM_ROWS, C]: the column sums of q_from_start and of P (see store_sum),
-            of which the sum of the chunk's outputs is made.
+        q_sum [NC, H, SUM_ROWS, K], P_sum [NC, H, SUM_ROWS, C]: column sums of q_from_start and P (see store_sum), of
+            which the sum of the chunk's outputs is made.
     """
     i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, low, high = chunk_rows(table, i_c)

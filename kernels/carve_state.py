@@ -16,12 +16,10 @@ from .decay import UNSHIFT, load_log2_decay, load_total_decay
 from .steep import HALVINGS, halved_scores, halving_factor
 from .tiles import (
     GATE_CONTENT,
-    chunk_rows,
     load_columns,
     load_erase_gate,
     load_matrix,
     load_rows,
-    load_tile,
     load_write_gate,
     matmul,
     pairs_of_halves,
@@ -97,7 +95,7 @@ def carve_state_kernel(
             start = row_0 + (i_c - begin) * 64
             m_r = (start + o_r >= tokens_from) & (start + o_r < tokens_to)
             i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
-            row_k, row_s, row_A, row_v = tile_rows(i_ch, i_chv, V)
+            row_k, row_s, _, row_v = tile_rows(i_ch, i_chv, V)
             store_columns(means, i_chv, V, o_v, b_mean)
             store_columns(codes, i_chv, R, o_c, b_code)
             store_columns(content, i_chv, K, o_k, b_content)
@@ -149,10 +147,11 @@ def carve_state_kernel(
 
 @triton.jit
 def steep_content_gradient(
-    k, g, erase_logits, content, A_log, dt_bias, b_dT, start, o_r, m_r, i_h, i_chv, H, erase_scale, first_steep, d_content,
+    k, g, erase_logits, content, A_log, dt_bias, b_dT, start, o_r, m_r, i_h, i_chv, H, erase_scale, first_steep,
+    d_content,
     K: tl.constexpr, BK: tl.constexpr, RAW_DECAY: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write d_content [K], the gradient of a chunk's content term through the scores T of its steep rows."""
+    """Write the gradient of a chunk's content term through the scores T of its steep rows."""
     for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
@@ -163,7 +162,7 @@ def steep_content_gradient(
             b_e = halving_factor(b_g, o_r, step, CT)
             m_pairs = pairs_of_halves(o_r, step) & (o_r >= first_steep)[:, None]
             b_db += b_e * matmul(tl.where(m_pairs, b_dT, 0.0), b_k * b_e, CT, PRECISION)
-        tl.store(d_content + o_k, tl.sum(b_db * b_k * b_b * (1.0 - b_b / erase_scale), 0))
+        tl.store(d_content + i_chv * K + o_k, tl.sum(b_db * b_k * b_b * (1.0 - b_b / erase_scale), 0))
 
 
 @triton.jit
@@ -172,7 +171,7 @@ def carve_state_gradient_kernel(
     P, k_right, k_to_end, q_from_start, erasure, gate_slope, last, steep_from,
     A, states, residuals, do_rows,
     d_final_S, d_final_mean, d_final_partial, initial_count,
-    steep_d_content, d_states, d_residuals, d_output_rows, d_initial_S, d_initial_mean, d_initial_partial,
+    d_states, d_residuals, d_output_rows, d_content, d_initial_S, d_initial_mean, d_initial_partial,
     table, first, content_chunk, erase_scale, H, HV,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     R: tl.constexpr, RP: tl.constexpr,
@@ -183,7 +182,8 @@ def carve_state_gradient_kernel(
 
     Writes per chunk d_states [NC, HV, V, K], d_residuals [NC, HV, V, C], otherwise as GDN-2's stage does, and
         d_output_rows [NC, HV, V] float32: what the content path adds to the gradient of every output of the chunk,
-    and the gradient of the initial state of the head. steep_d_content [N, HV, K] float32 is scratch.
+        d_content [NC, HV, K] float32: the gradient of its content term, unless DETACHED or that term is zero.
+    and the gradient of the initial state of the head.
     """
     i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
     i_h, i_nhv = i_hv // (HV // H), i_n * HV + i_hv
@@ -251,16 +251,18 @@ def carve_state_gradient_kernel(
                     b_dT_mild = tl.where((o_r < first_steep)[None, :], b_dT, 0.0)
                 b_d_left += matmul(tl.trans(k_right.load([row_k, 0])), b_dT_mild, CT, PRECISION)
                 b_slope = gate_slope.load([(i_chv * K).to(tl.int32), 0])
-                b_d_content += tl.sum(b_d_left * b_slope.to(tl.float32), 1)
+                b_d_chunk = tl.sum(b_d_left * b_slope.to(tl.float32), 1)
                 if not MILD:
                     if first_steep < 64:
                         steep_content_gradient(
                             k, g, erase_logits, content, A_log, dt_bias, tl.trans(b_dT), start, o_r, m_r, i_h, i_chv, H,
-                            erase_scale, first_steep, steep_d_content + i_nhv * K, K, BK, RAW_DECAY, CT, PRECISION,
+                            erase_scale, first_steep, d_content, K, BK, RAW_DECAY, CT, PRECISION,
                         )  # fmt: skip
                         tl.debug_barrier()  # what other threads stored is visible from here on
-                        b_d_content += load_columns(steep_d_content, i_nhv, K, o_k)
+                        b_d_chunk += load_columns(d_content, i_chv, K, o_k)
                         tl.debug_barrier()
+                store_columns(d_content, i_chv, K, o_k, b_d_chunk)
+                b_d_content += b_d_chunk
     if HAS_INITIAL:
         b_d_code = tl.sum(b_up * b_d_content[:, None], 0)
         store_matrix(d_initial_S, i_nhv, o_v, o_k, V, K, True, b_dS)

@@ -27,7 +27,6 @@ from .stages import (
 )
 from .state import CarveState
 
-
 # A raw decay whose softplus is an exact 0.
 NO_DECAY = -1e4
 
@@ -62,7 +61,7 @@ class ChunkGDN2(torch.autograd.Function):
         d_states, d_residuals, d_initial = chunk_state_gradient(
             call, factors, operands, do, d_final_state, ctx.has_initial
         )
-        d = chunk_gradient(call, x, factors, operands, A, states, do, None, d_residuals, d_states)
+        d = chunk_gradient(call, x, factors, operands, A, states, do, None, d_residuals, d_states, None)
         return None, None, *d[:-1], d_initial
 
 
@@ -98,16 +97,17 @@ class ChunkCarve(torch.autograd.Function):
         factors = decay_factors(call, x)
         operands = gradient_operands(call, x, factors, A, states, do, for_carve_loop=not parallel)
         d_rows: Tensor | None = None
+        d_content: Tensor | None = None
         d_initial: list[Tensor | None] = [None, None, None]
         if parallel:
             d_S = None if d_final[0] is None else split_values(d_final[0], call.split)
             d_states, d_residuals, _ = chunk_state_gradient(call, factors, operands, do, d_S, False)
         else:
-            d_states, d_residuals, d_rows, d_initial = carve_state_gradient(
+            d_states, d_residuals, d_rows, d_content, d_initial = carve_state_gradient(
                 call, x, down, up, factors, operands, A, states, do,
                 d_final, count, ctx.has_initial, ctx.content_chunk, ctx.detached,
             )  # fmt: skip
-        d = chunk_gradient(call, x, factors, operands, A, states, do, d_rows, d_residuals, d_states)
+        d = chunk_gradient(call, x, factors, operands, A, states, do, d_rows, d_residuals, d_states, d_content)
         assert d.content is not None
         d_up = torch.einsum("chk,chr->hkr", d.content, codes)
         d_down = torch.einsum("chr,chv->hrv", torch.einsum("hkr,chk->chr", up.float(), d.content), means)

@@ -14,7 +14,6 @@ from .decay import (
     sum_rows,
 )
 from .tiles import (
-    GATE_CONTENT,
     GATE_VALUES,
     chunk_rows,
     load_columns,
@@ -30,39 +29,17 @@ from .tiles import (
 
 
 @triton.jit
-def load_output_gradient(
-    do,
-    d_output_rows,
-    start,
-    o_r,
-    m_r,
-    i_hv,
-    i_chv,
-    HV,
-    V: tl.constexpr,
-    o_v,
-    OUTPUT_ROWS: tl.constexpr,
-    CT: tl.constexpr,
-):
-    """do of a chunk, for OUTPUT_ROWS with a row added to every token's, [64, VP] in the dtype CT."""
-    b_do = load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v)
-    if OUTPUT_ROWS:
-        b_do = b_do.to(tl.float32) + load_columns(d_output_rows, i_chv, V, o_v)[None, :]
-        b_do = tl.where(m_r[:, None], b_do, 0.0)
-    return b_do.to(CT)
-
-
-@triton.jit
 def chunk_value_gradient_kernel(
     v, w, A, do, d_output_rows, residuals, d_residuals,
     dv, dw, d_written, dT, dP, dP_own,
     table, H, HV, HE,
     V: tl.constexpr, VP: tl.constexpr, SPLIT: tl.constexpr, SCALAR_W: tl.constexpr, LOGITS_W: tl.constexpr,
-    OUTPUT_ROWS: tl.constexpr, RESIDUALS_T: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+    FROM_CARVE_LOOP: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and value head: gradients of values, write gates and both score matrices.
 
-    HE heads have an erase gate, and so A, of their own. RESIDUALS_T: residuals and their gradients are [V, C].
+    HE heads have an erase gate, and so A, of their own. FROM_CARVE_LOOP: residuals and their gradients are [V, C], and a
+    row of d_output_rows [NC, HV, V] is added to do.
 
     Writes dv like v; dw like w, of a scalar gate [B, T, HV]; and per chunk
         d_written [NC, HV, C, V]: A^T dR, gradient of w v,
@@ -75,7 +52,7 @@ def chunk_value_gradient_kernel(
     o_r, o_v = tl.arange(0, 64), tl.arange(0, VP)
     m_r = (o_r >= low) & (o_r < high)
     b_At = load_matrix(A, i_c * HE + i_hv // (HV // HE), o_r, o_r, 64, 64, True)
-    b_dz = matmul(b_At, load_matrix(d_residuals, i_chv, o_r, o_v, 64, V, RESIDUALS_T), CT, PRECISION)
+    b_dz = matmul(b_At, load_matrix(d_residuals, i_chv, o_r, o_v, 64, V, FROM_CARVE_LOOP), CT, PRECISION)
     store_tile(d_written, i_chv, o_r, V, o_v, b_dz)
     b_v = load_rows(v, start, o_r, m_r, i_hv, HV, V, o_v).to(tl.float32)
     b_w = load_write_gate(w, start, o_r, m_r, i_hv, HV, V, o_v, SPLIT, SCALAR_W, LOGITS_W)
@@ -87,10 +64,13 @@ def chunk_value_gradient_kernel(
         tl.store(dw + (start + o_r) * HV + i_hv, tl.sum(b_dw, 1).to(dw.dtype.element_ty), mask=m_r)
     else:
         store_rows(dw, start, o_r, m_r, i_hv, HV, V, o_v, b_dw)
-    b_R = load_matrix(residuals, i_chv, o_r, o_v, 64, V, RESIDUALS_T)
+    b_R = load_matrix(residuals, i_chv, o_r, o_v, 64, V, FROM_CARVE_LOOP)
     b_dT = -matmul(b_dz, tl.trans(b_R), CT, PRECISION)
     store_tile(dT, i_chv, o_r, 64, o_r, tl.where(o_r[None, :] < o_r[:, None], b_dT, 0.0))
-    b_do = load_output_gradient(do, d_output_rows, start, o_r, m_r, i_hv, i_chv, HV, V, o_v, OUTPUT_ROWS, CT)
+    b_do = load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v)
+    if FROM_CARVE_LOOP:
+        b_do = b_do.to(tl.float32) + load_columns(d_output_rows, i_chv, V, o_v)[None, :]
+        b_do = tl.where(m_r[:, None], b_do, 0.0)
     b_dP = matmul(b_do, tl.trans(b_R), CT, PRECISION)
     tl.store(dP_own + i_chv * 64 + o_r, tl.sum(tl.where(o_r[:, None] == o_r[None, :], b_dP, 0.0), 1))
     store_tile(dP, i_chv, o_r, 64, o_r, tl.where(o_r[None, :] < o_r[:, None], b_dP, 0.0))
@@ -103,16 +83,16 @@ def chunk_key_gradient_kernel(
     dq, dk, dg, db, d_content, dA_log, d_dt_bias,
     table, scale, erase_scale, H, HV, HE,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, GATE: tl.constexpr, RAW_DECAY: tl.constexpr,
-    OUTPUT_ROWS: tl.constexpr, STATES_T: tl.constexpr, D_STATES_T: tl.constexpr, RESIDUALS_T: tl.constexpr,
+    CONTENT: tl.constexpr, STATES_T: tl.constexpr, FROM_CARVE_LOOP: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per block of key columns, chunk and value head: gradients of everything on the key axis.
 
-    They come through the states before and after the chunk, and through the scores. STATES_T, D_STATES_T: states and
-    their gradients are [V, K]; RESIDUALS_T: residuals are [V, C].
+    They come through the states before and after the chunk, and through the scores. STATES_T: the states are [V, K].
+    FROM_CARVE_LOOP: so are their gradients, the residuals are [V, C], and a row of d_output_rows is added to do.
 
     Writes a value head's share of dq, dk, dg, db [B, T, HV, K]; and sums over the chunk's tokens [NC, HV, K] float32:
-    d_content for GATE_CONTENT, dA_log and d_dt_bias for RAW_DECAY. On entry dq, db and steep_dk of a chunk with steep
+    d_content for CONTENT, dA_log and d_dt_bias for RAW_DECAY. On entry dq, db and steep_dk of a chunk with steep
     rows hold what steep_gradient_kernel wrote there.
     """
     i_c, i_hv = tl.program_id(0).to(tl.int64) // (K // BK), tl.program_id(1)
@@ -123,49 +103,57 @@ def chunk_key_gradient_kernel(
     m_r = (o_r >= low) & (o_r < high)
     o_k = (tl.program_id(0) % (K // BK)) * BK + tl.arange(0, BK)
     first_steep = tl.load(steep_from + i_ch)
-    m_steep = m_r & (o_r >= tl.where(first_steep < 64, 0, 64))
-    m_mild = (o_r < first_steep)[:, None]
-    o_square = i_chv * 64 * 64 + (o_r[:, None] * 64 + o_r[None, :])
-    b_dT, b_dP = tl.load(dT + o_square, mask=m_mild, other=0.0), tl.load(dP + o_square, mask=m_mild, other=0.0)
-
-    # keys as columns
+    # The products. What they need is loaded for them alone: loaded again below it takes no registers meanwhile.
     b_S = load_matrix(states, i_chv, o_k, o_v, K, V, STATES_T)
-    b_dS = load_matrix(d_states, i_chv, o_k, o_v, K, V, D_STATES_T)
-    b_R = load_matrix(residuals, i_chv, o_r, o_v, 64, V, RESIDUALS_T)
+    b_dS = load_matrix(d_states, i_chv, o_k, o_v, K, V, FROM_CARVE_LOOP)
+    b_dtotal = tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1) * load_total_decay(last, i_ch, K, o_k)
+    if FROM_CARVE_LOOP:
+        b_S_row = tl.sum(b_S.to(tl.float32) * load_columns(d_output_rows, i_chv, V, o_v)[None, :], 1) * UNSHIFT
+    b_R = load_matrix(residuals, i_chv, o_r, o_v, 64, V, FROM_CARVE_LOOP)
+    b_dk = matmul(b_R, tl.trans(b_dS), CT, PRECISION)
+    b_do = load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v)
+    b_dq = matmul(b_do, tl.trans(b_S), CT, PRECISION) * UNSHIFT
+    if FROM_CARVE_LOOP:
+        b_dq += b_S_row[None, :]
+    b_dbk = matmul(load_tile(d_written, i_chv, o_r, V, o_v), tl.trans(b_S), CT, PRECISION) * -UNSHIFT
     b_left = load_left(left, i_ch, o_r, K, o_k)
     b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
-    b_dtotal = tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1) * load_total_decay(last, i_ch, K, o_k)
-    b_dk = matmul(b_R, tl.trans(b_dS), CT, PRECISION)
+    b_dT, b_dP = load_tile(dT, i_chv, o_r, 64, o_r), load_tile(dP, i_chv, o_r, 64, o_r)
+    b_columns = (b_k * right_factor(b_left)).to(CT)
+    b_dq += matmul(b_dP, b_columns, CT, PRECISION)
+    b_dbk += matmul(b_dT, b_columns, CT, PRECISION)
+    b_k *= load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_e, K, o_k, erase_scale, GATE) * b_left
+    b_dcolumn = matmul(tl.trans(b_dT), b_k, CT, PRECISION)
+    b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale * b_left
+    b_dcolumn += matmul(tl.trans(b_dP), b_q, CT, PRECISION)
+
+    tl.debug_barrier()  # also keeps the compiler from holding on to what was loaded above
+    b_left = load_left(left, i_ch, o_r, K, o_k)
+    b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
     b_dk *= load_decay_to_end(b_left, last, rest, first_steep, i_ch, o_r, K, o_k)
     b_dtotal += tl.sum(b_dk * b_k, 0)
-    b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
-    b_b = load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_e, K, o_k, erase_scale, GATE)
-    b_dcolumn = matmul(tl.trans(b_dP), b_q * b_left, CT, PRECISION)
-    b_dcolumn += matmul(tl.trans(b_dT), b_b * b_k * b_left, CT, PRECISION)
     b_dk += b_dcolumn * right_factor(b_left)
-    b_dk += load_rows(steep_dk, start, o_r, m_steep, i_hv, HV, K, o_k).to(tl.float32)
-    b_columns = (b_k * right_factor(b_left)).to(CT)
-    # queries as rows
-    b_do = load_output_gradient(do, d_output_rows, start, o_r, m_r, i_hv, i_chv, HV, V, o_v, OUTPUT_ROWS, CT)
-    b_dq = matmul(b_do, tl.trans(b_S), CT, PRECISION) * UNSHIFT + matmul(b_dP, b_columns, CT, PRECISION)
-    b_dq = b_left * b_dq + load_rows(dq, start, o_r, m_steep, i_hv, HV, K, o_k).to(tl.float32)
+    b_dq *= b_left
+    b_dbk *= b_left
+    if first_steep < 64:
+        b_dk += load_rows(steep_dk, start, o_r, m_r, i_hv, HV, K, o_k).to(tl.float32)
+        b_dq += load_rows(dq, start, o_r, m_r, i_hv, HV, K, o_k).to(tl.float32)
+        b_dbk += load_rows(db, start, o_r, m_r, i_hv, HV, K, o_k).to(tl.float32)
     # The log-decays: what a row gains with its decay from the start, a key loses. The decay of the whole chunk and that
     # of a key to its end also run over the steps after a row: their sum is added at every step.
+    b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
     b_dg = b_q * b_dq - b_k * b_dk
     # a query meets the key of its own row without decay
     b_own = tl.load(dP_own + i_chv * 64 + o_r)[:, None]
     store_rows(dq, start, o_r, m_r, i_hv, HV, K, o_k, scale * (b_dq + b_own * b_k))
     b_dk += b_own * b_q
-    # erased keys as rows
-    b_dz = load_tile(d_written, i_chv, o_r, V, o_v)
-    b_dbk = matmul(b_dT, b_columns, CT, PRECISION) - matmul(b_dz, tl.trans(b_S), CT, PRECISION) * UNSHIFT
-    b_dbk = b_left * b_dbk + load_rows(db, start, o_r, m_steep, i_hv, HV, K, o_k).to(tl.float32)
+    b_b = load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_e, K, o_k, erase_scale, GATE)
     store_rows(dk, start, o_r, m_r, i_hv, HV, K, o_k, b_dk + b_b * b_dbk)
     b_db = b_k * b_dbk
     b_dg += b_b * b_db
     if GATE != GATE_VALUES:
         b_db *= b_b * (1.0 - b_b / erase_scale)
-    if GATE == GATE_CONTENT:
+    if CONTENT:
         tl.store(d_content + i_chv * K + o_k, tl.sum(tl.where(m_r[:, None], b_db, 0.0), 0))
     store_rows(db, start, o_r, m_r, i_hv, HV, K, o_k, b_db)
     b_dg = sum_rows(o_r[None, :] >= o_r[:, None], b_dg, CT) + b_dtotal[None, :]

@@ -50,27 +50,13 @@ def gradient_operands_kernel(
     o_r, o_v = tl.arange(0, 64), tl.arange(0, VP)
     m_r = (o_r >= low) & (o_r < high)
     first_steep = tl.load(steep_from + i_ch)
-    b_A = load_tile(A, i_e, o_r, 64, o_r)
+
     b_P = tl.zeros([64, 64], tl.float32)
     b_own = tl.zeros([64], tl.float32)
-    b_erased = tl.zeros([64, VP], tl.float32)
     for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         b_left = load_left(left, i_ch, o_r, K, o_k)
         b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
-        b_b = load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_e, K, o_k, erase_scale, GATE)
-        b_E = (b_b * b_k * b_left * UNSHIFT).to(CT)
-        b_erased += matmul(b_E, load_matrix(states, i_chv, o_k, o_v, K, V, STATES_T), CT, PRECISION)
-        if FOR_CARVE_LOOP:
-            if leads_gate:
-                store_tile(erasure, i_e, o_r, K, o_k, b_E)
-                b_slope = b_b * (1.0 - b_b / erase_scale) * b_k * b_left
-                store_matrix(gate_slope, i_e, o_r, o_k, 64, K, True, b_slope)
-        elif leads_gate:
-            store_tile(erasure, i_e, o_r, K, o_k, matmul(b_A, b_E, CT, PRECISION))
-        if leads_keys:
-            b_to_end = load_decay_to_end(b_left, last, rest, first_steep, i_ch, o_r, K, o_k)
-            store_tile(k_to_end, i_ch, o_r, K, o_k, b_k * b_to_end)
         b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
         b_own += tl.sum(b_q * b_k, 1)
         b_q *= b_left
@@ -78,6 +64,8 @@ def gradient_operands_kernel(
         b_P += matmul(b_q, tl.trans(b_k_right), CT, PRECISION)
         if leads_keys:
             store_tile(q_from_start, i_ch, o_r, K, o_k, b_q * UNSHIFT)
+            b_to_end = load_decay_to_end(b_left, last, rest, first_steep, i_ch, o_r, K, o_k)
+            store_tile(k_to_end, i_ch, o_r, K, o_k, b_k * b_to_end)
             if FOR_CARVE_LOOP:
                 store_tile(k_right, i_ch, o_r, K, o_k, b_k_right)
     o_square = i_ch * 64 * 64 + (o_r[:, None] * 64 + o_r[None, :])
@@ -89,6 +77,20 @@ def gradient_operands_kernel(
     else:
         b_do = load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v)
         store_tile(d_residuals_here, i_chv, o_r, V, o_v, matmul(tl.trans(b_P), b_do, CT, PRECISION))
+
+    b_A = load_tile(A, i_e, o_r, 64, o_r)
     b_z = load_write_gate(w, start, o_r, m_r, i_hv, HV, V, o_v, SPLIT, SCALAR_W, LOGITS_W)
-    b_z = b_z * load_rows(v, start, o_r, m_r, i_hv, HV, V, o_v).to(tl.float32) - b_erased
+    b_z = b_z * load_rows(v, start, o_r, m_r, i_hv, HV, V, o_v).to(tl.float32)
+    for i_k in range(K // BK):
+        o_k = i_k * BK + tl.arange(0, BK)
+        b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * load_left(left, i_ch, o_r, K, o_k)
+        b_b = load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_e, K, o_k, erase_scale, GATE)
+        b_E = (b_b * b_k * UNSHIFT).to(CT)
+        if FOR_CARVE_LOOP:
+            if leads_gate:
+                store_tile(erasure, i_e, o_r, K, o_k, b_E)
+                store_matrix(gate_slope, i_e, o_r, o_k, 64, K, True, b_b * (1.0 - b_b / erase_scale) * b_k)
+        elif leads_gate:
+            store_tile(erasure, i_e, o_r, K, o_k, matmul(b_A, b_E, CT, PRECISION))
+        b_z -= matmul(b_E, load_matrix(states, i_chv, o_k, o_v, K, V, STATES_T), CT, PRECISION)
     store_matrix(residuals, i_chv, o_r, o_v, 64, V, FOR_CARVE_LOOP, matmul(b_A, b_z, CT, PRECISION))

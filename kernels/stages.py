@@ -322,8 +322,9 @@ def carve_state_gradient(
     call: Call, x: Inputs, down: Tensor, up: Tensor, factors: Factors, operands: GradientOperands,
     A: Tensor, states: Tensor, do: Tensor,
     d_final: Sequence[Tensor | None], count: Tensor | None, has_initial: bool, content_chunk: int, detached: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:  # fmt: skip
-    """Gradients of states and residuals (both transposed), what is added to outputs', those of the initial state."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """Gradients of states and residuals (both transposed), what is added to outputs', that of the content terms unless
+    detached, those of the initial state."""
     heads, sizes = call.erase_heads, carve_sizes(call, down)
     V = sizes["V"]
     d_states, d_residuals = torch.empty_like(states), call.tiles(do, heads, V, 64)
@@ -337,6 +338,7 @@ def carve_state_gradient(
         ]
     d_initial = [d_rows.new_empty(*shape, *tail) if has_initial else None for tail in tails]
     K = call.K
+    d_content = None if detached else call.floats(do, heads, K).zero_()
     carve_state_gradient_kernel[(call.chunks.sequences * heads,)](
         x.k, x.g, x.b, x.A_log, x.dt_bias, down, up, x.content,
         descriptor(operands.P, 64, 64), descriptor(operands.k_right, 64, K), descriptor(operands.k_to_end, 64, K),
@@ -344,13 +346,13 @@ def carve_state_gradient(
         descriptor(operands.gate_slope, K, 64), factors.last, factors.steep_from,
         descriptor(A, 64, 64), descriptor(states, V, K), descriptor(operands.residuals, V, 64),
         descriptor(do.flatten(2), 64, V),
-        *d_final, count, d_rows.new_empty(*shape, call.K),
-        descriptor(d_states, V, K), d_residuals, d_rows, *d_initial,
+        *d_final, count,
+        descriptor(d_states, V, K), d_residuals, d_rows, d_content, *d_initial,
         call.chunks.table, call.chunks.first, content_chunk, call.erase_scale, call.H, heads,
         **sizes, HAS_FINAL=has_final, HAS_INITIAL=has_initial, DETACHED=detached, RAW_DECAY=call.raw_decay,
         **call.launch("carve_state_gradient", call.K, V),
     )  # fmt: skip
-    return d_states, d_residuals, d_rows, d_initial
+    return d_states, d_residuals, d_rows, d_content, d_initial
 
 
 def gradient_operands(
@@ -419,7 +421,7 @@ class Gradients(NamedTuple):
 
 def chunk_gradient(
     call: Call, x: Inputs, factors: Factors, operands: GradientOperands, A: Tensor, states: Tensor, do: Tensor,
-    d_output_rows: Tensor | None, d_residuals: Tensor, d_states: Tensor,
+    d_output_rows: Tensor | None, d_residuals: Tensor, d_states: Tensor, d_content: Tensor | None,
 ) -> Gradients:  # fmt: skip
     tokens = x.q.shape[:2]
 
@@ -436,10 +438,10 @@ def chunk_gradient(
         share(x.g, call.HV, call.K), share(x.b, call.HV, call.K),
         share(x.w, call.HV) if call.scalar_w else torch.empty_like(x.w),
         vector() if call.raw_decay else None, vector() if call.raw_decay else None,
-        vector() if call.sees_content else None,
+        vector() if call.sees_content and d_content is None else None,
     )  # fmt: skip
     from_loop = d_output_rows is not None
-    dq, dk, dv, dg, db, dw, dA_log, d_dt_bias, d_content = shares
+    dq, dk, dv, dg, db, dw, dA_log, d_dt_bias, d_content_share = shares
     d_written, dT, dP = call.tiles(do, call.HV, 64, call.V), *(call.tiles(do, call.HV, 64, 64) for _ in range(2))
     dP_own = call.floats(do, call.HV, 64)
     chunk_value_gradient_kernel[(call.chunks.count, call.HV)](
@@ -447,7 +449,7 @@ def chunk_gradient(
         dv, dw, d_written, dT, dP, dP_own,
         call.chunks.table, call.H, call.HV, call.erase_heads,
         **call.values, SPLIT=call.split, SCALAR_W=call.scalar_w, LOGITS_W=call.logits_w,
-        OUTPUT_ROWS=from_loop, RESIDUALS_T=from_loop, **call.launch("chunk_value_gradient", call.V),
+        FROM_CARVE_LOOP=from_loop, **call.launch("chunk_value_gradient", call.V),
     )  # fmt: skip
     steep_dk = torch.empty_like(dk)
     BK = call.key_block("steep")
@@ -460,10 +462,10 @@ def chunk_gradient(
     chunk_key_gradient_kernel[(call.chunks.count * (call.K // BK), call.HV)](
         x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, x.content, *factors,
         states, d_states, do, d_output_rows, operands.residuals, d_written, dT, dP, dP_own, steep_dk,
-        dq, dk, dg, db, d_content, dA_log, d_dt_bias,
+        dq, dk, dg, db, d_content_share, dA_log, d_dt_bias,
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV, call.erase_heads,
         K=call.K, BK=BK, **call.values, GATE=call.gate, RAW_DECAY=call.raw_decay,
-        OUTPUT_ROWS=from_loop, STATES_T=call.sees_content, D_STATES_T=from_loop, RESIDUALS_T=from_loop,
+        CONTENT=d_content_share is not None, STATES_T=call.sees_content, FROM_CARVE_LOOP=from_loop,
         **call.launch("chunk_key_gradient", BK, call.V),
     )  # fmt: skip
 
@@ -475,8 +477,8 @@ def chunk_gradient(
     if dA_log is not None and d_dt_bias is not None:
         dA_log = dA_log.sum(0).view(call.H, -1).sum(1)
         d_dt_bias = d_dt_bias.sum(0).view(call.H, -1, call.K).sum(1)
-    if d_content is not None:
-        d_content = d_content.unflatten(1, (call.erase_heads, -1)).sum(2)
+    if d_content_share is not None:
+        d_content = d_content_share.unflatten(1, (call.erase_heads, -1)).sum(2)
     return Gradients(
         gather(dq, x.q), gather(dk, x.k), dv, gather(dg, x.g), gather(db, x.b), gather(dw, x.w),
         dA_log, d_dt_bias, d_content,

@@ -106,6 +106,7 @@ def steep_gradient_kernel(
     """One program per group of chunks and value head; HE heads have an erase gate of their own.
 
     Writes [B*T, HV, K] each, through the scores of steep rows: the gradients dq of scale * q, and dk, dbk of k and b k.
+    Takes steep rows out of dT and dP.
     """
     i_hv = tl.program_id(1)
     i_h = i_hv // (HV // H)
@@ -143,3 +144,7 @@ def steep_gradient_kernel(
                 store_rows(dq, start, o_r, m_r, i_hv, HV, K, o_k, b_dq)
                 store_rows(dk, start, o_r, m_r, i_hv, HV, K, o_k, b_dk)
                 store_rows(dbk, start, o_r, m_r, i_hv, HV, K, o_k, b_dbk)
+            tl.debug_barrier()  # all threads have read them
+            m_mild = (o_r < first_steep)[:, None]
+            store_tile(dT, i_chv, o_r, 64, o_r, tl.where(m_mild, b_dT, 0.0))
+            store_tile(dP, i_chv, o_r, 64, o_r, tl.where(m_mild, b_dP, 0.0))

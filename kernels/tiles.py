@@ -165,8 +165,5 @@ def unit_triangular_inverse(b_T, o_r, UPPER: tl.constexpr, CT: tl.constexpr, PRE
 def pairs_of_halves(o_r, step, UPPER: tl.constexpr = False):
     """Where a row of a lower half of 2^step rows meets a column of the upper half before it, or UPPER the transpose."""
     half = o_r >> step
-    if UPPER:
-        partner = tl.where((half & 1) == 0, half + 1, -1)
-    else:
-        partner = tl.where((half & 1) == 1, half - 1, -1)
-    return partner[:, None] == half[None, :]
+    lower, upper = (half[None, :], half[:, None]) if UPPER else (half[:, None], half[None, :])
+    return ((lower & 1) == 1) & (lower - 1 == upper)
