@@ -52,21 +52,25 @@ def require_triton_support(op: str, dtype: torch.dtype, K: int, V: int) -> None:
 
     Raises:
         NotImplementedError: a width or dtype that no kernel takes, or one whose tiles exceed the shared memory of a
-            Hopper SM: float16 and float32 are held as float32, and float32 operands are split in two.
+            Hopper SM. That is so for CARVE, one program of which holds a whole head: in float16 and float32, both held
+            as float32, with K above 128; in float32, whose operands are split in two, with V above 128 beside K above
+            64.
     """
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.float64:
         raise NotImplementedError(f"backend 'triton': no {name}; use backend='torch'")
-    widest_K = widest_V = 256
+    widest_K = widest_V = HEAD_WIDTHS[-1]
     if op == "carve" and dtype != torch.bfloat16:
-        widest_K = widest_V = 128
-    elif op == "gdn2" and dtype == torch.float32:
         widest_K = 128
+        if dtype == torch.float32 and K > 64:
+            widest_V = 128
     for letter, width, widest in (("K", K, widest_K), ("V", V, widest_V)):
         if width not in HEAD_WIDTHS or width > widest:
             legal = ", ".join(str(w) for w in HEAD_WIDTHS if w <= widest)
+            beside = f" beside K = {K}" if letter == "V" and widest < HEAD_WIDTHS[-1] else ""
             raise NotImplementedError(
-                f"backend 'triton': expected {letter} of {legal} for {op} in {name}, got {width}; use backend='torch'"
+                f"backend 'triton': expected {letter} of {legal} for {op} in {name}{beside}, got {width}; "
+                f"use backend='torch'"
             )
 
 

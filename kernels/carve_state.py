@@ -55,13 +55,11 @@ def carve_state_kernel(
     initial_S, initial_mean, initial_partial, initial_count,
     A, states, residuals, codes, content, means, final_S, final_mean, final_partial,
     table, first, content_chunk, erase_scale, H, HV,
-    K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    R: tl.constexpr, RP: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr, RAW_DECAY: tl.constexpr, LOGITS_W: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence and value head; KP, VP, RP are K, V, R rounded up to powers of two;
-    BK divides K.
+    """One program per sequence and value head; RP is R rounded up to a power of two, BK divides K.
 
     Writes per chunk A [NC, HV, C, C], states [NC, HV, V, K], residuals [NC, HV, V, C], otherwise as GDN-2's stages do,
     and
@@ -71,13 +69,13 @@ def carve_state_kernel(
     """
     i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
     i_h, i_nhv = i_hv // (HV // H), i_n * HV + i_hv
-    o_r, o_k, o_v, o_c = tl.arange(0, 64), tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, RP)
+    o_r, o_k, o_v, o_c = tl.arange(0, 64), tl.arange(0, K), tl.arange(0, V), tl.arange(0, RP)
     b_down = load_matrix(content_down, i_hv, o_v, o_c, V, R, True).to(tl.float32)
     b_up = load_matrix(content_up, i_hv, o_k, o_c, K, R, False).to(tl.float32)
 
-    b_S = tl.zeros([VP, KP], tl.float32)
-    b_mean = tl.zeros([VP], tl.float32)
-    b_partial = tl.zeros([VP], tl.float32)
+    b_S = tl.zeros([V, K], tl.float32)
+    b_mean = tl.zeros([V], tl.float32)
+    b_partial = tl.zeros([V], tl.float32)
     count = tl.zeros([], tl.int64)
     if HAS_INITIAL:
         b_S += load_matrix(initial_S, i_nhv, o_v, o_k, V, K, True)
@@ -133,7 +131,7 @@ def carve_state_kernel(
             complete = (start + 64 <= tokens_to) & (count % content_chunk == 0)
             if complete:
                 b_mean = b_partial / content_chunk
-                b_partial = tl.zeros([VP], tl.float32)
+                b_partial = tl.zeros([V], tl.float32)
                 b_code = tl.sum(b_down * b_mean[:, None], 0)
                 b_content = tl.sum(b_up * b_code[None, :], 1)
             residuals.store([row_v, 0], b_R)
@@ -173,8 +171,7 @@ def carve_state_gradient_kernel(
     d_final_S, d_final_mean, d_final_partial, initial_count,
     d_states, d_residuals, d_output_rows, d_content, d_initial_S, d_initial_mean, d_initial_partial,
     table, first, content_chunk, erase_scale, H, HV,
-    K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    R: tl.constexpr, RP: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     HAS_FINAL: tl.constexpr, HAS_INITIAL: tl.constexpr, DETACHED: tl.constexpr, RAW_DECAY: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -187,7 +184,7 @@ def carve_state_gradient_kernel(
     """
     i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
     i_h, i_nhv = i_hv // (HV // H), i_n * HV + i_hv
-    o_r, o_k, o_v, o_c = tl.arange(0, 64), tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, RP)
+    o_r, o_k, o_v, o_c = tl.arange(0, 64), tl.arange(0, K), tl.arange(0, V), tl.arange(0, RP)
     b_down = load_matrix(content_down, i_hv, o_v, o_c, V, R, True).to(tl.float32)
     b_up = load_matrix(content_up, i_hv, o_k, o_c, K, R, False).to(tl.float32)
 
@@ -197,11 +194,11 @@ def carve_state_gradient_kernel(
     count = (end - begin) * 64
     if HAS_INITIAL:
         count += tl.load(initial_count + i_n) // 64 * 64
-    b_dS = tl.zeros([VP, KP], tl.float32)
+    b_dS = tl.zeros([V, K], tl.float32)
     # Gradients of the content term of the running content chunk, summed up, and of an output, from the next one's mean.
-    b_d_content = tl.zeros([KP], tl.float32)
-    b_d_row = tl.zeros([VP], tl.float32)
-    b_d_final = tl.zeros([VP], tl.float32)
+    b_d_content = tl.zeros([K], tl.float32)
+    b_d_row = tl.zeros([V], tl.float32)
+    b_d_final = tl.zeros([V], tl.float32)
     # what the final state's gradients weigh in that of an output: the partial sum's before the first content chunk
     # from behind that is complete, then the mean's in that one
     mean_pending = 1.0
@@ -217,7 +214,7 @@ def carve_state_gradient_kernel(
             if (start + 64 <= tokens_to) & (count % content_chunk == 0):
                 b_d_code = tl.sum(b_up * b_d_content[:, None], 0)
                 b_d_row = (tl.sum(b_down * b_d_code[None, :], 1) + mean_pending * b_d_final) / content_chunk
-                b_d_content = tl.zeros([KP], tl.float32)
+                b_d_content = tl.zeros([K], tl.float32)
                 mean_pending = 0.0
             count -= 64
             i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
@@ -252,7 +249,7 @@ def carve_state_gradient_kernel(
                 b_d_left += matmul(tl.trans(k_right.load([row_k, 0])), b_dT_mild, CT, PRECISION)
                 b_slope = gate_slope.load([(i_chv * K).to(tl.int32), 0])
                 b_d_chunk = tl.sum(b_d_left * b_slope.to(tl.float32), 1)
-                if not MILD:
+                if not MILD:  # noqa: SIM102  decided by the compiler
                     if first_steep < 64:
                         steep_content_gradient(
                             k, g, erase_logits, content, A_log, dt_bias, tl.trans(b_dT), start, o_r, m_r, i_h, i_chv, H,

@@ -33,13 +33,13 @@ def chunk_value_gradient_kernel(
     v, w, A, do, d_output_rows, residuals, d_residuals,
     dv, dw, d_written, dT, dP, dP_own,
     table, H, HV, HE,
-    V: tl.constexpr, VP: tl.constexpr, SPLIT: tl.constexpr, SCALAR_W: tl.constexpr, LOGITS_W: tl.constexpr,
+    V: tl.constexpr, SPLIT: tl.constexpr, SCALAR_W: tl.constexpr, LOGITS_W: tl.constexpr,
     FROM_CARVE_LOOP: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and value head: gradients of values, write gates and both score matrices.
 
-    HE heads have an erase gate, and so A, of their own. FROM_CARVE_LOOP: residuals and their gradients are [V, C], and a
-    row of d_output_rows [NC, HV, V] is added to do.
+    HE heads have an erase gate, and so A, of their own. FROM_CARVE_LOOP: residuals and their gradients are [V, C], and
+    a row of d_output_rows [NC, HV, V] is added to do.
 
     Writes dv like v; dw like w, of a scalar gate [B, T, HV]; and per chunk
         d_written [NC, HV, C, V]: A^T dR, gradient of w v,
@@ -49,7 +49,7 @@ def chunk_value_gradient_kernel(
     i_c, i_hv = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_chv = i_c * HV + i_hv
     start, low, high = chunk_rows(table, i_c)
-    o_r, o_v = tl.arange(0, 64), tl.arange(0, VP)
+    o_r, o_v = tl.arange(0, 64), tl.arange(0, V)
     m_r = (o_r >= low) & (o_r < high)
     b_At = load_matrix(A, i_c * HE + i_hv // (HV // HE), o_r, o_r, 64, 64, True)
     b_dz = matmul(b_At, load_matrix(d_residuals, i_chv, o_r, o_v, 64, V, FROM_CARVE_LOOP), CT, PRECISION)
@@ -82,7 +82,7 @@ def chunk_key_gradient_kernel(
     states, d_states, do, d_output_rows, residuals, d_written, dT, dP, dP_own, steep_dk,
     dq, dk, dg, db, d_content, dA_log, d_dt_bias,
     table, scale, erase_scale, H, HV, HE,
-    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, GATE: tl.constexpr, RAW_DECAY: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, RAW_DECAY: tl.constexpr,
     CONTENT: tl.constexpr, STATES_T: tl.constexpr, FROM_CARVE_LOOP: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +99,7 @@ def chunk_key_gradient_kernel(
     i_h = i_hv // (HV // H)
     i_ch, i_chv, i_e = i_c * H + i_h, i_c * HV + i_hv, i_c * HE + i_hv // (HV // HE)
     start, low, high = chunk_rows(table, i_c)
-    o_r, o_v = tl.arange(0, 64), tl.arange(0, VP)
+    o_r, o_v = tl.arange(0, 64), tl.arange(0, V)
     m_r = (o_r >= low) & (o_r < high)
     o_k = (tl.program_id(0) % (K // BK)) * BK + tl.arange(0, BK)
     first_steep = tl.load(steep_from + i_ch)

@@ -12,10 +12,10 @@ def chunk_state_kernel(
     erasure, update, k_to_end, last, initial_state,
     states, residuals, final_state,
     first, H, HV,
-    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence, value head and block of value columns; KP is K rounded up to a power of two.
+    """One program per sequence, value head and block of value columns.
 
     Reads chunk_operands_kernel's tiles; writes per chunk
         states [NC, HV, K, V]: the state before it,
@@ -24,17 +24,16 @@ def chunk_state_kernel(
     """
     i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
     i_h = i_hv // (HV // H)
-    o_r, o_k = tl.arange(0, 64), tl.arange(0, KP)
+    o_r, o_k = tl.arange(0, 64), tl.arange(0, K)
     o_v = tl.program_id(1) * BV + tl.arange(0, BV)
-    m_s = (o_k[:, None] < K) & (o_v[None, :] < V)
     o_s = o_k[:, None] * V + o_v[None, :]
-    b_S = tl.zeros([KP, BV], tl.float32)
+    b_S = tl.zeros([K, BV], tl.float32)
     if HAS_INITIAL:
-        b_S += tl.load(initial_state + (i_n * HV + i_hv) * K * V + o_s, mask=m_s, other=0.0)
+        b_S += tl.load(initial_state + (i_n * HV + i_hv) * K * V + o_s)
     for i_c in range(tl.load(first + i_n), tl.load(first + i_n + 1)):
         i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
         b_S_CT = b_S.to(CT)
-        tl.store(states + i_chv * K * V + o_s, b_S_CT, mask=m_s)
+        tl.store(states + i_chv * K * V + o_s, b_S_CT)
         b_W = load_tile(erasure, i_ch, o_r, K, o_k)
         b_R = load_tile(update, i_chv, o_r, V, o_v).to(tl.float32) - matmul(b_W, b_S_CT, CT, PRECISION)
         b_R = b_R.to(CT)
@@ -42,7 +41,7 @@ def chunk_state_kernel(
         b_k = load_tile(k_to_end, i_ch, o_r, K, o_k)
         b_S = b_S * load_total_decay(last, i_ch, K, o_k)[:, None] + matmul(tl.trans(b_k), b_R, CT, PRECISION)
     if STORE_FINAL:
-        tl.store(final_state + (i_n * HV + i_hv) * K * V + o_s, b_S, mask=m_s)
+        tl.store(final_state + (i_n * HV + i_hv) * K * V + o_s, b_S)
 
 
 @triton.jit
@@ -50,7 +49,7 @@ def chunk_state_gradient_kernel(
     erasure, k_to_end, q_from_start, last, d_residuals_here, do, d_final_state,
     d_states, d_residuals, d_initial_state,
     table, first, H, HV, HE,
-    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     HAS_FINAL: tl.constexpr, STORE_INITIAL: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -64,20 +63,19 @@ def chunk_state_gradient_kernel(
     """
     i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
     i_h = i_hv // (HV // H)
-    o_r, o_k = tl.arange(0, 64), tl.arange(0, KP)
+    o_r, o_k = tl.arange(0, 64), tl.arange(0, K)
     o_v = tl.program_id(1) * BV + tl.arange(0, BV)
-    m_s = (o_k[:, None] < K) & (o_v[None, :] < V)
     o_s = o_k[:, None] * V + o_v[None, :]
-    b_dS = tl.zeros([KP, BV], tl.float32)
+    b_dS = tl.zeros([K, BV], tl.float32)
     if HAS_FINAL:
-        b_dS += tl.load(d_final_state + (i_n * HV + i_hv) * K * V + o_s, mask=m_s, other=0.0)
+        b_dS += tl.load(d_final_state + (i_n * HV + i_hv) * K * V + o_s)
     begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
     row_0, tokens_from, tokens_to = sequence_rows(table, begin, end)
     for i_back in range(end - begin):
         i_c = end - 1 - i_back
         i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
         b_dS_CT = b_dS.to(CT)
-        tl.store(d_states + i_chv * K * V + o_s, b_dS_CT, mask=m_s)
+        tl.store(d_states + i_chv * K * V + o_s, b_dS_CT)
         b_k = load_tile(k_to_end, i_ch, o_r, K, o_k)
         b_dR = load_tile(d_residuals_here, i_chv, o_r, V, o_v).to(tl.float32)
         b_dR += matmul(b_k, b_dS_CT, CT, PRECISION)
@@ -91,4 +89,4 @@ def chunk_state_gradient_kernel(
         b_dS = b_dS * load_total_decay(last, i_ch, K, o_k)[:, None]
         b_dS += matmul(tl.trans(b_q), b_do, CT, PRECISION) - matmul(tl.trans(b_W), b_dR, CT, PRECISION)
     if STORE_INITIAL:
-        tl.store(d_initial_state + (i_n * HV + i_hv) * K * V + o_s, b_dS, mask=m_s)
+        tl.store(d_initial_state + (i_n * HV + i_hv) * K * V + o_s, b_dS)

@@ -23,11 +23,11 @@ def gradient_operands_kernel(
     q, k, v, b, w, content, left, last, rest, steep_from, A, P, states, do,
     erasure, k_to_end, q_from_start, residuals, d_residuals_here, k_right, gate_slope,
     table, scale, erase_scale, H, HV, HE,
-    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, SPLIT: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, SPLIT: tl.constexpr,
     GATE: tl.constexpr, SCALAR_W: tl.constexpr, LOGITS_W: tl.constexpr,
     STATES_T: tl.constexpr, FOR_CARVE_LOOP: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per chunk and value head; VP is V rounded up to a power of two. STATES_T: the states are [V, K].
+    """One program per chunk and value head. STATES_T: the states are [V, K].
 
     HE heads have an erase gate of their own: the key heads, or where the gate sees content the value heads. Writes per
     chunk
@@ -47,7 +47,7 @@ def gradient_operands_kernel(
     i_e = i_c * HE + i_hv // (HV // HE)
     leads_keys, leads_gate = i_hv % G == 0, i_hv % (HV // HE) == 0
     start, low, high = chunk_rows(table, i_c)
-    o_r, o_v = tl.arange(0, 64), tl.arange(0, VP)
+    o_r, o_v = tl.arange(0, 64), tl.arange(0, V)
     m_r = (o_r >= low) & (o_r < high)
     first_steep = tl.load(steep_from + i_ch)
 

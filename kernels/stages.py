@@ -121,7 +121,8 @@ class GradientOperands(NamedTuple):
 class Call:
     """What all stages of one call need besides its tensors.
 
-    HV heads of V value columns each, at most WIDEST_VALUES: `split` of them make a head of the caller.
+    HV heads of V value columns each, at most WIDEST_VALUES: `split` of them make a head of the caller. K and V are
+    powers of two.
     """
 
     chunks: Chunks
@@ -175,11 +176,6 @@ class Call:
 
     def value_block(self, stage: str) -> int:
         return column_block(self.V, TUNING[stage].BV)
-
-    @property
-    def values(self) -> dict[str, int]:
-        """All value columns in one block."""
-        return {"V": self.V, "VP": triton.next_power_of_2(self.V)}
 
     def launch(self, stage: str, *columns: int) -> dict[str, Any]:
         return self.arithmetic | TUNING[stage].launch(self.tile_dtype, *columns)
@@ -243,15 +239,15 @@ def chunk_state(
         erasure, update, k_to_end, factors.last, initial_state,
         states, residuals, final_state,
         call.chunks.first, call.H, call.HV,
-        K=call.K, KP=triton.next_power_of_2(call.K), V=call.V, BV=BV,
-        HAS_INITIAL=initial_state is not None, STORE_FINAL=want_final, **call.launch("chunk_state", BV),
+        K=call.K, V=call.V, BV=BV,
+        HAS_INITIAL=initial_state is not None, STORE_FINAL=want_final, **call.launch("chunk_state", call.K, BV),
     )  # fmt: skip
     return states, residuals, final_state
 
 
 def state_columns(call: Call, stage: str) -> int:
     """Value columns of a program that holds a block of the state, all K rows of it."""
-    return column_block(call.V, TUNING[stage].BV // (call.K // 128 or 1))
+    return column_block(call.V, TUNING[stage].BV)
 
 
 def chunk_output(call: Call, x: Inputs, q_from_start: Tensor, P: Tensor, states: Tensor, residuals: Tensor) -> Tensor:
@@ -285,9 +281,8 @@ def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def carve_sizes(call: Call, content_down: Tensor) -> dict[str, int]:
-    sizes = {"K": call.K, "V": content_down.shape[2], "R": content_down.shape[1]}
-    padded = {name + "P": triton.next_power_of_2(size) for name, size in sizes.items()}
-    return sizes | padded | {"BK": column_block(call.K, 64)}
+    _, R, V = content_down.shape
+    return {"K": call.K, "BK": column_block(call.K, 64), "V": V, "R": R, "RP": triton.next_power_of_2(R)}
 
 
 def carve_state(
@@ -375,7 +370,7 @@ def gradient_operands(
         operands.erasure, operands.k_to_end, operands.q_from_start, operands.residuals, operands.d_residuals_here,
         operands.k_right, operands.gate_slope,
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV, gate_heads,
-        K=call.K, BK=BK, **call.values, **call.gates,
+        K=call.K, BK=BK, V=call.V, **call.gates,
         STATES_T=call.sees_content, FOR_CARVE_LOOP=for_carve_loop, **call.launch("gradient_operands", BK, call.V),
     )  # fmt: skip
     return operands
@@ -399,8 +394,9 @@ def chunk_state_gradient(
         do, d_final_state,
         d_states, d_residuals, d_initial,
         call.chunks.table, call.chunks.first, call.H, call.HV, call.erase_heads,
-        K=call.K, KP=triton.next_power_of_2(call.K), V=call.V, BV=BV,
-        HAS_FINAL=d_final_state is not None, STORE_INITIAL=want_initial, **call.launch("chunk_state_gradient", BV),
+        K=call.K, V=call.V, BV=BV,
+        HAS_FINAL=d_final_state is not None, STORE_INITIAL=want_initial,
+        **call.launch("chunk_state_gradient", call.K, BV),
     )  # fmt: skip
     return d_states, d_residuals, d_initial
 
@@ -448,7 +444,7 @@ def chunk_gradient(
         x.v, x.w, A, do, d_output_rows, operands.residuals, d_residuals,
         dv, dw, d_written, dT, dP, dP_own,
         call.chunks.table, call.H, call.HV, call.erase_heads,
-        **call.values, SPLIT=call.split, SCALAR_W=call.scalar_w, LOGITS_W=call.logits_w,
+        V=call.V, SPLIT=call.split, SCALAR_W=call.scalar_w, LOGITS_W=call.logits_w,
         FROM_CARVE_LOOP=from_loop, **call.launch("chunk_value_gradient", call.V),
     )  # fmt: skip
     steep_dk = torch.empty_like(dk)
@@ -464,7 +460,7 @@ def chunk_gradient(
         states, d_states, do, d_output_rows, operands.residuals, d_written, dT, dP, dP_own, steep_dk,
         dq, dk, dg, db, d_content_share, dA_log, d_dt_bias,
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV, call.erase_heads,
-        K=call.K, BK=BK, **call.values, GATE=call.gate, RAW_DECAY=call.raw_decay,
+        K=call.K, BK=BK, V=call.V, GATE=call.gate, RAW_DECAY=call.raw_decay,
         CONTENT=d_content_share is not None, STATES_T=call.sees_content, FROM_CARVE_LOOP=from_loop,
         **call.launch("chunk_key_gradient", BK, call.V),
     )  # fmt: skip

@@ -39,41 +39,29 @@ def sequence_rows(table, begin, end):
 def load_rows(x, start, o_r, m_r, i_h, H, D: tl.constexpr, o_d):
     """Rows o_r of head i_h of a token tensor [..., H, D] from token `start` on, zero where m_r is false, [rows, BD].
 
-    `start` is a 64-bit scalar; the offsets from there fit 32 bits. Columns beyond D, where a block is wider, are zero.
+    `start` is a 64-bit scalar; the offsets from there fit 32 bits.
     """
     p_x = x + start * (H * D) + (o_r[:, None] * (H * D) + (i_h * D + o_d)[None, :])
-    if (o_d.shape[0] - 1) & D == 0:  # the block divides D
-        return tl.load(p_x, mask=m_r[:, None], other=0.0)
-    return tl.load(p_x, mask=m_r[:, None] & (o_d < D)[None, :], other=0.0)
+    return tl.load(p_x, mask=m_r[:, None], other=0.0)
 
 
 @triton.jit
 def store_rows(x, start, o_r, m_r, i_h, H, D: tl.constexpr, o_d, b_x):
     """The counterpart of load_rows."""
     p_x = x + start * (H * D) + (o_r[:, None] * (H * D) + (i_h * D + o_d)[None, :])
-    if (o_d.shape[0] - 1) & D == 0:  # the block divides D
-        tl.store(p_x, b_x.to(x.dtype.element_ty), mask=m_r[:, None])
-    else:
-        tl.store(p_x, b_x.to(x.dtype.element_ty), mask=m_r[:, None] & (o_d < D)[None, :])
+    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=m_r[:, None])
 
 
 @triton.jit
 def load_tile(x, i, o_r, D: tl.constexpr, o_d):
-    """Rows o_r of tile i of a scratch tensor of [64, D] tiles; columns beyond D, where a block is wider, are zero."""
-    p_x = x + i * 64 * D + (o_r[:, None] * D + o_d[None, :])
-    if (o_d.shape[0] - 1) & D == 0:  # the block divides D
-        return tl.load(p_x)
-    return tl.load(p_x, mask=(o_d < D)[None, :], other=0.0)
+    """Rows o_r of tile i of a scratch tensor of [64, D] tiles."""
+    return tl.load(x + i * 64 * D + (o_r[:, None] * D + o_d[None, :]))
 
 
 @triton.jit
 def store_tile(x, i, o_r, D: tl.constexpr, o_d, b_x):
     """The counterpart of load_tile."""
-    p_x = x + i * 64 * D + (o_r[:, None] * D + o_d[None, :])
-    if (o_d.shape[0] - 1) & D == 0:  # the block divides D
-        tl.store(p_x, b_x.to(x.dtype.element_ty))
-    else:
-        tl.store(p_x, b_x.to(x.dtype.element_ty), mask=(o_d < D)[None, :])
+    tl.store(x + i * 64 * D + (o_r[:, None] * D + o_d[None, :]), b_x.to(x.dtype.element_ty))
 
 
 @triton.jit

@@ -1,10 +1,11 @@
-"""Time and memory of the chunk ops on a GPU, beside flash-linear-attention's GDN-2 where it is installed.
+"""Time and memory of the ops on a GPU, beside flash-linear-attention's GDN-2 where it is installed.
 
-    python tests/benchmarks/bench_ops.py [--peers] [--case 4,4096,16 ...] [--json FILE]
+    python tests/benchmarks/bench_ops.py [--peers] [--case 4,4096,16 ...] [--json FILE] [--plot FILE]
+    python tests/benchmarks/bench_ops.py --decode [--peers]
 
 Inputs: bfloat16, K = V = 128, g in float32 drawn as logsigmoid(normal), at least -5 as one of the peer's paths demands.
-Times are medians of triton.testing.do_bench; memory is counted by torch. Peers tune themselves for minutes
-at first use.
+Times are medians of triton.testing.do_bench, of a replayed CUDA graph for decoding; memory is counted by torch. Peers
+tune themselves for minutes at first use.
 """
 
 import argparse
@@ -16,11 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton.testing import do_bench
+from triton.testing import do_bench, do_bench_cudagraph
 
-from megatron_carve.kernels import chunk_carve, chunk_gdn2
+from megatron_carve.kernels import CarveState, chunk_carve, chunk_gdn2, recurrent_carve, recurrent_gdn2
 
-CASES = [(4, 4096, 16), (1, 16384, 16), (1, 65536, 16), (4, 4096, 2)]
+CASES = [(4, 4096, 16), (1, 16384, 16), (1, 65536, 16), (4, 4096, 2), (1, 4096, 16)]
+DECODE_BATCHES = [1, 64, 512]
+DECODE_HEADS = 16
 K = V = 128
 RANK = 16
 Op = Callable[..., Any]
@@ -94,20 +97,14 @@ def measure(op: Op, inputs: list[Tensor]) -> dict[str, float]:
     return {
         "forward_ms": round(forward, 3),
         "forward_backward_ms": round(total, 3),
-        "saved_MiB": round(saved / 2**20),
+        "saved_MiB": round(saved / 2**20, 1),
         "peak_MiB": round(peak / 2**20),
         "minimum_traffic_GB_s": round(traffic / total / 1e6),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", action="store_true", help="also time flash-linear-attention")
-    parser.add_argument("--case", nargs="+", help="B,T,H; all if not given")
-    parser.add_argument("--json", help="also write the rows to this file")
-    chosen = parser.parse_args()
-    cases = [tuple(map(int, c.split(","))) for c in chosen.case] if chosen.case else CASES
-    ops = ours() | (peers() if chosen.peers else {})
+def bench_chunk(cases: list[tuple[int, ...]], with_peers: bool) -> list[dict[str, Any]]:
+    ops = ours() | (peers() if with_peers else {})
     rows: list[dict[str, Any]] = []
     print("| (B, T, H) | op | forward ms | with backward ms | saved MiB | peak MiB | GB/s of minimum traffic |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -117,9 +114,81 @@ def main() -> None:
             found = measure(op, make(*case))
             rows.append({"case": case, "op": name, **found})
             print("|", " | ".join(map(str, (case, name, *found.values()))), "|", flush=True)
-            if chosen.json:
-                with open(chosen.json, "w") as file:
-                    json.dump(rows, file, indent=1)
+    return rows
+
+
+def decode_steps(batch: int, with_peers: bool) -> dict[str, Callable[[], Any]]:
+    """One step of decoding, the state updated in place where the op can."""
+    H = DECODE_HEADS
+    S = torch.randn(batch, H, K, V, device="cuda")
+    vectors = [torch.zeros(batch, H, V, device="cuda") for _ in range(2)]
+    state = CarveState(S.clone(), *vectors, torch.zeros(batch, dtype=torch.int64, device="cuda"))
+    gdn2, carve = gdn2_inputs(batch, 1, H), carve_inputs(batch, 1, H)
+    steps: dict[str, Callable[[], Any]] = {
+        "GDN-2": lambda: recurrent_gdn2(*gdn2, initial_state=S, inplace_state=True, backend="triton"),
+        "CARVE": lambda: recurrent_carve(*carve, initial_state=state, inplace_state=True, backend="triton"),
+    }
+    if with_peers:
+        from fla.ops.gdn2 import fused_recurrent_gdn2 as peer
+
+        steps["fla fused_recurrent"] = lambda: peer(*gdn2, initial_state=S, output_final_state=True)
+    return steps
+
+
+def bench_decode(with_peers: bool) -> list[dict[str, Any]]:
+    """Microseconds a step beside the time that reading and writing the state once takes at the speed of a copy."""
+    rows: list[dict[str, Any]] = []
+    pair = torch.randn(2, 2**28, device="cuda")
+    copy_bytes_ms = pair.numel() * 4 / do_bench(lambda: pair[0].copy_(pair[1]), return_mode="median")
+    print(f"copy bandwidth {copy_bytes_ms / 1e9:.2f} TB/s, {DECODE_HEADS} heads")
+    print("| batch | op | us a step | tokens/s | state traffic at copy bandwidth, us |")
+    print("| --- | --- | --- | --- | --- |")
+    for batch in DECODE_BATCHES:
+        least_us = 2 * batch * DECODE_HEADS * K * V * 4 / copy_bytes_ms * 1e3
+        for name, step in decode_steps(batch, with_peers).items():
+            step()
+            us = do_bench_cudagraph(step, rep=50, return_mode="median") * 1e3
+            row = {"batch": batch, "op": name, "us": round(us, 1), "tokens_s": round(batch / us * 1e6)}
+            rows.append({**row, "least_us": round(least_us, 1)})
+            print("|", " | ".join(map(str, rows[-1].values())), "|", flush=True)
+    return rows
+
+
+def plot(rows: list[dict[str, Any]], file: str) -> None:
+    """Forward and backward time against T of the cases with one sequence."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name in dict.fromkeys(row["op"] for row in rows):
+        points = sorted((r["case"][1], r["forward_backward_ms"]) for r in rows if r["op"] == name and r["case"][0] == 1)
+        axes.plot(*zip(*points, strict=True), "o--" if name.startswith("fla") else "o-", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward and backward, ms")
+    axes.set_xticks([4096, 16384, 65536], ["4096", "16384", "65536"], minor=False)
+    axes.minorticks_off()
+    axes.set_title(f"one sequence, 16 heads, K = V = 128, bfloat16, {torch.cuda.get_device_name()}", fontsize=10)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", action="store_true", help="also time flash-linear-attention")
+    parser.add_argument("--case", nargs="+", help="B,T,H; all if not given")
+    parser.add_argument("--decode", action="store_true", help="time decoding instead")
+    parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--plot", help="draw time against T into this file")
+    chosen = parser.parse_args()
+    cases = [tuple(map(int, c.split(","))) for c in chosen.case] if chosen.case else CASES
+    rows = bench_decode(chosen.peers) if chosen.decode else bench_chunk(cases, chosen.peers)
+    if chosen.json:
+        with open(chosen.json, "w") as file:
+            json.dump({"device": torch.cuda.get_device_name(), "rows": rows}, file, indent=1)
+    if chosen.plot:
+        plot(rows, chosen.plot)
 
 
 if __name__ == "__main__":

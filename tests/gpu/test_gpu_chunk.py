@@ -38,9 +38,11 @@ CASES: dict[str, dict[str, Any]] = {
     "steep": {"B": 1, "T": 200, "H": 2, "K": 128, "V": 128, "decay": "steep", "erase": "extreme", "zero_keys": True},
     "one token": {"B": 2, "T": 1, "H": 2, "K": 128, "V": 128},
     "256": {"B": 1, "T": 130, "H": 1, "K": 256, "V": 256, "initial_state": True},
+    "64x256": {"B": 1, "T": 130, "H": 1, "HV": 2, "K": 64, "V": 256, "initial_state": True},
 }
 GDN2_CASES = CASES | {
     "vector gate": {"B": 2, "T": 150, "H": 1, "HV": 2, "K": 128, "V": 128, "short_w": False},
+    "wide vector gate": {"B": 2, "T": 70, "H": 1, "K": 32, "V": 256, "short_w": False, "initial_state": True},
 }
 CARVE_CASES = CASES | {
     "content 128": {"B": 2, "T": 300, "H": 2, "K": 128, "V": 128, "content_chunk": 128, "counts": [5, 70]},
@@ -80,7 +82,7 @@ def rms_error(found: torch.Tensor, truth: torch.Tensor) -> float:
 @pytest.mark.parametrize(("op", "case"), ALL)
 def test_values_and_gradients(op: str, case: str, dtype: str) -> None:
     inputs = draw(op, DTYPES[dtype], **(GDN2_CASES | CARVE_CASES)[case])
-    if case == "256" and (dtype == "fp32" or (op == "carve" and dtype == "fp16")):
+    if case == "256" and op == "carve" and dtype != "bf16":
         with pytest.raises(NotImplementedError, match="expected K of 32, 64, 96, 128 for"):
             run(inputs, "triton")
         return
@@ -170,18 +172,21 @@ def test_no_host_synchronisation(op: str) -> None:
 
 
 def test_without_content_carve_is_gdn2() -> None:
+    """U = 0: nothing else of the content path changes a bit; GDN-2's own kernels agree within rounding."""
     carve = draw("carve", B=1, T=300, H=2, K=128, V=128)
     carve = carve.with_tensors(content_up=torch.zeros_like(carve.tensors["content_up"]))
+    o = run(carve, "triton")["o"]
+    assert torch.equal(run(carve.with_options(content_chunk=128), "triton")["o"], o)
+    assert torch.equal(run(carve.with_tensors(content_down=-carve.tensors["content_down"]), "triton")["o"], o)
     names = ("q", "k", "v", "g")
     b = torch.sigmoid(carve.tensors["erase_logits"].float())
     same = OpInputs("gdn2", {n: carve.tensors[n] for n in names} | {"b": b, "w": carve.tensors["w"]}, {}, {})
-    error = rms_error(run(carve, "triton")["o"], run(same, "triton")["o"])
-    assert error <= FLOORS["bf16"][0]
+    assert rms_error(o, run(same, "triton")["o"]) <= FLOORS["bf16"][0]
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_no_more_is_saved_than_inputs_and_tiles(op: str) -> None:
-    """A, P and the states, in bfloat16: per chunk and head 64 * 64 * 2 + K * V elements; CARVE's vectors besides."""
+    """A and the states, in bfloat16: per chunk and head 64 * 64 + K * V elements; CARVE's vectors besides."""
     inputs = draw(op, B=1, T=4096, H=4, K=128, V=128)
     leaves = inputs.map_floats(lambda x: x.detach().requires_grad_())
     leaves.call(OPS[op], CarveState, backend="triton")
@@ -189,5 +194,5 @@ def test_no_more_is_saved_than_inputs_and_tiles(op: str) -> None:
     before = torch.cuda.memory_allocated()
     o, _ = leaves.call(OPS[op], CarveState, backend="triton")
     saved = torch.cuda.memory_allocated() - before - o.numel() * 2
-    tiles = 4096 // 64 * 4 * (2 * 64 * 64 + 128 * 128) * 2
-    assert saved <= (1.03 if op == "carve" else 1.0) * tiles + 2**20
+    tiles = 4096 // 64 * 4 * (64 * 64 + 128 * 128) * 2
+    assert saved <= (1.04 if op == "carve" else 1.0) * tiles + 2**20

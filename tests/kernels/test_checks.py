@@ -206,8 +206,8 @@ def test_triton_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     ("op", "dtype", "K", "V", "words"),
     [
         ("gdn2", torch.bfloat16, 48, 64, ("K of 32, 64, 96, 128, 256 for gdn2 in bfloat16", "got 48")),
-        ("gdn2", torch.float32, 256, 64, ("K of 32, 64, 96, 128 for gdn2 in float32", "got 256")),
-        ("carve", torch.float16, 64, 256, ("V of 32, 64, 96, 128 for carve in float16", "got 256")),
+        ("carve", torch.float16, 256, 64, ("K of 32, 64, 96, 128 for carve in float16", "got 256")),
+        ("carve", torch.float32, 128, 256, ("V of 32, 64, 96, 128 for carve in float32 beside K = 128", "got 256")),
         ("recurrent", torch.float64, 64, 64, ("no float64", "use backend='torch'")),
     ],
 )
@@ -215,6 +215,12 @@ def test_what_triton_lacks_is_named(op: str, dtype: torch.dtype, K: int, V: int,
     with pytest.raises(NotImplementedError) as caught:
         require_triton_support(op, dtype, K, V)
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("width", [32, 64, 96, 128, 256])
+def test_triton_takes_every_width_of_gdn2(width: int, dtype: torch.dtype) -> None:
+    require_triton_support("gdn2", dtype, width, width)
 
 
 def test_auto_is_triton_on_a_gpu_and_torch_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
