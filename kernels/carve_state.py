@@ -222,6 +222,7 @@ def carve_state_gradient_kernel(
             store_columns(d_output_rows, i_chv, V, o_v, b_d_row)
             b_do = tl.trans(do_rows.load([start.to(tl.int32), i_hv * V])).to(tl.float32)
             b_do = tl.where(m_r[None, :], b_do + b_d_row[:, None], 0.0).to(CT)
+            b_last = load_total_decay(last, i_ch, K, o_k)  # early: it arrives while the products run
             b_dS_CT = b_dS.to(CT)
             d_states.store([row_v, 0], b_dS_CT)
             b_dR = matmul(b_do, P.load([row_k, 0]), CT, PRECISION)
@@ -231,35 +232,36 @@ def carve_state_gradient_kernel(
             # minus the gradient of w v - E S
             b_dE = (-matmul(b_dR, A.load([row_A, 0]), CT, PRECISION)).to(CT)
 
-            b_dS *= load_total_decay(last, i_ch, K, o_k)[None, :]
+            b_dS *= b_last[None, :]
             b_dS += matmul(b_do, q_from_start.load([row_k, 0]), CT, PRECISION)
             b_dS += matmul(b_dE, erasure.load([row_A, 0]), CT, PRECISION)
 
             # The first chunk's content is that of the initial state. A branch also keeps its loads out of the pipeline,
             # for which shared memory would not suffice.
-            if (not DETACHED) & (i_c > begin - HAS_INITIAL):
-                b_dT = matmul(tl.trans(residuals.load([row_v, 0])), b_dE, CT, PRECISION)
-                b_dT = tl.where(o_r[None, :] > o_r[:, None], b_dT, 0.0)
-                b_S = tl.trans(states.load([row_v, 0]))
-                b_d_left = matmul(b_S, b_dE, CT, PRECISION) * UNSHIFT
-                b_dT_mild = b_dT
-                if not MILD:
-                    first_steep = tl.load(steep_from + i_ch)
-                    b_dT_mild = tl.where((o_r < first_steep)[None, :], b_dT, 0.0)
-                b_d_left += matmul(tl.trans(k_right.load([row_k, 0])), b_dT_mild, CT, PRECISION)
-                b_slope = gate_slope.load([(i_chv * K).to(tl.int32), 0])
-                b_d_chunk = tl.sum(b_d_left * b_slope.to(tl.float32), 1)
-                if not MILD:  # noqa: SIM102  decided by the compiler
-                    if first_steep < 64:
-                        steep_content_gradient(
-                            k, g, erase_logits, content, A_log, dt_bias, tl.trans(b_dT), start, o_r, m_r, i_h, i_chv, H,
-                            erase_scale, first_steep, d_content, K, BK, RAW_DECAY, CT, PRECISION,
-                        )  # fmt: skip
-                        tl.debug_barrier()  # what other threads stored is visible from here on
-                        b_d_chunk += load_columns(d_content, i_chv, K, o_k)
-                        tl.debug_barrier()
-                store_columns(d_content, i_chv, K, o_k, b_d_chunk)
-                b_d_content += b_d_chunk
+            if not DETACHED:  # noqa: SIM102  decided by the compiler
+                if i_c > begin - HAS_INITIAL:
+                    b_slope = load_matrix(gate_slope, i_chv, o_k, o_r, K, 64, False)
+                    b_dT = matmul(tl.trans(residuals.load([row_v, 0])), b_dE, CT, PRECISION)
+                    b_dT = tl.where(o_r[None, :] > o_r[:, None], b_dT, 0.0)
+                    b_S = tl.trans(states.load([row_v, 0]))
+                    b_d_left = matmul(b_S, b_dE, CT, PRECISION) * UNSHIFT
+                    b_dT_mild = b_dT
+                    if not MILD:
+                        first_steep = tl.load(steep_from + i_ch)
+                        b_dT_mild = tl.where((o_r < first_steep)[None, :], b_dT, 0.0)
+                    b_d_left += matmul(tl.trans(k_right.load([row_k, 0])), b_dT_mild, CT, PRECISION)
+                    b_d_chunk = tl.sum(b_d_left * b_slope.to(tl.float32), 1)
+                    if not MILD:  # noqa: SIM102  decided by the compiler
+                        if first_steep < 64:
+                            steep_content_gradient(
+                                k, g, erase_logits, content, A_log, dt_bias, tl.trans(b_dT), start, o_r, m_r,
+                                i_h, i_chv, H, erase_scale, first_steep, d_content, K, BK, RAW_DECAY, CT, PRECISION,
+                            )  # fmt: skip
+                            tl.debug_barrier()  # what other threads stored is visible from here on
+                            b_d_chunk += load_columns(d_content, i_chv, K, o_k)
+                            tl.debug_barrier()
+                    store_columns(d_content, i_chv, K, o_k, b_d_chunk)
+                    b_d_content += b_d_chunk
     if HAS_INITIAL:
         b_d_code = tl.sum(b_up * b_d_content[:, None], 0)
         store_matrix(d_initial_S, i_nhv, o_v, o_k, V, K, True, b_dS)

@@ -338,7 +338,7 @@ def carve_state_gradient(
         x.k, x.g, x.b, x.A_log, x.dt_bias, down, up, x.content,
         descriptor(operands.P, 64, 64), descriptor(operands.k_right, 64, K), descriptor(operands.k_to_end, 64, K),
         descriptor(operands.q_from_start, 64, K), descriptor(operands.erasure, 64, K),
-        descriptor(operands.gate_slope, K, 64), factors.last, factors.steep_from,
+        operands.gate_slope, factors.last, factors.steep_from,
         descriptor(A, 64, 64), descriptor(states, V, K), descriptor(operands.residuals, V, 64),
         descriptor(do.flatten(2), 64, V),
         *d_final, count,
