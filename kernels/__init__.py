@@ -89,7 +89,8 @@ def chunk_gdn2(
 
     Raises:
         ValueError: an argument has a wrong type, shape, dtype, device or value; the message names it.
-        NotImplementedError: the backend does not exist for this device.
+        NotImplementedError: the backend does not exist for this device, or lacks the widths or the dtype (see
+            require_triton_support).
     """
     check_gdn2(q, k, v, g, b, w, initial_state=initial_state, cu_seqlens=cu_seqlens)
     check_raw_decay(A_log, dt_bias, q)
@@ -139,7 +140,8 @@ def chunk_carve(
     after "CARVE: Content-Aware Recurrent with Value Efficiency for Chunk-Parallel Linear Attention" (arXiv
     2606.27229; its full text was not available, so where and how m enters is this package's reading). Content chunks
     are counted from each sequence's own start. With content_up = 0 the result is that of chunk_gdn2 with
-    b = erase_scale * sigmoid(erase_logits), bit for bit.
+    b = erase_scale * sigmoid(erase_logits): bit for bit on the torch backend, within rounding on Triton, whose two ops
+    have kernels of their own.
 
     Args:
         q, k: queries and keys, [B, T, H, K], L2-normalised by the caller.
@@ -169,7 +171,8 @@ def chunk_carve(
 
     Raises:
         ValueError: an argument has a wrong type, shape, dtype, device or value; the message names it.
-        NotImplementedError: the backend does not exist for this device.
+        NotImplementedError: the backend does not exist for this device, or lacks the widths or the dtype (see
+            require_triton_support).
     """
     check_carve(
         q, k, v, g, erase_logits, w, content_down, content_up,
