@@ -56,6 +56,7 @@ class ChunkGDN2(torch.autograd.Function):
         *given, A, states = ctx.saved_tensors
         x = Inputs(*given)
         do = do.contiguous()
+        d_final_state = None if d_final_state is None else d_final_state.contiguous()
         factors = decay_factors(call, x)
         operands = gradient_operands(call, x, factors, A, states, do, for_carve_loop=False)
         d_states, d_residuals, d_initial = chunk_state_gradient(

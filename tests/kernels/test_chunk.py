@@ -17,6 +17,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one chunk": {"B": 1, "T": 64, "H": 1, "K": 32, "V": 32},
     "grouped heads, odd length": {"B": 1, "T": 75, "H": 1, "HV": 2, "K": 32, "V": 64, "initial_state": True},
     "packed": {"lengths": [1, 70, 0, 3], "H": 1, "K": 32, "V": 32, "initial_state": True},
+    "256 values": {"B": 1, "T": 70, "H": 1, "K": 32, "V": 256, "initial_state": True},
     "96 channels": {"B": 1, "T": 70, "H": 1, "K": 96, "V": 32, "initial_state": True},
     "steep": {"B": 1, "T": 80, "H": 1, "K": 32, "V": 32, "decay": "steep", "erase": "extreme", "zero_keys": True},
 }
