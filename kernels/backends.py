@@ -40,6 +40,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 
 HEAD_WIDTHS = (32, 64, 96, 128, 256)
+WIDEST_CONVOLUTION = 8
 
 
 def require_triton_support(op: str, dtype: torch.dtype, K: int, V: int) -> None:
@@ -56,22 +57,47 @@ def require_triton_support(op: str, dtype: torch.dtype, K: int, V: int) -> None:
             as float32, with K above 128; in float32, whose operands are split in two, with V above 128 beside K above
             64.
     """
-    name = str(dtype).removeprefix("torch.")
-    if dtype == torch.float64:
-        raise NotImplementedError(f"backend 'triton': no {name}; use backend='torch'")
+    require_triton_dtype(dtype)
     widest_K = widest_V = HEAD_WIDTHS[-1]
     if op == "carve" and dtype != torch.bfloat16:
         widest_K = 128
         if dtype == torch.float32 and K > 64:
             widest_V = 128
-    for letter, width, widest in (("K", K, widest_K), ("V", V, widest_V)):
-        if width not in HEAD_WIDTHS or width > widest:
-            legal = ", ".join(str(w) for w in HEAD_WIDTHS if w <= widest)
-            beside = f" beside K = {K}" if letter == "V" and widest < HEAD_WIDTHS[-1] else ""
-            raise NotImplementedError(
-                f"backend 'triton': expected {letter} of {legal} for {op} in {name}{beside}, got {width}; "
-                f"use backend='torch'"
-            )
+    require_triton_width(f"{op} in {_name(dtype)}", "K", K, widest_K)
+    beside = f" beside K = {K}" if widest_V < HEAD_WIDTHS[-1] else ""
+    require_triton_width(f"{op} in {_name(dtype)}{beside}", "V", V, widest_V)
+
+
+def require_triton_dtype(dtype: torch.dtype) -> None:
+    """Raise NotImplementedError for float64, in which no kernel computes."""
+    if dtype == torch.float64:
+        raise NotImplementedError(f"backend 'triton': no {_name(dtype)}; use backend='torch'")
+
+
+def require_triton_width(use: str, size: str, width: int, widest: int = HEAD_WIDTHS[-1]) -> None:
+    """Raise NotImplementedError unless the head width named `size` is one of HEAD_WIDTHS and at most `widest`.
+
+    Args:
+        use: what the width is for, in the words of the message.
+    """
+    if width not in HEAD_WIDTHS or width > widest:
+        legal = ", ".join(str(w) for w in HEAD_WIDTHS if w <= widest)
+        raise NotImplementedError(
+            f"backend 'triton': expected {size} of {legal} for {use}, got {width}; use backend='torch'"
+        )
+
+
+def require_triton_convolution(width: int) -> None:
+    """Raise NotImplementedError for more taps than the short convolution's kernels hold in registers."""
+    if width > WIDEST_CONVOLUTION:
+        raise NotImplementedError(
+            f"backend 'triton': expected at most {WIDEST_CONVOLUTION} taps in the short convolution, got {width}; "
+            "use backend='torch'"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _interpreted() -> bool:

@@ -11,6 +11,7 @@ from .state import CarveState
 CHUNK_TOKENS = 64
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CONTENT_GRADS = ("full", "detached")
+ACTIVATIONS = ("silu", "sigmoid")
 
 
 def check_gdn2(
@@ -89,6 +90,40 @@ def check_erase_scale(erase_scale: float) -> None:
         raise ValueError(f"erase_scale: expected a number above 0 and at most 2, got {erase_scale!r}")
 
 
+def check_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, key_channels: int, key_head_dim: int, cu_seqlens: Tensor | None
+) -> None:
+    """Check everything about a call of convolve_qkv that can be checked without reading values from the device."""
+    _check_first("x", x, "[B, T, D]")
+    channels = x.shape[2]
+    _check_tensor("weight", weight, x, like="x")
+    if weight.ndim != 2 or weight.shape[0] != channels or weight.shape[1] < 1:
+        expected = f"[D, W] with D = {channels} and W at least 1"
+        raise ValueError(f"weight: expected shape {expected}, got {_show(weight.shape)}")
+    if bias is not None:
+        _check_tensor("bias", bias, x, like="x")
+        _check_shape("bias", bias, "[D]", (channels,))
+    if key_channels < 1 or 2 * key_channels >= channels:
+        expected = f"at least 1 and less than half of D = {channels}"
+        raise ValueError(f"key_channels: expected {expected}, got {key_channels}")
+    if key_head_dim < 1 or key_channels % key_head_dim:
+        raise ValueError(f"key_head_dim: expected a divisor of key_channels = {key_channels}, got {key_head_dim}")
+    _check_cu_seqlens(cu_seqlens, x, like="x")
+
+
+def check_gated_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, activation: str) -> None:
+    """Check a call of gated_head_norm."""
+    _check_first("x", x, "[B, T, H, V]")
+    _check_tensor("gate", gate, x, like="x")
+    _check_shape("gate", gate, "[B, T, H, V]", tuple(x.shape))
+    _check_tensor("weight", weight, x, like="x")
+    _check_shape("weight", weight, "[V]", (x.shape[3],))
+    if eps < 0:
+        raise ValueError(f"eps: expected a number of at least 0, got {eps!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
 def check_in_place(state: Tensor | CarveState | None) -> None:
     """Check the initial state of a call that updates it."""
     if state is None:
@@ -125,12 +160,7 @@ def read_counts(count: Tensor, content_chunk: int) -> list[int]:
 
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Check the tensors that set the sizes B, T, H, HV, K, V."""
-    if not isinstance(q, Tensor):
-        raise ValueError(f"q: expected a tensor, got {type(q).__name__}")
-    if q.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"q: expected dtype {_names(FLOAT_DTYPES)}, got {_name(q.dtype)}")
-    if q.ndim != 4 or 0 in q.shape:
-        raise ValueError(f"q: expected shape [B, T, H, K], every size at least 1, got {_show(q.shape)}")
+    _check_first("q", q, "[B, T, H, K]")
     _check_tensor("k", k, q, dtypes=(q.dtype,))
     _check_shape("k", k, "[B, T, H, K]", tuple(q.shape))
     _check_tensor("v", v, q, dtypes=(q.dtype,))
@@ -142,6 +172,16 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v: expected HV to be a multiple of H = {heads}, got HV = {v.shape[2]}")
 
 
+def _check_first(name: str, tensor: Tensor, letters: str) -> None:
+    """Check the tensor that the others follow in device and dtype."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name}: expected dtype {_names(FLOAT_DTYPES)}, got {_name(tensor.dtype)}")
+    if tensor.ndim != len(letters.split(",")) or 0 in tensor.shape:
+        raise ValueError(f"{name}: expected shape {letters}, every size at least 1, got {_show(tensor.shape)}")
+
+
 def _check_like(q: Tensor, **tensors: Tensor) -> None:
     """Check key-side tensors, which share the shape of q."""
     for name, tensor in tensors.items():
@@ -149,12 +189,14 @@ def _check_like(q: Tensor, **tensors: Tensor) -> None:
         _check_shape(name, tensor, "[B, T, H, K]", tuple(q.shape))
 
 
-def _check_tensor(name: str, tensor: Tensor, q: Tensor, dtypes: Sequence[torch.dtype] | None = None) -> None:
-    """Check type, device and dtype; gates may stay in float32 beside narrower q, k, v."""
+def _check_tensor(
+    name: str, tensor: Tensor, q: Tensor, dtypes: Sequence[torch.dtype] | None = None, *, like: str = "q"
+) -> None:
+    """Check type, device and dtype beside q, named `like`; gates may stay in float32 beside narrower q, k, v."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.device != q.device:
-        raise ValueError(f"{name}: expected device {q.device} (that of q), got {tensor.device}")
+        raise ValueError(f"{name}: expected device {q.device} (that of {like}), got {tensor.device}")
     if dtypes is None:
         dtypes = (q.dtype,) if q.dtype in (torch.float32, torch.float64) else (q.dtype, torch.float32)
     if tensor.dtype not in dtypes:
@@ -166,7 +208,7 @@ def _check_shape(name: str, tensor: Tensor, letters: str, expected: tuple[int, .
         raise ValueError(f"{name}: expected shape {letters} = {_show(expected)}, got {_show(tensor.shape)}")
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor) -> int:
+def _check_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor, *, like: str = "q") -> int:
     """Check the form of cu_seqlens and return N, the number of sequences."""
     if cu_seqlens is None:
         return q.shape[0]
@@ -177,9 +219,9 @@ def _check_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor) -> int:
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens: expected shape [N + 1] with N >= 1, got {_show(cu_seqlens.shape)}")
     if cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens: expected device {q.device} (that of q), got {cu_seqlens.device}")
+        raise ValueError(f"cu_seqlens: expected device {q.device} (that of {like}), got {cu_seqlens.device}")
     if q.shape[0] != 1:
-        raise ValueError(f"q: expected B = 1 with cu_seqlens (packed sequences), got B = {q.shape[0]}")
+        raise ValueError(f"{like}: expected B = 1 with cu_seqlens (packed sequences), got B = {q.shape[0]}")
     return cu_seqlens.shape[0] - 1
 
 

@@ -16,9 +16,15 @@ from torch import Tensor
 from megatron_carve.checkpoint import sharded_mixer_state
 from megatron_carve.config import MixerConfig, MixerKind, MixerOptions
 from megatron_carve.kernels import resolve_backend
-from megatron_carve.kernels.elementwise import l2_normalize
 from megatron_carve.mixers.parts import GatedHeadNorm, HeadParallelLinear, LogDecay, ShortConvolution
 from megatron_carve.patches import mixed_precision_groups
+
+# The projection's sections that pass the short convolution: the first ones, in this order.
+CONVOLVED = ("query", "key", "value")
+
+# Triton's kernels for what surrounds the recurrence are tested in its interpreter alone: torch's until they have run on a
+# GPU (`pytest -m gpu tests/gpu/test_gpu_surroundings.py`).
+SURROUNDINGS_BACKEND = "torch"
 
 
 @dataclass
@@ -123,17 +129,16 @@ class LinearAttentionMixer(MegatronModule):
     def _build_head_parameters(self) -> None:
         """Everything that belongs to heads, sharded over the tensor-parallel group by heads."""
         c, tp = self.mixer, self.tp_size
-        self.conv = ShortConvolution(self.config, self._conv_channels, c.conv_width, bias=c.conv_bias)
+        self.conv = ShortConvolution(
+            self.config, self.local_sizes["key"], self.local_sizes["value"],
+            key_head_dim=c.key_head_dim, width=c.conv_width, bias=c.conv_bias,
+        )  # fmt: skip
         self.decay = LogDecay(self.config, c.num_key_heads // tp, c.key_head_dim)
         if c.decay_projection == "low_rank":
             self.decay_up = HeadParallelLinear(self.config, c.value_head_dim, c.key_dim // tp, bias=False)
         if c.output_gate_projection == "low_rank":
             self.gate_up = HeadParallelLinear(self.config, c.value_head_dim, c.value_dim // tp, bias=True)
         self.out_norm = GatedHeadNorm(self.config, c.value_head_dim, c.output_gate_activation, self.tp_group)
-
-    @property
-    def _conv_channels(self) -> int:
-        return sum(self.local_sizes[name] for name in ("query", "key", "value"))
 
     def reset_parameters(self) -> None:
         """Initialise all but the two projections, which initialise themselves."""
@@ -162,21 +167,23 @@ class LinearAttentionMixer(MegatronModule):
         cu_seqlens = packed_boundaries(packed_seq_params)
         projected, _ = self.in_proj(hidden_states)
         inputs, gate = self._prepare(projected.transpose(0, 1), cu_seqlens)
-        backend = resolve_backend(self.backend, inputs.v.device)
-        out = self.mix(inputs, backend, cu_seqlens)
-        out = self.out_norm(out, gate.unflatten(-1, out.shape[-2:]))
+        out = self.mix(inputs, resolve_backend(self.backend, inputs.v.device), cu_seqlens)
+        out = self.out_norm(out, gate.unflatten(-1, out.shape[-2:]), SURROUNDINGS_BACKEND)
         return self.out_proj(out.flatten(-2).transpose(0, 1).contiguous())
 
     def _prepare(self, projected: Tensor, cu_seqlens: Tensor | None) -> tuple[MixerInputs, Tensor]:
         """From the fused projection [B, T, sections] to the op's inputs and the output gate [B, T, HV*V]."""
-        part = dict(zip(self.local_sizes, projected.split(list(self.local_sizes.values()), dim=-1), strict=True))
-        mixed = self.conv(projected[..., : self._conv_channels], cu_seqlens)
-        q, k, v = mixed.split([self.local_sizes[name] for name in ("query", "key", "value")], dim=-1)
+        # Queries, keys and values stay in one piece, for the convolution. All pieces come from one split, so that
+        # their gradients are put together once.
+        others = {name: size for name, size in self.local_sizes.items() if name not in CONVOLVED}
+        convolved, *rest = projected.split([self.conv.channels, *others.values()], dim=-1)
+        part = dict(zip(others, rest, strict=True))
+        q, k, v = self.conv(convolved, cu_seqlens, SURROUNDINGS_BACKEND)
         by_key = (-1, self.mixer.key_head_dim)
         decay, gate = self._raw_decay_and_gate(part["decay"], part["gate"])
         inputs = MixerInputs(
-            q=l2_normalize(q.unflatten(-1, by_key)),
-            k=l2_normalize(k.unflatten(-1, by_key)),
+            q=q.unflatten(-1, by_key),
+            k=k.unflatten(-1, by_key),
             v=v.unflatten(-1, (-1, self.mixer.value_head_dim)),
             g=decay.unflatten(-1, by_key),
             erase=part["erase"].unflatten(-1, by_key),
@@ -208,8 +215,8 @@ class LinearAttentionMixer(MegatronModule):
             tp_group=self.tp_group,
             split={
                 "in_proj.weight": self.local_sizes,
-                "conv.weight": {n: self.local_sizes[n] for n in ("query", "key", "value")},
-                "conv.bias": {n: self.local_sizes[n] for n in ("query", "key", "value")},
+                "conv.weight": {n: self.local_sizes[n] for n in CONVOLVED},
+                "conv.bias": {n: self.local_sizes[n] for n in CONVOLVED},
             },
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_carve.kernels.elementwise import gated_rms_norm, short_convolution
+from megatron_carve.kernels.surroundings import convolve_qkv, gated_head_norm
 
 # Range of the initial step sizes softplus(dt_bias), and of exp(A_log).
 STEP_RANGE = (0.001, 0.1)
@@ -32,12 +32,20 @@ def tensor_parallel_parameter(config: TransformerConfig, *shape: int, dtype: tor
 
 
 class ShortConvolution(nn.Module):
-    """Causal depthwise convolution and SiLU over this rank's channels. [B, T, D] -> [B, T, D]."""
+    """Causal depthwise convolution and SiLU over this rank's channels, [B, T, D], and the norm of queries and keys.
 
-    def __init__(self, config: TransformerConfig, local_channels: int, width: int, *, bias: bool) -> None:
+    D is the key_channels of q, as many of k, and the value_channels of v, which come back apart.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, key_channels: int, value_channels: int, *, key_head_dim: int, width: int,
+        bias: bool,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.weight = tensor_parallel_parameter(config, local_channels, width)
-        self.bias = tensor_parallel_parameter(config, local_channels) if bias else None
+        self.key_channels, self.key_head_dim = key_channels, key_head_dim
+        self.channels = 2 * key_channels + value_channels
+        self.weight = tensor_parallel_parameter(config, self.channels, width)
+        self.bias = tensor_parallel_parameter(config, self.channels) if bias else None
 
     def reset_parameters(self) -> None:
         """Uniform in +-1/sqrt(width), as torch's convolutions; the bias starts at zero."""
@@ -46,8 +54,11 @@ class ShortConvolution(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        return short_convolution(x, self.weight, self.bias, cu_seqlens=cu_seqlens)
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+        return convolve_qkv(
+            x, self.weight, self.bias, key_channels=self.key_channels, key_head_dim=self.key_head_dim,
+            cu_seqlens=cu_seqlens, backend=backend,
+        )  # fmt: skip
 
 
 class GatedHeadNorm(nn.Module):
@@ -62,11 +73,11 @@ class GatedHeadNorm(nn.Module):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010  Megatron reads it there
         self.sum_gradient = not config.sequence_parallel and tp_group.size() > 1
 
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor, backend: str) -> Tensor:
         weight = self.weight
         if self.sum_gradient:
             weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
-        return gated_rms_norm(x, gate, weight, eps=self.eps, activation=self.activation)
+        return gated_head_norm(x, gate, weight, eps=self.eps, activation=self.activation, backend=backend)
 
 
 class HeadParallelLinear(nn.Module):

@@ -1,0 +1,99 @@
+"""What surrounds the recurrence in a mixer layer, as differentiable ops with a torch and a Triton backend.
+
+Dtypes: x is float16, bfloat16, float32 or float64; the other float inputs have that dtype or, beside a 16-bit one,
+float32. The torch backend rounds to the dtype of x after every step of the convolution; Triton computes in float32 and
+rounds once. Neither reads a value on the host.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import elementwise
+from .backends import require_triton_convolution, require_triton_dtype, require_triton_width, resolve_backend
+from .checks import check_convolution, check_gated_norm
+
+
+def convolve_qkv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    key_channels: int,
+    key_head_dim: int,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a layer: causal depthwise convolution, SiLU, and an L2 norm per head of q and k.
+
+    Differentiable in x, weight and bias; nothing but the arguments is kept for the backward by Triton.
+
+    Args:
+        x: projected tokens, [B, T, D]: key_channels of q, as many of k, the rest of v. A slice of a wider projection
+            need not be copied.
+        weight: taps, [D, W], oldest first; the last one multiplies the present token.
+        bias: [D] or None.
+        key_channels: channels of q, and of k.
+        key_head_dim: channels of a head of q or k, over which the norm is taken; divides key_channels.
+        cu_seqlens: boundaries of packed sequences, [N + 1], int32 or int64, from 0 to T, nondecreasing; needs B = 1.
+            No tap reaches across one.
+        backend: "torch" (any device, the reference), "triton" or "auto" (see resolve_backend).
+
+    Returns:
+        q and k, [B, T, key_channels], and v, [B, T, D - 2 * key_channels], in the dtype of x; contiguous from Triton.
+
+    Raises:
+        ValueError: an argument has a wrong type, shape, dtype, device or value; the message names it.
+        NotImplementedError: the backend does not exist for this device, or Triton for these sizes or this dtype.
+    """
+    check_convolution(
+        x, weight, bias, key_channels=key_channels, key_head_dim=key_head_dim, cu_seqlens=cu_seqlens
+    )  # fmt: skip
+    if resolve_backend(backend, x.device) == "triton":
+        require_triton_dtype(x.dtype)
+        require_triton_width("convolve_qkv", "key_head_dim", key_head_dim)
+        require_triton_convolution(weight.shape[1])
+        from .short_convolution import ConvolveQKV
+
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        return ConvolveQKV.apply(x, weight, bias, cu_seqlens, key_channels, key_head_dim)
+    mixed = elementwise.short_convolution(x, weight, bias, cu_seqlens=cu_seqlens).to(x.dtype)
+    q, k, v = mixed.split([key_channels, key_channels, x.shape[2] - 2 * key_channels], dim=-1)
+    q, k = (elementwise.l2_normalize(part.unflatten(-1, (-1, key_head_dim))).flatten(-2) for part in (q, k))
+    return q, k, v
+
+
+def gated_head_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, activation: str, backend: str = "auto"
+) -> Tensor:
+    """RMSNorm of every head, times weight, times activation(gate); differentiable in x, gate and weight.
+
+    Args:
+        x: output of the recurrence, [B, T, H, V].
+        gate: [B, T, H, V]. A slice of a wider projection need not be copied.
+        weight: [V], shared by the heads.
+        eps: added to the mean of squares.
+        activation: "silu" or "sigmoid".
+        backend: "torch" (any device, the reference), "triton" or "auto" (see resolve_backend).
+
+    Returns:
+        [B, T, H, V] in the dtype of x; computed in float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: an argument has a wrong type, shape, dtype, device or value; the message names it.
+        NotImplementedError: the backend does not exist for this device, or Triton for this width or dtype.
+    """
+    check_gated_norm(x, gate, weight, eps=eps, activation=activation)
+    if resolve_backend(backend, x.device) == "triton":
+        require_triton_dtype(x.dtype)
+        require_triton_width("gated_head_norm", "V", x.shape[3])
+        from .gated_norm import GatedNorm
+
+        return GatedNorm.apply(x.contiguous(), _whole_tokens(gate), weight, eps, activation)
+    return elementwise.gated_rms_norm(x, gate, weight, eps=eps, activation=activation)
+
+
+def _whole_tokens(x: Tensor) -> Tensor:
+    """x, [B, T, H, V], copied unless the heads of every token are one piece of memory."""
+    _, _, H, V = x.shape
+    return x if x.stride(3) == 1 and (H == 1 or x.stride(2) == V) else x.contiguous()

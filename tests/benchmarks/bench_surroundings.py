@@ -1,0 +1,103 @@
+"""Time of the ops around the recurrence on a GPU: Triton beside the torch reference.
+
+    python tests/benchmarks/bench_surroundings.py [--json FILE]
+
+Inputs: bfloat16, heads of 128 channels, four taps; x and gate are slices of a projection [T, B, F], as in a mixer.
+Times are medians of triton.testing.do_bench. The minimum traffic is every input and output once in the forward; in the
+backward the inputs, the gradients of the outputs and those of the inputs.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.testing import do_bench
+
+from megatron_carve.kernels.surroundings import convolve_qkv, gated_head_norm
+
+# (B, T, heads)
+SIZES = [(4, 4096, 16), (1, 16384, 16), (1, 2048, 16)]
+WIDTH = 128
+Outputs = tuple[Tensor, ...]
+Case = tuple[Callable[[str], Outputs], list[Tensor]]
+
+
+def projection(B: int, T: int, channels: int) -> Tensor:
+    """[B, T, channels], whose tokens are parts of longer rows."""
+    wide = torch.randn(T, B, channels + 2048, device="cuda", dtype=torch.bfloat16)
+    return wide.transpose(0, 1)[..., :channels].requires_grad_()
+
+
+def convolution(B: int, T: int, H: int, *, packed: bool = False) -> Case:
+    if packed:
+        B, T = 1, B * T
+    x = projection(B, T, 3 * H * WIDTH)
+    weight = torch.randn(x.shape[2], 4, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    ends = torch.arange(0, T + 1, T // 8, device="cuda", dtype=torch.int32) if packed else None
+
+    def run(backend: str) -> Outputs:
+        return convolve_qkv(x, weight, key_channels=H * WIDTH, key_head_dim=WIDTH, cu_seqlens=ends, backend=backend)
+
+    return run, [x, weight]
+
+
+def norm(B: int, T: int, H: int) -> Case:
+    x = torch.randn(B, T, H, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    gate = projection(B, T, H * WIDTH)
+    weight = torch.ones(WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def run(backend: str) -> Outputs:
+        heads = gate.unflatten(-1, (H, WIDTH))
+        return (gated_head_norm(x, heads, weight, eps=1e-5, activation="silu", backend=backend),)
+
+    return run, [x, gate, weight]
+
+
+CASES: dict[str, Callable[[int, int, int], Case]] = {
+    "convolve_qkv": convolution,
+    "convolve_qkv, 8 packed": lambda B, T, H: convolution(B, T, H, packed=True),
+    "gated_head_norm": norm,
+}
+
+
+def measure(run: Callable[[str], Outputs], leaves: list[Tensor], backend: str) -> dict[str, float]:
+    gradients = [torch.randn_like(x) for x in run(backend)]
+    inputs, outputs = (sum(x.numel() * x.element_size() for x in tensors) for tensors in (leaves, gradients))
+    with torch.no_grad():
+        forward = do_bench(lambda: run(backend), warmup=20, rep=100, return_mode="median")
+    both = do_bench(
+        lambda: torch.autograd.grad(run(backend), leaves, gradients), warmup=20, rep=100, return_mode="median"
+    )
+    return {
+        "forward_ms": round(forward, 3),
+        "forward_GB_s": round((inputs + outputs) / forward / 1e6),
+        "forward_backward_ms": round(both, 3),
+        "forward_backward_GB_s": round((3 * inputs + 2 * outputs) / both / 1e6),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", help="also write the rows to this file")
+    chosen = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    print("| (B, T, H) | op | backend | forward ms | GB/s | with backward ms | GB/s |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for size in SIZES:
+        for name, make in CASES.items():
+            for backend in ("triton", "torch"):
+                torch.manual_seed(0)
+                found = measure(*make(*size), backend)
+                rows.append({"size": size, "op": name, "backend": backend, **found})
+                print("|", " | ".join(map(str, (size, name, backend, *found.values()))), "|", flush=True)
+    if chosen.json:
+        with open(chosen.json, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""The Triton ops around the recurrence against torch in float64, in Triton's interpreter or on a GPU; their errors."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.interpreter import DEVICE
+from support.surroundings import Convolution, Norm
+from support.tolerances import TOLERANCES, error
+
+from megatron_carve.kernels.elementwise import _position_in_sequence
+from megatron_carve.kernels.short_convolution import token_age
+from megatron_carve.kernels.surroundings import convolve_qkv, gated_head_norm
+
+CASES: dict[str, Convolution | Norm] = {
+    "two batch entries, bias": Convolution(B=2, T=70, H=2, bias=True),
+    "one tap": Convolution(B=2, T=5, W=1, bias=True),
+    "two taps": Convolution(T=20, W=2),
+    "eight taps": Convolution(T=70, W=8, V=40, bias=True),
+    "fewer tokens than taps": Convolution(B=2, T=3, W=8, bias=True),
+    "one token": Convolution(B=2, T=1),
+    "packed": Convolution(lengths=(1, 70, 0, 1, 2, 0, 3, 64, 5), bias=True),
+    "packed, eight taps": Convolution(lengths=(0, 1, 5, 1, 1, 3, 70), W=8),
+    "one packed sequence": Convolution(lengths=(9,)),
+    "96 channels, values that fill no block": Convolution(B=2, T=9, H=2, K=96, V=200),
+    "few values": Convolution(T=9, H=1, K=64, V=3),
+    "256 channels, several programs": Convolution(T=300, K=256, V=256, extra=0),
+    "runs of several programs": Convolution(T=2100, V=3),
+    "norm": Norm(B=2, T=70, H=3),
+    "norm, sigmoid": Norm(B=2, T=9, H=2, activation="sigmoid"),
+    "norm, 96 channels, sliced heads": Norm(B=2, T=9, H=2, V=96, gate="heads", wide_x=True),
+    "norm, 256 channels, whole gate": Norm(T=70, H=2, V=256, gate="whole"),
+    "norm, several programs": Norm(T=600, H=1),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients(case: str) -> None:
+    found = CASES[case].run(torch.float32, torch.float32, DEVICE, "triton")
+    truth = CASES[case].run(torch.float32, torch.float64, "cpu", "torch")
+    compare(found, truth, "float32")
+
+
+@pytest.mark.parametrize("case", ["two batch entries, bias", "packed", "norm, sigmoid"])
+def test_float16_values(case: str) -> None:
+    found = CASES[case].run(torch.float16, torch.float16, DEVICE, "triton")
+    truth = CASES[case].run(torch.float16, torch.float64, "cpu", "torch")
+    assert all(x.dtype == torch.float16 for x in found.values())
+    compare(found, truth, "float16")
+
+
+def compare(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor], tolerance: str) -> None:
+    assert found.keys() == truth.keys()
+    bound = TOLERANCES[tolerance]
+    for name, expected in truth.items():
+        limit = bound.grad if name.startswith("grad_") else bound.o
+        assert error(found[name].cpu(), expected) <= limit, name
+
+
+def test_weights_stay_float32_beside_16_bit_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 9, 96, generator=generator).half().to(DEVICE).requires_grad_()
+    weight, bias = (torch.randn(shape, generator=generator).to(DEVICE) for shape in ((96, 4), (96,)))
+    weight.requires_grad_()
+    found, plain = (
+        convolve_qkv(x, weight, bias, key_channels=32, key_head_dim=32, backend=backend)
+        for backend in ("triton", "torch")
+    )
+    for ours, theirs in zip(found, plain, strict=True):
+        assert ours.dtype == theirs.dtype == torch.float16
+        assert error(ours, theirs) <= 2**-10
+    dx, d_weight = torch.autograd.grad(found[2].sum(), (x, weight))
+    assert (dx.dtype, d_weight.dtype) == (torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_age_of_packed_tokens(dtype: torch.dtype) -> None:
+    ends = torch.tensor([0, 0, 1, 70, 70, 71, 400, 400], dtype=dtype, device=DEVICE)
+    assert torch.equal(token_age(ends, 400), _position_in_sequence(ends, 400).int())
+
+
+@pytest.mark.parametrize("ends", [[-5, 900], [0, 300, 20, 400], [7, 3, 400]])
+def test_no_tap_leaves_the_tensor_whatever_the_boundaries(ends: list[int]) -> None:
+    tokens = torch.arange(400, device=DEVICE)
+    age = token_age(torch.tensor(ends, device=DEVICE), 400)
+    assert ((age >= 0) & (age <= tokens)).all()
+
+
+def test_nothing_but_the_arguments_is_kept_for_the_backward() -> None:
+    x = torch.randn(1, 9, 96, device=DEVICE, requires_grad=True)
+    weight, bias = torch.randn(96, 4, device=DEVICE), torch.randn(96, device=DEVICE)
+    ends = torch.tensor([0, 9], device=DEVICE)
+    q, _, _ = convolve_qkv(
+        x, weight, bias, key_channels=32, key_head_dim=32, cu_seqlens=ends, backend="triton"
+    )  # fmt: skip
+    assert kept(q) == [t.data_ptr() for t in (x, weight, bias, ends)]
+    x, gate = (torch.randn(1, 9, 2, 32, device=DEVICE, requires_grad=True) for _ in range(2))
+    out = gated_head_norm(x, gate, weight := torch.randn(32, device=DEVICE), eps=1e-5, activation="silu",
+                          backend="triton")  # fmt: skip
+    assert kept(out) == [t.data_ptr() for t in (x, gate, weight)]
+
+
+def kept(out: torch.Tensor) -> list[int]:
+    return [t.data_ptr() for t in out.grad_fn.saved_tensors]
+
+
+CONVOLUTION = {"x": torch.randn(2, 5, 96), "weight": torch.randn(96, 4), "key_channels": 32, "key_head_dim": 32}
+NORM = {
+    "x": torch.randn(2, 5, 3, 32), "gate": torch.randn(2, 5, 3, 32), "weight": torch.randn(32), "eps": 1e-5,
+    "activation": "silu",
+}  # fmt: skip
+X = torch.randn
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": X(5, 96)}, r"x: expected shape \[B, T, D\], every size at least 1, got \[5, 96\]"),
+        ({"x": X(2, 0, 96)}, r"x: expected shape .* got \[2, 0, 96\]"),
+        ({"x": X(2, 5, 96).long()}, "x: expected dtype .* got int64"),
+        ({"weight": X(4, 96)}, r"weight: expected shape \[D, W\] with D = 96 and W at least 1, got \[4, 96\]"),
+        ({"weight": X(96, 4).half()}, "weight: expected dtype float32, got float16"),
+        ({"weight": X(96, 4, device="meta")}, r"weight: expected device cpu \(that of x\), got meta"),
+        ({"bias": X(95)}, r"bias: expected shape \[D\] = \[96\], got \[95\]"),
+        ({"bias": 1.0}, "bias: expected a tensor, got float"),
+        ({"key_channels": 48}, "key_channels: expected at least 1 and less than half of D = 96, got 48"),
+        ({"key_channels": 0}, "key_channels: expected at least 1 .* got 0"),
+        ({"key_head_dim": 20}, "key_head_dim: expected a divisor of key_channels = 32, got 20"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "x: expected B = 1 with cu_seqlens .* got B = 2"),
+        ({"backend": "cuda"}, "backend: expected one of auto, torch, triton, got 'cuda'"),
+    ],
+)
+def test_convolution_refuses_wrong_arguments(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        convolve_qkv(**CONVOLUTION | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": X(5, 3, 32)}, r"x: expected shape \[B, T, H, V\], every size at least 1, got \[5, 3, 32\]"),
+        ({"gate": X(2, 5, 1, 32)}, r"gate: expected shape \[B, T, H, V\] = \[2, 5, 3, 32\], got \[2, 5, 1, 32\]"),
+        ({"gate": X(2, 5, 3, 32).double()}, "gate: expected dtype float32, got float64"),
+        ({"weight": X(33)}, r"weight: expected shape \[V\] = \[32\], got \[33\]"),
+        ({"eps": -1.0}, "eps: expected a number of at least 0, got -1.0"),
+        ({"activation": "relu"}, "activation: expected one of silu, sigmoid, got 'relu'"),
+        ({"backend": "cuda"}, "backend: expected one of auto, torch, triton, got 'cuda'"),
+    ],
+)
+def test_norm_refuses_wrong_arguments(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gated_head_norm(**NORM | changes)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "message"),
+    [
+        (Convolution(T=5), torch.float64, "backend 'triton': no float64"),
+        (Convolution(T=5, K=48), torch.float32, "key_head_dim of 32, 64, 96, 128, 256 for convolve_qkv, got 48"),
+        (Convolution(T=5, W=9), torch.float32, "expected at most 8 taps in the short convolution, got 9"),
+        (Norm(T=5), torch.float64, "backend 'triton': no float64"),
+        (Norm(T=5, V=512), torch.float32, "expected V of 32, 64, 96, 128, 256 for gated_head_norm, got 512"),
+    ],
+)
+def test_what_the_kernels_lack_is_refused(case: Convolution | Norm, dtype: torch.dtype, message: str) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        case.run(dtype, dtype, DEVICE, "triton")
+    case.run(dtype, dtype, DEVICE, "torch")

@@ -1,0 +1,103 @@
+"""Random calls of the ops around the recurrence; every output and every gradient by name.
+
+Values are drawn in float64 and rounded to the dtype under test, so that all runs of a case start from the same numbers.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from megatron_carve.kernels.surroundings import convolve_qkv, gated_head_norm
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A call of convolve_qkv on the first channels of a projection [T, B, F].
+
+    Attributes:
+        B, T: batch and tokens; lengths of packed sequences replace them.
+        H, K: heads of q and k and their channels; V: all channels of v.
+        W: taps.
+        extra: channels of the projection beside those of q, k and v.
+    """
+
+    B: int = 1
+    T: int = 0
+    H: int = 1
+    K: int = 32
+    V: int = 32
+    W: int = 4
+    bias: bool = False
+    lengths: tuple[int, ...] = ()
+    extra: int = 5
+
+    def run(self, dtype: torch.dtype, compute: torch.dtype, device: str, backend: str) -> dict[str, Tensor]:
+        """The call with values of `dtype` held in `compute`."""
+        draw = Draw(dtype, compute, device)
+        T = sum(self.lengths) or self.T
+        D = 2 * self.H * self.K + self.V
+        leaves = {"projected": draw(T, self.B, D + self.extra), "weight": draw(D, self.W)}
+        if self.bias:
+            leaves["bias"] = draw(D)
+        ends = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=device)
+        q, k, v = convolve_qkv(
+            leaves["projected"].transpose(0, 1)[..., :D], leaves["weight"], leaves.get("bias"),
+            key_channels=self.H * self.K, key_head_dim=self.K, cu_seqlens=ends if self.lengths else None,
+            backend=backend,
+        )  # fmt: skip
+        return with_gradients({"q": q, "k": k, "v": v}, leaves, draw)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A call of gated_head_norm.
+
+    Attributes:
+        B, T, H, V: sizes.
+        gate: "projection", a slice of [T, B, F]; "heads", a slice of every head of a wider tensor; or "whole".
+        wide_x: x is a slice of every head of a wider tensor.
+    """
+
+    B: int = 1
+    T: int = 0
+    H: int = 1
+    V: int = 32
+    activation: str = "silu"
+    gate: str = "projection"
+    wide_x: bool = False
+
+    def run(self, dtype: torch.dtype, compute: torch.dtype, device: str, backend: str) -> dict[str, Tensor]:
+        """The call with values of `dtype` held in `compute`."""
+        draw = Draw(dtype, compute, device)
+        B, T, H, V = self.B, self.T, self.H, self.V
+        gates = {"projection": (T, B, H * V + 3), "heads": (B, T, H, V + 3), "whole": (B, T, H, V)}
+        leaves = {"x": draw(B, T, H, V + 3 * self.wide_x), "gate": draw(*gates[self.gate]), "weight": draw(V)}
+        gate = leaves["gate"]
+        if self.gate == "projection":
+            gate = gate.transpose(0, 1)[..., : H * V].unflatten(-1, (H, V))
+        out = gated_head_norm(
+            leaves["x"][..., :V], gate[..., :V], leaves["weight"], eps=1e-5, activation=self.activation, backend=backend
+        )
+        return with_gradients({"out": out}, leaves, draw)
+
+
+class Draw:
+    """Leaves with normal values, the same ones for every `compute`."""
+
+    def __init__(self, dtype: torch.dtype, compute: torch.dtype, device: str) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+        self.dtype, self.compute, self.device = dtype, compute, device
+
+    def __call__(self, *shape: int) -> Tensor:
+        values = torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+        return values.to(self.device, self.compute).requires_grad_()
+
+
+def with_gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor], draw: Draw) -> dict[str, Tensor]:
+    """Outputs and "grad_<leaf>" for random gradients of the outputs, which are not contiguous."""
+    results = {name: x.detach() for name, x in outputs.items()}
+    weights = [draw(x.shape[1], x.shape[0], *x.shape[2:]).detach().transpose(0, 1) for x in outputs.values()]
+    gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), weights)
+    return results | {f"grad_{name}": x for name, x in zip(leaves, gradients, strict=True)}
