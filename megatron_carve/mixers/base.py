@@ -22,8 +22,8 @@ from megatron_carve.patches import mixed_precision_groups
 # The projection's sections that pass the short convolution: the first ones, in this order.
 CONVOLVED = ("query", "key", "value")
 
-# Triton's kernels for what surrounds the recurrence are tested in its interpreter alone: torch's until they have run on a
-# GPU (`pytest -m gpu tests/gpu/test_gpu_surroundings.py`).
+# Triton's kernels for what surrounds the recurrence are tested in its interpreter alone: torch's until they have run
+# on a GPU (`pytest -m gpu tests/gpu/test_gpu_surroundings.py`).
 SURROUNDINGS_BACKEND = "torch"
 
 
