@@ -126,6 +126,7 @@ def default_settings(recipe: Recipe, *, layers: LayerImplementation, device: str
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "create_attention_mask_in_dataloader": False,
+        "calculate_per_token_loss": True,  # tokens that count weigh alike, however they are spread over ranks
         "gradient_accumulation_fusion": False,  # Megatron's own output layer needs NVIDIA apex for it
         "dist_ckpt_optim_fully_reshardable": recipe.parallel.distributed_optimizer,
         "override_opt_param_scheduler": True,  # the recipe decides, also when a run is resumed

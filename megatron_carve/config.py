@@ -114,16 +114,29 @@ class MixerConfig(MixerOptions):
             Section("gate", low_rank if self.output_gate_projection == "low_rank" else self.value_dim),
         )
 
-    def check_tensor_parallel(self, size: int) -> None:
-        """Raise ValueError unless heads and low-rank features split over `size` tensor-parallel ranks."""
+    def check_parallel(self, tensor: int, context: int = 1) -> None:
+        """Raise ValueError unless heads and low-rank features split over the ranks.
+
+        Args:
+            tensor: size of the tensor-parallel groups, which share heads and the features of low-rank projections.
+            context: size of the context-parallel groups, which share the heads of a tensor-parallel rank.
+        """
         whole = [self.num_key_heads]  # num_value_heads is a multiple of it
         if "low_rank" in (self.decay_projection, self.output_gate_projection):
             whole.append(self.value_head_dim)
-        if any(n % size for n in whole):
+        if any(n % tensor for n in whole):
             legal = [n for n in range(1, self.num_key_heads + 1) if all(m % n == 0 for m in whole)]
             raise ValueError(
-                f"tensor parallel size {size} does not divide num_key_heads={self.num_key_heads} and "
+                f"tensor parallel size {tensor} does not divide num_key_heads={self.num_key_heads} and "
                 f"value_head_dim={self.value_head_dim}; legal sizes: {', '.join(map(str, legal))}"
+            )
+        heads = self.num_key_heads // tensor
+        if heads % context:
+            legal = [n for n in range(1, heads + 1) if heads % n == 0]
+            raise ValueError(
+                f"context parallel size {context} does not divide the {heads} key heads of a tensor-parallel rank "
+                f"(num_key_heads={self.num_key_heads}, tensor parallel size {tensor}); "
+                f"legal sizes: {', '.join(map(str, legal))}"
             )
 
     def parameter_count(self, kind: MixerKind, hidden_size: int) -> int:

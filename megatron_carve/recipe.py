@@ -56,16 +56,23 @@ class Recipe:
                 f"parallel.pipeline: expected a divisor of the pattern's {self.model.num_layers} layers (or '|' "
                 f"between stages in model.pattern), got {self.parallel.pipeline}"
             )
+        context = self.parallel.context
+        if context > 1 and self.training.seq_length % (2 * context):
+            raise ValueError(
+                f"training.seq_length: expected a multiple of 2 * parallel.context = {2 * context}, "
+                f"got {self.training.seq_length}"
+            )
         if set(self.model.pattern) & set(MIXER_LETTERS):
             if self.training.precision != "fp32" and not self.parallel.distributed_optimizer:
                 raise ValueError(
                     "parallel.distributed_optimizer: expected true with C or 2 layers in "
                     f"{self.training.precision}, since Megatron's plain optimizer cannot save their float32 decay"
                 )
-            try:
-                self.mixer.check_tensor_parallel(self.parallel.tensor)
-            except ValueError as error:
-                raise ValueError(f"parallel.tensor: {error}") from None
+            for name, sizes in (("tensor", (self.parallel.tensor,)), ("context", (self.parallel.tensor, context))):
+                try:
+                    self.mixer.check_parallel(*sizes)
+                except ValueError as error:
+                    raise ValueError(f"parallel.{name}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, in the order of the fields: what is saved with a run, and loads again as a recipe."""

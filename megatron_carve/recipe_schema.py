@@ -247,6 +247,8 @@ class Parallel(_Checked):
     """Sequence parallelism among tensor-parallel ranks; no effect at tensor = 1."""
     pipeline: int = 1
     context: int = 1
+    """Tokens of a sequence spread over ranks. In the mixers they become heads: it divides the key heads of a
+    tensor-parallel rank, and 2 * context divides training.seq_length. Attention needs Transformer Engine's layers."""
     distributed_optimizer: bool = True
     """Optimizer state spread over data-parallel ranks."""
     overlap: bool = True
@@ -254,8 +256,6 @@ class Parallel(_Checked):
 
     def check(self) -> None:
         _at_least(self, 1, "tensor", "pipeline", "context")
-        if self.context > 1:
-            raise ValueError(f"context: context parallelism is not in this release, expected 1, got {self.context}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -165,7 +165,6 @@ CASES = {
         ("training.global_batch_size: expected a multiple of micro_batch_size=3, got 4",),
     ),
     # Layout.
-    "context parallel": Case("small.yaml parallel.context=2", ("parallel.context: context parallelism is not in",)),
     "sequence parallel": Case(
         "small.yaml parallel.tensor=2 training.seq_length=65",
         ("training.seq_length: expected a multiple of parallel.tensor=2 under sequence parallelism, got 65",),

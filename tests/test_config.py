@@ -200,11 +200,11 @@ class TestTensorParallel:
         listed = ", ".join(map(str, sorted(legal)))
         for size in range(1, 33):
             if size in legal:
-                config.check_tensor_parallel(size)
+                config.check_parallel(size)
                 assert all(s.size % size == 0 for s in config.projection_sections("carve"))
             else:
                 with pytest.raises(ValueError) as error:
-                    config.check_tensor_parallel(size)
+                    config.check_parallel(size)
                 assert f"tensor parallel size {size} does not divide" in str(error.value)
                 assert str(error.value).endswith(f"legal sizes: {listed}")
                 assert f"num_key_heads={config.num_key_heads}" in str(error.value)

@@ -328,7 +328,6 @@ class TestRanges:
             ("training.min_lr=1", "expected at most lr=0.002, got 1"),
             ("training.global_batch_size=20", "expected a multiple of micro_batch_size=16, got 20"),
             ("parallel.tensor=0", "expected at least 1, got 0"),
-            ("parallel.context=2", "context parallelism is not in this release, expected 1, got 2"),
             ("checkpoint.interval=0", "expected at least 1, got 0"),
             ("checkpoint.weights_only=true", "expected load to name a run, got null"),
             ("run.log_interval=0", "expected at least 1, got 0"),
@@ -389,6 +388,15 @@ class TestRanges:
                 ["parallel.tensor=3", "training.seq_length=66"],
                 "parallel.tensor: tensor parallel size 3 does not divide num_key_heads=4 and value_head_dim=32; "
                 "legal sizes: 1, 2, 4",
+            ),
+            (
+                ["parallel.context=2", "training.seq_length=66"],
+                "training.seq_length: expected a multiple of 2 * parallel.context = 4, got 66",
+            ),
+            (
+                ["parallel.tensor=2", "parallel.context=4", "training.seq_length=64"],
+                "parallel.context: context parallel size 4 does not divide the 2 key heads of a tensor-parallel rank "
+                "(num_key_heads=4, tensor parallel size 2); legal sizes: 1, 2",
             ),
             (
                 ["parallel.distributed_optimizer=false", "training.precision=bf16"],

@@ -124,6 +124,24 @@ def test_two_replicas_train_as_one_process(folder, straight):
         assert actual[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
 
 
+def test_tokens_spread_over_two_processes_train_as_one(folder):
+    """On the recall task, where the processes hold different numbers of tokens that count."""
+    words = ["tiny.yaml", "model.pattern=C-2-", "training.steps=6", "checkpoint.interval=null"]
+    train(folder, *words, "run.name=together")
+    launch(2, ["-m", "megatron_carve.train", *words, "run.name=spread", "parallel.context=2"], cwd=folder)
+    expected, actual = losses(folder, "together"), losses(folder, "spread")
+    assert list(actual) == list(expected) == list(range(1, 7))
+    for step, loss in expected.items():
+        assert actual[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
+
+
+def test_attention_over_spread_tokens_needs_transformer_engine(folder):
+    words = ["tiny.yaml", "run.name=refused", "model.pattern=C-*-", "parallel.context=2"]
+    with pytest.raises(AssertionError, match=r"parallel\.context: attention without Transformer Engine.s .* expected 1"):
+        launch(2, ["-m", "megatron_carve.train", *words], cwd=folder)
+    assert not (folder / "runs" / "refused").exists()
+
+
 def test_a_run_continues_another_at_another_layout(folder, straight):
     words = ["tiny.yaml", "run.name=split", "data.text=cats.txt", "checkpoint.load=runs/straight"]
     out = launch(2, ["-m", "megatron_carve.train", *words, "parallel.tensor=2", "training.steps=14"], cwd=folder).stdout

@@ -17,6 +17,7 @@ from megatron_carve.checkpoint import sharded_mixer_state
 from megatron_carve.config import MixerConfig, MixerKind, MixerOptions
 from megatron_carve.kernels import resolve_backend
 from megatron_carve.mixers.parts import GatedHeadNorm, HeadParallelLinear, LogDecay, ShortConvolution
+from megatron_carve.parallel import HeadExchange, PackedOrder, packed_boundaries
 from megatron_carve.patches import mixed_precision_groups
 
 # The projection's sections that pass the short convolution: the first ones, in this order.
@@ -56,11 +57,13 @@ class LinearAttentionMixer(MegatronModule):
         submodules: the projections.
         layer_number: 1-based, global.
         options: MixerOptions by name; they win over `config.mixer`.
-        backend: "auto", "triton" or "torch", passed to the op.
         pg_collection: Megatron's process groups; `tp` and `cp` are used.
 
+    `config.mixer_backend` ("auto", "triton" or "torch") goes to the op; `config.mixer_packed_order` says how packed
+    sequences are divided over context-parallel ranks ("document", as Megatron does, or "sequence").
+
     Raises:
-        ValueError: sizes that do not fit each other or the tensor-parallel group; context parallelism.
+        ValueError: sizes that do not fit each other or the parallel groups.
     """
 
     kind: ClassVar[MixerKind]
@@ -85,12 +88,10 @@ class LinearAttentionMixer(MegatronModule):
         self.mixer = mixer_config(config, options)
         self.tp_group = pg_collection.tp
         self.tp_size = self.tp_group.size()
-        self.mixer.check_tensor_parallel(self.tp_size)
-        if pg_collection.cp.size() > 1:
-            raise ValueError(
-                f"context_parallel_size: the mixers support 1 in this release, got {pg_collection.cp.size()}"
-            )
+        self.exchange = HeadExchange(pg_collection.cp)
+        self.mixer.check_parallel(self.tp_size, self.exchange.size)
         self.backend = getattr(config, "mixer_backend", "auto")
+        self.packed_order: PackedOrder = getattr(config, "mixer_packed_order", "document")
         self.sections = self.mixer.projection_sections(self.kind)
         self.local_sizes = {s.name: s.size // self.tp_size for s in self.sections}
         self.in_proj = build_module(
@@ -155,7 +156,8 @@ class LinearAttentionMixer(MegatronModule):
         """Mix tokens.
 
         Args:
-            hidden_states: [T, B, hidden]; T is divided by the tensor-parallel size under sequence parallelism.
+            hidden_states: [T, B, hidden]; T is divided by the context-parallel size, and by the tensor-parallel size
+                under sequence parallelism.
             packed_seq_params: Megatron's packed sequences (`thd`, B = 1) or None.
             positional: rotary embeddings and the like, which a recurrence has no use for.
 
@@ -166,30 +168,41 @@ class LinearAttentionMixer(MegatronModule):
             raise NotImplementedError(f"{type(self).__name__} has no incremental decoding in this release")
         cu_seqlens = packed_boundaries(packed_seq_params)
         projected, _ = self.in_proj(hidden_states)
-        inputs, gate = self._prepare(projected.transpose(0, 1), cu_seqlens)
-        out = self.mix(inputs, resolve_backend(self.backend, inputs.v.device), cu_seqlens)
+        order = self.exchange.order(projected.shape[0], packed_seq_params, self.packed_order, projected.device)
+        pieces, gate = self._pieces(projected)
+        inputs = self._op_inputs(self.exchange.to_heads(pieces, order), cu_seqlens)
+        out = self.mix(inputs, resolve_backend(self.backend, projected.device), cu_seqlens)
+        out = self.exchange.to_tokens(out.transpose(0, 1).flatten(-2), order).unflatten(-1, (-1, out.shape[-1]))
         out = self.out_norm(out, gate.unflatten(-1, out.shape[-2:]), SURROUNDINGS_BACKEND)
-        return self.out_proj(out.flatten(-2).transpose(0, 1).contiguous())
+        return self.out_proj(out.flatten(-2).contiguous())
 
-    def _prepare(self, projected: Tensor, cu_seqlens: Tensor | None) -> tuple[MixerInputs, Tensor]:
-        """From the fused projection [B, T, sections] to the op's inputs and the output gate [B, T, HV*V]."""
-        # Queries, keys and values stay in one piece, for the convolution. All pieces come from one split, so that
-        # their gradients are put together once.
+    def _pieces(self, projected: Tensor) -> tuple[list[tuple[Tensor, list[int]]], Tensor]:
+        """From the fused projection [T, B, sections]: what the recurrence needs, by sections, and the output gate.
+
+        Queries, keys and values stay in one piece, for the convolution. All pieces come from one split, so that their
+        gradients are put together once.
+        """
+        convolved = [self.local_sizes[name] for name in CONVOLVED]
         others = {name: size for name, size in self.local_sizes.items() if name not in CONVOLVED}
-        convolved, *rest = projected.split([self.conv.channels, *others.values()], dim=-1)
+        first, *rest = projected.split([sum(convolved), *others.values()], dim=-1)
         part = dict(zip(others, rest, strict=True))
-        q, k, v = self.conv(convolved, cu_seqlens, SURROUNDINGS_BACKEND)
-        by_key = (-1, self.mixer.key_head_dim)
         decay, gate = self._raw_decay_and_gate(part["decay"], part["gate"])
-        inputs = MixerInputs(
+        by_token = [(x, [x.shape[-1]]) for x in (decay, part["erase"], part["write"])]
+        return [(first, convolved), *by_token], gate
+
+    def _op_inputs(self, pieces: list[Tensor], cu_seqlens: Tensor | None) -> MixerInputs:
+        """The pieces of this rank's heads, [T, B, channels], as the op takes them."""
+        convolved, decay, erase, write = (x.transpose(0, 1) for x in pieces)
+        q, k, v = self.conv(convolved, self.exchange, cu_seqlens, SURROUNDINGS_BACKEND)
+        by_key = (-1, self.mixer.key_head_dim)
+        return MixerInputs(
             q=q.unflatten(-1, by_key),
             k=k.unflatten(-1, by_key),
             v=v.unflatten(-1, (-1, self.mixer.value_head_dim)),
             g=decay.unflatten(-1, by_key),
-            erase=part["erase"].unflatten(-1, by_key),
-            write=part["write"],
+            erase=erase.unflatten(-1, by_key),
+            write=write,
         )
-        return inputs, gate
 
     def _raw_decay_and_gate(self, decay: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         """Expand the low-rank sections, whose features are spread over the tensor-parallel ranks."""
@@ -235,13 +248,3 @@ def mixer_config(config: TransformerConfig, options: dict[str, Any] | None = Non
         conv_width=config.linear_conv_kernel_dim,
         **chosen,
     )
-
-
-def packed_boundaries(packed_seq_params: Any) -> Tensor | None:
-    """The cu_seqlens of Megatron's packed sequences, padding between documents counted with the document."""
-    if packed_seq_params is None:
-        return None
-    if packed_seq_params.qkv_format != "thd":
-        raise ValueError(f"packed_seq_params.qkv_format: expected 'thd', got {packed_seq_params.qkv_format!r}")
-    padded = packed_seq_params.cu_seqlens_q_padded
-    return packed_seq_params.cu_seqlens_q if padded is None else padded

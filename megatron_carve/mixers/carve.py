@@ -30,8 +30,8 @@ class CarveMixer(LinearAttentionMixer):
     def mix(self, inputs: MixerInputs, backend: str, cu_seqlens: Tensor | None) -> Tensor:
         out, _ = chunk_carve(
             inputs.q, inputs.k, inputs.v, inputs.g, inputs.erase,
-            inputs.write, self.content_down, self.content_up,
-            **self.decay(),
+            inputs.write, self.exchange.share(self.content_down), self.exchange.share(self.content_up),
+            **self.decay(self.exchange),
             gate_logits=True,
             content_chunk=self.mixer.content_chunk,
             content_grad=self.mixer.content_grad,

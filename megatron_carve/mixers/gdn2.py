@@ -17,7 +17,7 @@ class GDN2Mixer(LinearAttentionMixer):
         out, _ = chunk_gdn2(
             inputs.q, inputs.k, inputs.v, inputs.g, inputs.erase,
             inputs.write.unflatten(-1, inputs.v.shape[-2:]),
-            **self.decay(),
+            **self.decay(self.exchange),
             gate_logits=True,
             erase_scale=self.erase_scale,
             cu_seqlens=cu_seqlens,

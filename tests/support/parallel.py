@@ -11,13 +11,13 @@ import torch
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def run_layout(out: Path, *, tp: int = 1, pp: int = 1, dp: int = 1, sp: bool = False, **job) -> dict:
-    """Losses, gradient norms and whole gradients of a run on tp * pp * dp processes."""
+def run_layout(out: Path, *, tp: int = 1, pp: int = 1, cp: int = 1, dp: int = 1, sp: bool = False, **job) -> dict:
+    """Losses, gradient norms and whole gradients of a run on tp * pp * cp * dp processes."""
     settings = {
-        "tp": tp, "pp": pp, "sp": sp, "pattern": "C-2-*-", "dtype": "float32", "steps": 3, "seq_length": 80,
+        "tp": tp, "pp": pp, "cp": cp, "sp": sp, "pattern": "C-2-*-", "dtype": "float32", "steps": 3, "seq_length": 80,
         "micro_batch_size": 1, "micro_batches": 4, "distributed_optimizer": dp > 1, "out": str(out), **job,
     }  # fmt: skip
-    launch(tp * pp * dp, [str(WORKER), json.dumps(settings)])
+    launch(tp * pp * cp * dp, [str(WORKER), json.dumps(settings)])
     return torch.load(out, weights_only=False)
 
 

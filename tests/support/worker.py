@@ -31,7 +31,9 @@ def main(job: dict) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", rank=rank, world_size=world)
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=job["tp"], pipeline_model_parallel_size=job["pp"]
+        tensor_model_parallel_size=job["tp"],
+        pipeline_model_parallel_size=job["pp"],
+        context_parallel_size=job["cp"],
     )
     model_parallel_cuda_manual_seed(7)
     config = transformer_config(job)
@@ -91,8 +93,8 @@ def transformer_config(job: dict):
         hidden_size=32,
         num_attention_heads=4,
         ffn_hidden_size=48,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
+        linear_num_key_heads=4,
+        linear_num_value_heads=8,
         linear_key_head_dim=8,
         linear_value_head_dim=12,
         mixer={"content_rank": 4, **job.get("mixer", {})},
@@ -107,6 +109,7 @@ def transformer_config(job: dict):
         window_size=(15, 0),
         tensor_model_parallel_size=job["tp"],
         pipeline_model_parallel_size=job["pp"],
+        context_parallel_size=job["cp"],
         sequence_parallel=job["sp"],
         pipeline_dtype=getattr(torch, job["dtype"]),
         params_dtype=getattr(torch, job["dtype"]),
@@ -128,9 +131,13 @@ def build_model(config, job: dict):
 
     from megatron_carve.specs import stack_spec
 
+    spec = stack_spec("local")
+    if job["cp"] > 1:
+        attention = spec.submodules.attention_layer.submodules.self_attention.submodules
+        attention.core_attention = GatheredAttention
     return HybridModel(
         config,
-        stack_spec("local"),
+        spec,
         vocab_size=64,
         max_sequence_length=job["seq_length"],
         hybrid_layer_pattern=job["pattern"],
@@ -158,7 +165,7 @@ def micro_batches(job: dict, step: int) -> list[torch.Tensor]:
     """This data-parallel rank's [B, T+1] token batches."""
     from megatron.core import parallel_state
 
-    generator = torch.Generator().manual_seed(100 + step)
+    generator = torch.Generator().manual_seed(100 + step)  # the same tokens on every rank
     shape = (job["micro_batches"], job["micro_batch_size"], job["seq_length"] + 1)
     tokens = torch.randint(0, 64, shape, generator=generator)
     return list(tokens.chunk(parallel_state.get_data_parallel_world_size())[parallel_state.get_data_parallel_rank()])
@@ -167,7 +174,8 @@ def micro_batches(job: dict, step: int) -> list[torch.Tensor]:
 def forward_step(data_iterator, model):
     tokens = next(data_iterator)
     positions = torch.arange(tokens.shape[1] - 1).expand(tokens.shape[0], -1)
-    output = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
+    inputs, labels, positions = (on_this_context_rank(x) for x in (tokens[:, :-1], tokens[:, 1:], positions))
+    output = model(inputs, positions, None, labels=labels)
 
     def loss(losses):
         total = losses.float().sum()
@@ -177,12 +185,44 @@ def forward_step(data_iterator, model):
     return output, loss
 
 
+def on_this_context_rank(x: torch.Tensor) -> torch.Tensor:
+    """The columns of [B, T] that Megatron gives to this context-parallel rank."""
+    from megatron.core import parallel_state
+
+    size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    pieces = x.chunk(2 * size, 1)
+    return (torch.cat([pieces[rank], pieces[-1 - rank]], 1) if size > 1 else x).contiguous()
+
+
+class GatheredAttention(torch.nn.Module):
+    """Causal sliding-window attention over all tokens of a context-parallel group, for want of Transformer Engine's."""
+
+    def __init__(self, config, *_, pg_collection, **__) -> None:
+        super().__init__()
+        self.window, self.group = config.window_size[0], pg_collection.cp
+
+    def forward(self, q, k, v, *_, **__) -> torch.Tensor:
+        from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+        T, B, heads, _ = q.shape
+        size, rank = self.group.size(), self.group.rank()
+        pieces = torch.arange(T * size).chunk(2 * size)
+        places = [torch.cat([pieces[i], pieces[-1 - i]]) for i in range(size)]
+        k, v = (gather_from_sequence_parallel_region(x.contiguous(), group=self.group) for x in (k, v))
+        k, v = (x.repeat_interleave(heads // x.shape[2], 2) for x in (k, v))
+        distance = places[rank][:, None] - torch.cat(places)[None]
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+        mask = (distance >= 0) & (distance <= self.window)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out.permute(2, 0, 1, 3).reshape(T, B, -1)
+
+
 def mean_loss(reports: list[dict], world: int) -> float:
     from megatron.core import parallel_state
 
     total = sum((r["loss"] for r in reports), torch.zeros(2))
     if parallel_state.is_pipeline_last_stage():
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.broadcast(total, src=world - 1)
     return (total[0] / total[1]).item()
 
@@ -191,7 +231,7 @@ def whole_gradients(model: torch.nn.Module, job: dict) -> dict[str, torch.Tensor
     """Every parameter's gradient, put together from all ranks through the sharded checkpoint's own description."""
     from megatron.core import dist_checkpointing, parallel_state
 
-    if job["distributed_optimizer"] and parallel_state.get_data_parallel_world_size() > 1:
+    if job["distributed_optimizer"] and parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
         gather_scattered_gradients(model)
     with torch.no_grad():
         kept = {name: p.detach().clone() for name, p in model.named_parameters()}
