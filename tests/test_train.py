@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -133,6 +134,47 @@ def test_tokens_spread_over_two_processes_train_as_one(folder):
     assert list(actual) == list(expected) == list(range(1, 7))
     for step, loss in expected.items():
         assert actual[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
+
+
+# Processes, and how the model is spread over them; data parallelism takes the rest.
+LAYOUTS = [
+    (1, ()),
+    (2, ()),
+    (2, ("parallel.tensor=2",)),
+    (2, ("parallel.tensor=2", "parallel.sequence=false")),
+    (2, ("parallel.context=2",)),
+    (2, ("parallel.pipeline=2",)),
+    (4, ("parallel.tensor=2", "parallel.context=2")),
+    (4, ("parallel.tensor=2", "parallel.pipeline=2")),
+    (4, ("parallel.context=2",)),
+    (4, ("parallel.context=2", "parallel.pipeline=2")),
+]
+WALKS = range(2)
+
+
+@pytest.fixture(scope="module")
+def unmoved(folder):
+    """Twelve steps that every walk over layouts repeats."""
+    words = [
+        "tiny.yaml", "data.text=cats.txt", "mixer.num_key_heads=4", "mixer.num_value_heads=4",
+        "training.lr_schedule=constant", "training.warmup_fraction=0", "checkpoint.interval=3",
+    ]  # fmt: skip
+    train(folder, *words, "run.name=unmoved")
+    return words
+
+
+@pytest.mark.parametrize("seed", WALKS)
+def test_a_walk_over_layouts_trains_as_one_process(folder, unmoved, seed):
+    """Every three steps the run is resumed at another layout, parameters and optimizer with it."""
+    # the first leg draws the weights, which tensor parallelism draws differently
+    walk = [LAYOUTS[0], *random.Random(seed).choices(LAYOUTS[1:], k=3)]
+    for leg, (processes, layout) in enumerate(walk):
+        command = ["-m", "megatron_carve.train", *unmoved, f"run.name=walk{seed}", f"training.steps={3 * leg + 3}"]
+        launch(processes, [*command, *layout], cwd=folder)
+    expected, actual = losses(folder, "unmoved"), losses(folder, f"walk{seed}")
+    assert list(actual) == list(expected) == list(range(1, 13))
+    for step, loss in expected.items():
+        assert actual[step] == pytest.approx(loss, rel=2e-5), f"step {step} of {walk}"
 
 
 def test_attention_over_spread_tokens_needs_transformer_engine(folder):
