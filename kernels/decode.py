@@ -23,15 +23,12 @@ from torch import Tensor
 from .checks import check_in_place
 from .state import CarveState
 
-# Numbers in a tile of S: 32 KiB in flight a program, of which three fit on an SM of Hopper. Narrower tiles spread a
-# small batch over more SMs, but each program reads D and U again (8 KiB at K = V = 128, R = 16 in 16 bits), from an L2
-# cache that is little faster than the memory that S comes from.
-TILE_NUMBERS = 8192
-# 32 registers a thread for the tile. With more threads than channels Triton loads q, k, g and the gate straight into
-# the layout of S; else each load waits for the one before it at a barrier.
-NUM_WARPS = 8
-# The loops of carve_sequences_kernel keep so many addresses that with 8 warps only one program fits on an SM.
-SEQUENCES_WARPS = 4
+# Numbers in a tile of S, and warps of its program: of 2048 to 16384 numbers and 2 to 8 warps these moved the most bytes
+# on an H200 at 64 and 512 sequences. Four warps hold 32 to 64 registers of the tile a thread, which keeps enough loads
+# in flight. Two smaller tiles suit carve_token_kernel better than one, although each of its programs reads D and U
+# again, from the L2 cache.
+TILES = {"gdn2": 8192, "carve_token": 4096, "carve_sequences": 8192}
+NUM_WARPS = 4
 # Rows of D and columns of U in registers at a time.
 RANK_BLOCK = 16
 # Numbers of `mean` that the last program of a sequence renews at a time.
@@ -74,7 +71,7 @@ def recurrent_gdn2(
         new_S = _new_state(q, v, cu_seqlens) if output_final_state else None
     o = v.new_empty(v.shape)
     tensors, strides = _rows(q, k, v, g, b, w)
-    blocks = _blocks(q, v)
+    blocks = _blocks(q, v, TILES["gdn2"])
     with torch.cuda.device_of(q):
         gdn2_kernel[(_sequences(q, cu_seqlens) * v.shape[2] * (v.shape[3] // blocks["BV"]),)](
             *tensors, S, new_S, o, cu_seqlens, *strides, scale, q.shape[1], q.shape[2], v.shape[2],
@@ -123,15 +120,15 @@ def recurrent_carve(
         new_state = _new_carve_state(q, v, cu_seqlens) if output_final_state or not one_token else None
     o = v.new_empty(v.shape)
     tensors, strides = _rows(q, k, v, g, erase_logits, w)
-    options = {"IN_PLACE": inplace_state, **_blocks(q, v), **_content_blocks(content_down)}
+    blocks = _blocks(q, v, TILES["carve_token" if one_token else "carve_sequences"])
+    options = {"IN_PLACE": inplace_state, "num_warps": NUM_WARPS, **blocks, **_content_blocks(content_down)}
     programs = _sequences(q, cu_seqlens) * v.shape[2]
     if one_token:
         kernel = carve_token_kernel
-        programs *= v.shape[3] // options["BV"]
-        options |= {"num_warps": NUM_WARPS}
+        programs *= v.shape[3] // blocks["BV"]
     else:
         kernel = carve_sequences_kernel
-        options |= {"cu_seqlens": cu_seqlens, "T": q.shape[1], "num_warps": SEQUENCES_WARPS}
+        options |= {"cu_seqlens": cu_seqlens, "T": q.shape[1]}
     with torch.cuda.device_of(q):
         kernel[(programs,)](
             *tensors, content_down.contiguous(), content_up.contiguous(),
@@ -447,11 +444,11 @@ def _in_rows(x: Tensor) -> bool:
     return True
 
 
-def _blocks(q: Tensor, v: Tensor) -> dict[str, int]:
-    """Sizes of a tile of S: all of K, rounded up to a power of two, and the widest such part of V that divides it."""
+def _blocks(q: Tensor, v: Tensor, numbers: int) -> dict[str, int]:
+    """Sizes of a tile of S of that many numbers: K rounded up to a power of two, the widest such part of V."""
     K, V = q.shape[3], v.shape[3]
     BK = triton.next_power_of_2(K)
-    return {"K": K, "V": V, "BK": BK, "BV": min(max(TILE_NUMBERS // BK, 1), V & -V)}
+    return {"K": K, "V": V, "BK": BK, "BV": min(max(numbers // BK, 1), V & -V)}
 
 
 def _content_blocks(content_down: Tensor) -> dict[str, int]:

@@ -154,7 +154,7 @@ def bench_decode(with_peers: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def plot(rows: list[dict[str, Any]], file: str) -> None:
+def plot(rows: list[dict[str, Any]], device: str, file: str) -> None:
     """Forward and backward time against T of the cases with one sequence."""
     import matplotlib
 
@@ -167,8 +167,9 @@ def plot(rows: list[dict[str, Any]], file: str) -> None:
         axes.plot(*zip(*points, strict=True), "o--" if name.startswith("fla") else "o-", label=name)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward and backward, ms")
     axes.set_xticks([4096, 16384, 65536], ["4096", "16384", "65536"], minor=False)
+    axes.set_yticks([2, 4, 8, 16, 32], ["2", "4", "8", "16", "32"], minor=False)
     axes.minorticks_off()
-    axes.set_title(f"one sequence, 16 heads, K = V = 128, bfloat16, {torch.cuda.get_device_name()}", fontsize=10)
+    axes.set_title(f"one sequence, 16 heads, K = V = 128, bfloat16, {device}", fontsize=10)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=130)
@@ -184,11 +185,12 @@ def main() -> None:
     chosen = parser.parse_args()
     cases = [tuple(map(int, c.split(","))) for c in chosen.case] if chosen.case else CASES
     rows = bench_decode(chosen.peers) if chosen.decode else bench_chunk(cases, chosen.peers)
+    device = torch.cuda.get_device_name()
     if chosen.json:
         with open(chosen.json, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "rows": rows}, file, indent=1)
+            json.dump({"device": device, "rows": rows}, file, indent=1)
     if chosen.plot:
-        plot(rows, chosen.plot)
+        plot(rows, device, chosen.plot)
 
 
 if __name__ == "__main__":
