@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import recurrent, reference
-from .backends import require_triton_support, resolve_backend
+from .backends import require_triton_convolution, require_triton_support, resolve_backend
 from .checks import check_carve, check_erase_scale, check_gdn2, check_in_place, check_raw_decay
 from .gates import plain_decay, plain_erase_gate
 from .state import CarveState
@@ -29,6 +29,7 @@ __all__ = [
     "chunk_gdn2",
     "recurrent_carve",
     "recurrent_gdn2",
+    "require_triton_convolution",
     "require_triton_support",
     "resolve_backend",
 ]

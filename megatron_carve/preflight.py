@@ -19,7 +19,7 @@ from torch.distributed import Store
 from megatron_carve.arguments import default_settings, megatron_argv, owned_settings
 from megatron_carve.config import MIXER_LETTERS, LayerImplementation
 from megatron_carve.data import indexed_prefixes, require_indexed_tokens, require_known_ids
-from megatron_carve.kernels import require_triton_support, resolve_backend
+from megatron_carve.kernels import require_triton_convolution, require_triton_support, resolve_backend
 from megatron_carve.launch import join_processes, on_first_process, use_device, world_size
 from megatron_carve.notices import say_once
 from megatron_carve.patches import cpu_mode, layer_symbols
@@ -77,7 +77,7 @@ def prepare(recipe: Recipe) -> Plan:
     if device == "cpu":
         cpu_mode.apply()  # before Megatron is imported, so that it does not pick GPU libraries
     check_layout(recipe, world_size())
-    _check_backend(recipe, device)
+    check_backend(recipe, device)
     folder = RunFolder(recipe.run.path)
     store, rank, _ = join_processes()
     start = on_first_process(store, rank, "start", lambda: _find_start(recipe, folder))
@@ -88,7 +88,7 @@ def prepare(recipe: Recipe) -> Plan:
     return Plan(recipe, folder, store, rank, device, layers, argv, start, text)
 
 
-def _check_backend(recipe: Recipe, device: str) -> None:
+def check_backend(recipe: Recipe, device: str) -> None:
     """Raise NotImplementedError if the chosen kernels cannot serve the recipe's mixers."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[recipe.training.precision]
     try:
@@ -96,6 +96,7 @@ def _check_backend(recipe: Recipe, device: str) -> None:
             for letter, kind in MIXER_LETTERS.items():
                 if letter in recipe.model.pattern:
                     require_triton_support(kind, dtype, recipe.mixer.key_head_dim, recipe.mixer.value_head_dim)
+                    require_triton_convolution(recipe.mixer.conv_width)
     except NotImplementedError as error:
         raise NotImplementedError(f"model.mixer_backend: {error}") from None
 

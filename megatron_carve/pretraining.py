@@ -42,6 +42,10 @@ class MixerTransformerConfig(TransformerConfig):
     """config.MixerOptions by name."""
     mixer_backend: str = "auto"
     """"auto", "triton" or "torch"."""
+    mixer_recompute: bool = False
+    """Compute the recurrence again in the backward instead of keeping what it needs."""
+    mixer_packed_order: str = "document"
+    """How packed sequences are divided over context-parallel ranks: "document" or "sequence"."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ def model_config(args: Any, recipe: Recipe, layers: LayerImplementation) -> Any:
     # Attributes of the arguments are stored in Megatron's checkpoints.
     args.mixer = recipe.mixer.options
     args.mixer_backend = recipe.model.mixer_backend
+    args.mixer_recompute = recipe.model.mixer_recompute
     config = hybrid_config_from_args(args, config=core_transformer_config_from_args(args, MixerTransformerConfig))
     config.hybrid_stack_spec = stack_spec(layers)
     return config

@@ -72,6 +72,9 @@ class Model(_Checked):
     layers: Literal["auto", "transformer_engine", "local"] = "auto"
     """auto: Transformer Engine's layers when it is installed and a GPU is used."""
     mixer_backend: Literal["auto", "triton", "torch"] = "auto"
+    mixer_recompute: bool = False
+    """Compute convolution, norms and recurrence of a mixer again in the backward, from its projections: less memory,
+    the same numbers."""
 
     def check(self) -> None:
         for stage in self.pattern.replace("|", "/").split("/"):

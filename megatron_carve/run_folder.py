@@ -124,7 +124,7 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
     """What a checkpoint of this recipe's model depends on, by recipe key; the parallel layout is not part of it."""
     values = recipe.to_dict()
     model = values["model"]
-    for choice_of_implementation in ("layers", "mixer_backend", "init_std"):
+    for choice_of_implementation in ("layers", "mixer_backend", "mixer_recompute", "init_std"):
         del model[choice_of_implementation]
     model["pattern"] = model["pattern"].replace("|", "")
     flat = {f"model.{k}": v for k, v in model.items()}

@@ -31,6 +31,7 @@ def single(tmp_path_factory):
         {"tp": 2, "cp": 2},
         {"pp": 2, "cp": 2},
         {"recompute": "full"},
+        {"mixer_recompute": True, "cp": 2},
     ],
     ids=lambda layout: " ".join(f"{k}={v}" for k, v in layout.items()),
 )

@@ -124,6 +124,29 @@ def test_packed_documents_equal_the_documents_alone(kind):
 
 
 @pytest.mark.parametrize("kind", ["carve", "gdn2"])
+def test_recomputation_changes_no_bit_and_keeps_less(kind):
+    mixer = perturbed(build(kind))
+    hidden = hidden_states()
+
+    def run(recompute: bool) -> tuple[list[torch.Tensor], int]:
+        mixer.recompute = recompute
+        x = hidden.clone().requires_grad_()
+        kept: dict[int, int] = {}
+
+        def keep(t: torch.Tensor) -> torch.Tensor:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out, _ = mixer(x)
+        return [out, *torch.autograd.grad(out.square().sum(), [x, *mixer.parameters()])], sum(kept.values())
+
+    (plain, all_bytes), (again, few_bytes) = run(False), run(True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert few_bytes < all_bytes / 2
+
+
+@pytest.mark.parametrize("kind", ["carve", "gdn2"])
 @pytest.mark.parametrize(("negative", "limit"), [(False, 1.0), (True, 2.0)])
 def test_negative_eigenvalues_double_the_erase_gate(kind, negative, limit, monkeypatch):
     mixer = build(kind, options={"negative_eigenvalues": negative})
@@ -193,3 +216,25 @@ def perturbed(module: torch.nn.Module) -> torch.nn.Module:
         for p in module.parameters():
             p += 0.2 * torch.randn_like(p)
     return module
+
+
+@pytest.mark.parametrize("kind", ["carve", "gdn2"])
+def test_both_backends_agree(kind):
+    """Outputs and all gradients, through projections' slices as the kernels meet them in a model."""
+    from support import interpreter
+
+    sizes = {"linear_num_value_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
+    mixer = perturbed(build(kind, options={"conv_bias": True}, **sizes))
+    hidden = torch.randn(80, 1, HIDDEN, device=interpreter.DEVICE)
+    found = []
+    for backend in ("torch", "triton"):
+        mixer.backend = backend
+        x = hidden.clone().requires_grad_()
+        out = mixer(x)[0]
+        names, parameters = zip(*mixer.named_parameters(), strict=True)
+        gradients = torch.autograd.grad((out * out.detach().cos()).sum(), [x, *parameters])
+        found.append({"out": out} | dict(zip(["x", *names], gradients, strict=True)))
+    for name, expected in found[0].items():
+        assert expected.norm() > 0, f"{name} is zero, so comparing it shows nothing"
+        error = ((found[1][name] - expected).norm() / expected.norm()).item()
+        assert error < 2e-5, f"{name}: relative error {error:.1e}"

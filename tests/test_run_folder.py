@@ -238,7 +238,7 @@ class TestSameModel:
             ["training.seq_length=256", "training.global_batch_size=64"],
             ["parallel.tensor=2", "parallel.overlap=false"],
             ["parallel.distributed_optimizer=false", "training.precision=fp32"],
-            ["model.layers=local", "model.mixer_backend=torch", "model.init_std=0.01"],
+            ["model.layers=local", "model.mixer_backend=torch", "model.mixer_recompute=true", "model.init_std=0.01"],
             ["mixer.content_grad=detached"],
             ["data.recall.num_pairs=2", "data.recall.num_overwrites=1"],
             ["checkpoint.interval=null", "run.log_interval=1", "run.name=other"],

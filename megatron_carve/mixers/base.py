@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
@@ -12,20 +14,16 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_carve.checkpoint import sharded_mixer_state
 from megatron_carve.config import MixerConfig, MixerKind, MixerOptions
-from megatron_carve.kernels import resolve_backend
 from megatron_carve.mixers.parts import GatedHeadNorm, HeadParallelLinear, LogDecay, ShortConvolution
 from megatron_carve.parallel import HeadExchange, PackedOrder, packed_boundaries
 from megatron_carve.patches import mixed_precision_groups
 
 # The projection's sections that pass the short convolution: the first ones, in this order.
 CONVOLVED = ("query", "key", "value")
-
-# Triton's kernels for what surrounds the recurrence are tested in its interpreter alone: torch's until they have run
-# on a GPU (`pytest -m gpu tests/gpu/test_gpu_surroundings.py`).
-SURROUNDINGS_BACKEND = "torch"
 
 
 @dataclass
@@ -59,8 +57,10 @@ class LinearAttentionMixer(MegatronModule):
         options: MixerOptions by name; they win over `config.mixer`.
         pg_collection: Megatron's process groups; `tp` and `cp` are used.
 
-    `config.mixer_backend` ("auto", "triton" or "torch") goes to the op; `config.mixer_packed_order` says how packed
-    sequences are divided over context-parallel ranks ("document", as Megatron does, or "sequence").
+    `config.mixer_backend` ("auto", "triton" or "torch") goes to the op, the convolution and the norms. With
+    `config.mixer_recompute` the convolution, the norms of queries and keys and the op run again in the backward, from
+    the projections, instead of being kept. `config.mixer_packed_order` says how packed sequences are divided over
+    context-parallel ranks ("document", as Megatron does, or "sequence").
 
     Raises:
         ValueError: sizes that do not fit each other or the parallel groups.
@@ -91,6 +91,7 @@ class LinearAttentionMixer(MegatronModule):
         self.exchange = HeadExchange(pg_collection.cp)
         self.mixer.check_parallel(self.tp_size, self.exchange.size)
         self.backend = getattr(config, "mixer_backend", "auto")
+        self.recompute = getattr(config, "mixer_recompute", False)
         self.packed_order: PackedOrder = getattr(config, "mixer_packed_order", "document")
         self.sections = self.mixer.projection_sections(self.kind)
         self.local_sizes = {s.name: s.size // self.tp_size for s in self.sections}
@@ -170,10 +171,13 @@ class LinearAttentionMixer(MegatronModule):
         projected, _ = self.in_proj(hidden_states)
         order = self.exchange.order(projected.shape[0], packed_seq_params, self.packed_order, projected.device)
         pieces, gate = self._pieces(projected)
-        inputs = self._op_inputs(self.exchange.to_heads(pieces, order), cu_seqlens)
-        out = self.mix(inputs, resolve_backend(self.backend, projected.device), cu_seqlens)
+        mine = self.exchange.to_heads(pieces, order)
+        if self.recompute and torch.is_grad_enabled():
+            out = checkpoint(self._recurrence, cu_seqlens, *mine, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = self._recurrence(cu_seqlens, *mine)
         out = self.exchange.to_tokens(out.transpose(0, 1).flatten(-2), order).unflatten(-1, (-1, out.shape[-1]))
-        out = self.out_norm(out, gate.unflatten(-1, out.shape[-2:]), SURROUNDINGS_BACKEND)
+        out = self.out_norm(out, gate.unflatten(-1, out.shape[-2:]), self.backend)
         return self.out_proj(out.flatten(-2).contiguous())
 
     def _pieces(self, projected: Tensor) -> tuple[list[tuple[Tensor, list[int]]], Tensor]:
@@ -190,10 +194,14 @@ class LinearAttentionMixer(MegatronModule):
         by_token = [(x, [x.shape[-1]]) for x in (decay, part["erase"], part["write"])]
         return [(first, convolved), *by_token], gate
 
-    def _op_inputs(self, pieces: list[Tensor], cu_seqlens: Tensor | None) -> MixerInputs:
+    def _recurrence(self, cu_seqlens: Tensor | None, *pieces: Tensor) -> Tensor:
+        """From the pieces of this rank's heads to the op's output, [B, T, HV, V]; what recomputation computes twice."""
+        return self.mix(self._op_inputs(pieces, cu_seqlens), cu_seqlens)
+
+    def _op_inputs(self, pieces: Sequence[Tensor], cu_seqlens: Tensor | None) -> MixerInputs:
         """The pieces of this rank's heads, [T, B, channels], as the op takes them."""
         convolved, decay, erase, write = (x.transpose(0, 1) for x in pieces)
-        q, k, v = self.conv(convolved, self.exchange, cu_seqlens, SURROUNDINGS_BACKEND)
+        q, k, v = self.conv(convolved, self.exchange, cu_seqlens, self.backend)
         by_key = (-1, self.mixer.key_head_dim)
         return MixerInputs(
             q=q.unflatten(-1, by_key),
@@ -212,7 +220,7 @@ class LinearAttentionMixer(MegatronModule):
             gate = self.gate_up(all_gather_last_dim_from_tensor_parallel_region(gate, group=self.tp_group))
         return decay, gate
 
-    def mix(self, inputs: MixerInputs, backend: str, cu_seqlens: Tensor | None) -> Tensor:
+    def mix(self, inputs: MixerInputs, cu_seqlens: Tensor | None) -> Tensor:
         """Apply the variant's gates and op. Returns [B, T, HV, V]."""
         raise NotImplementedError
 

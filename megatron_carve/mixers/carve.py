@@ -27,7 +27,7 @@ class CarveMixer(LinearAttentionMixer):
         # Zero: the layer starts as GDN-2 with a scalar write gate, and content_up gets a gradient at the first step.
         nn.init.zeros_(self.content_up)
 
-    def mix(self, inputs: MixerInputs, backend: str, cu_seqlens: Tensor | None) -> Tensor:
+    def mix(self, inputs: MixerInputs, cu_seqlens: Tensor | None) -> Tensor:
         out, _ = chunk_carve(
             inputs.q, inputs.k, inputs.v, inputs.g, inputs.erase,
             inputs.write, self.exchange.share(self.content_down), self.exchange.share(self.content_up),
@@ -37,6 +37,6 @@ class CarveMixer(LinearAttentionMixer):
             content_grad=self.mixer.content_grad,
             erase_scale=self.erase_scale,
             cu_seqlens=cu_seqlens,
-            backend=backend,
+            backend=self.backend,
         )  # fmt: skip
         return out

@@ -13,7 +13,7 @@ class GDN2Mixer(LinearAttentionMixer):
 
     kind = "gdn2"
 
-    def mix(self, inputs: MixerInputs, backend: str, cu_seqlens: Tensor | None) -> Tensor:
+    def mix(self, inputs: MixerInputs, cu_seqlens: Tensor | None) -> Tensor:
         out, _ = chunk_gdn2(
             inputs.q, inputs.k, inputs.v, inputs.g, inputs.erase,
             inputs.write.unflatten(-1, inputs.v.shape[-2:]),
@@ -21,6 +21,6 @@ class GDN2Mixer(LinearAttentionMixer):
             gate_logits=True,
             erase_scale=self.erase_scale,
             cu_seqlens=cu_seqlens,
-            backend=backend,
+            backend=self.backend,
         )  # fmt: skip
         return out

@@ -3,8 +3,11 @@
 import importlib.util
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import torch
 from support.train import losses, train
 
 pytestmark = pytest.mark.gpu
@@ -71,6 +74,34 @@ def branch_off_at_step_20(folder, source, name, *words):
     out = train(folder, *SHORT, f"run.name={name}", *words).stdout
     assert "resuming at step 20" in out
     return out
+
+
+def test_both_backends_and_recomputation_train_the_same_model(tmp_path):
+    """200 steps on text (this project's own) in bfloat16, CARVE, attention and GDN-2."""
+    sources = sorted(Path(__file__).parents[2].glob("megatron_carve/*.py"))
+    (tmp_path / "text.txt").write_text("\n".join(source.read_text() for source in sources))
+    words = [
+        "debug", "data.text=text.txt", "model.pattern=C-*-2-", "mixer.num_key_heads=2", "mixer.num_value_heads=2",
+        "mixer.key_head_dim=64", "mixer.value_head_dim=64", "training.steps=200", "training.seq_length=192",
+        "training.micro_batch_size=16", "training.global_batch_size=16", "training.precision=bf16", "training.lr=2e-3",
+        "training.eval_interval=200", "checkpoint.interval=null", "run.log_interval=1",
+    ]  # fmt: skip
+    runs = {
+        "torch": ["model.mixer_backend=torch"],
+        "triton": ["model.mixer_backend=triton"],
+        "recomputed": ["model.mixer_backend=triton", "model.mixer_recompute=true"],
+    }
+    with ThreadPoolExecutor() as pool:  # torch takes minutes, bound by its many launches
+        list(pool.map(lambda run: train(tmp_path, *words, f"run.name={run}", *runs[run]), runs))
+    curves = {name: torch.tensor(list(losses(tmp_path, name).values())) for name in runs}
+    assert len(curves["torch"]) == 200
+    assert curves["recomputed"].equal(curves["triton"])
+    assert curves["torch"][-20:].mean() < 2.6 < 5 < curves["torch"][0]
+    # bfloat16's rounding errors make two runs part; means over 20 steps stay together
+    means = {name: curve.unflatten(0, (10, 20)).mean(1) for name, curve in curves.items()}
+    difference = (means["triton"] / means["torch"] - 1).abs()
+    print("relative difference of 20-step means:", [f"{x:.1e}" for x in difference.tolist()])
+    assert difference.max() < 0.02
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -230,3 +230,18 @@ def test_auto_is_triton_on_a_gpu_and_torch_elsewhere(caplog: pytest.LogCaptureFi
             assert resolve_backend(backend, torch.device("cpu")) == "torch"
     assert resolve_backend("auto", torch.device("cuda")) == "triton"
     assert [record.message for record in caplog.records] == ["backend 'auto' on cpu: torch"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("mixer.conv_width=9", "expected at most 8 taps in the short convolution, got 9"),
+        ("mixer.key_head_dim=48", "expected K of 32, 64, 96, 128 for carve in float32, got 48"),
+    ],
+)
+def test_recipe_beyond_the_kernels_is_refused_before_the_start(change, message):
+    from megatron_carve.preflight import check_backend
+    from megatron_carve.recipe import load_recipe
+
+    with pytest.raises(NotImplementedError, match=f"model.mixer_backend: .*{message}"):
+        check_backend(load_recipe("debug", [change]), "cuda")

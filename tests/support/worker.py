@@ -98,6 +98,7 @@ def transformer_config(job: dict):
         linear_key_head_dim=8,
         linear_value_head_dim=12,
         mixer={"content_rank": 4, **job.get("mixer", {})},
+        mixer_recompute=job.get("mixer_recompute", False),
         normalization="RMSNorm",
         add_bias_linear=False,
         gated_linear_unit=True,
