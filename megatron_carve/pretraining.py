@@ -44,6 +44,8 @@ class MixerTransformerConfig(TransformerConfig):
     """"auto", "triton" or "torch"."""
     mixer_recompute: bool = False
     """Compute the recurrence again in the backward instead of keeping what it needs."""
+    mixer_context: str = "auto"
+    """How context-parallel ranks share a mixer's work: "auto", "heads" or "sequence"."""
     mixer_packed_order: str = "document"
     """How packed sequences are divided over context-parallel ranks: "document" or "sequence"."""
 
@@ -114,6 +116,7 @@ def model_config(args: Any, recipe: Recipe, layers: LayerImplementation) -> Any:
     args.mixer = recipe.mixer.options
     args.mixer_backend = recipe.model.mixer_backend
     args.mixer_recompute = recipe.model.mixer_recompute
+    args.mixer_context = recipe.parallel.context_method
     config = hybrid_config_from_args(args, config=core_transformer_config_from_args(args, MixerTransformerConfig))
     config.hybrid_stack_spec = stack_spec(layers)
     return config

@@ -68,7 +68,8 @@ class Recipe:
                     "parallel.distributed_optimizer: expected true with C or 2 layers in "
                     f"{self.training.precision}, since Megatron's plain optimizer cannot save their float32 decay"
                 )
-            for name, sizes in (("tensor", (self.parallel.tensor,)), ("context", (self.parallel.tensor, context))):
+            by_heads = context if self.parallel.context_method == "heads" else 1
+            for name, sizes in (("tensor", (self.parallel.tensor,)), ("context", (self.parallel.tensor, by_heads))):
                 try:
                     self.mixer.check_parallel(*sizes)
                 except ValueError as error:

@@ -250,8 +250,12 @@ class Parallel(_Checked):
     """Sequence parallelism among tensor-parallel ranks; no effect at tensor = 1."""
     pipeline: int = 1
     context: int = 1
-    """Tokens of a sequence spread over ranks. In the mixers they become heads: it divides the key heads of a
-    tensor-parallel rank, and 2 * context divides training.seq_length. Attention needs Transformer Engine's layers."""
+    """Ranks over which the tokens of a sequence are spread; 2 * context divides training.seq_length. Attention needs
+    Transformer Engine's layers for it."""
+    context_method: Literal["auto", "heads", "sequence"] = "auto"
+    """How these ranks share a mixer's work. heads: each computes a part of the heads for all tokens; context divides
+    the key heads of a tensor-parallel rank. sequence: each computes all heads for its part of the tokens, from the
+    state of the rank before; CARVE's ranks wait for each other. auto: heads where they divide."""
     distributed_optimizer: bool = True
     """Optimizer state spread over data-parallel ranks."""
     overlap: bool = True

@@ -14,17 +14,34 @@ WORKER = Path(__file__).parent / "support" / "context_worker.py"
 
 
 @pytest.mark.parametrize(
-    ("processes", "kind", "packed", "order", "options"),
+    ("processes", "kind", "packed", "order", "method", "options"),
     [
-        (2, "carve", False, "document", {}),
-        (4, "gdn2", False, "document", {"conv_bias": True}),
-        (2, "carve", True, "document", {"decay_projection": "full_rank", "output_gate_projection": "full_rank"}),
-        (2, "gdn2", True, "document", {}),
-        (2, "carve", True, "sequence", {"conv_bias": True}),
+        (2, "carve", False, "document", "heads", {}),
+        (4, "gdn2", False, "document", "heads", {"conv_bias": True}),
+        (
+            2,
+            "carve",
+            True,
+            "document",
+            "heads",
+            {"decay_projection": "full_rank", "output_gate_projection": "full_rank"},
+        ),
+        (2, "gdn2", True, "document", "heads", {}),
+        (2, "carve", True, "sequence", "heads", {"conv_bias": True}),
+        (2, "gdn2", False, "document", "sequence", {"conv_bias": True}),
+        (4, "gdn2", True, "document", "sequence", {}),
+        (2, "gdn2", True, "sequence", "sequence", {"conv_bias": True}),
+        (4, "carve", False, "document", "sequence", {}),
+        (4, "carve", True, "document", "sequence", {"conv_bias": True}),
+        (2, "carve", True, "sequence", "sequence", {"content_grad": "detached"}),
     ],
 )
-def test_group_equals_one_process(processes, kind, packed, order, options):
-    job = {"kind": kind, "packed": packed, "order": order, "options": options}
+def test_group_equals_one_process(processes, kind, packed, order, method, options):
+    # a number of heads that four ranks do not divide, where they need not
+    heads = 4 if method == "heads" else 2
+    job = {
+        "kind": kind, "packed": packed, "order": order, "method": method, "key_heads": heads, "options": options,
+    }  # fmt: skip
     launch(processes, [str(WORKER), json.dumps(job)])
 
 

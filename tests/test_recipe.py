@@ -394,7 +394,7 @@ class TestRanges:
                 "training.seq_length: expected a multiple of 2 * parallel.context = 4, got 66",
             ),
             (
-                ["parallel.tensor=2", "parallel.context=4", "training.seq_length=64"],
+                ["parallel.tensor=2", "parallel.context=4", "parallel.context_method=heads", "training.seq_length=64"],
                 "parallel.context: context parallel size 4 does not divide the 2 key heads of a tensor-parallel rank "
                 "(num_key_heads=4, tensor parallel size 2); legal sizes: 1, 2",
             ),

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_carve.checkpoint import sharded_mixer_state
 from megatron_carve.config import MixerConfig, MixerKind, MixerOptions
 from megatron_carve.mixers.parts import GatedHeadNorm, HeadParallelLinear, LogDecay, ShortConvolution
-from megatron_carve.parallel import HeadExchange, PackedOrder, packed_boundaries
+from megatron_carve.parallel import HeadExchange, PackedOrder, Span, context_exchange, packed_boundaries
 from megatron_carve.patches import mixed_precision_groups
 
 # The projection's sections that pass the short convolution: the first ones, in this order.
@@ -59,8 +59,9 @@ class LinearAttentionMixer(MegatronModule):
 
     `config.mixer_backend` ("auto", "triton" or "torch") goes to the op, the convolution and the norms. With
     `config.mixer_recompute` the convolution, the norms of queries and keys and the op run again in the backward, from
-    the projections, instead of being kept. `config.mixer_packed_order` says how packed sequences are divided over
-    context-parallel ranks ("document", as Megatron does, or "sequence").
+    the projections, instead of being kept. `config.mixer_context` says how a context-parallel group shares a layer's
+    work (see parallel.py), `config.mixer_packed_order` how packed sequences were divided over it ("document", as
+    Megatron does, or "sequence").
 
     Raises:
         ValueError: sizes that do not fit each other or the parallel groups.
@@ -88,8 +89,12 @@ class LinearAttentionMixer(MegatronModule):
         self.mixer = mixer_config(config, options)
         self.tp_group = pg_collection.tp
         self.tp_size = self.tp_group.size()
-        self.exchange = HeadExchange(pg_collection.cp)
-        self.mixer.check_parallel(self.tp_size, self.exchange.size)
+        self.mixer.check_parallel(self.tp_size)
+        self.exchange = context_exchange(
+            pg_collection.cp, getattr(config, "mixer_context", "auto"), self.mixer.num_key_heads // self.tp_size
+        )
+        if isinstance(self.exchange, HeadExchange):
+            self.mixer.check_parallel(self.tp_size, self.exchange.size)
         self.backend = getattr(config, "mixer_backend", "auto")
         self.recompute = getattr(config, "mixer_recompute", False)
         self.packed_order: PackedOrder = getattr(config, "mixer_packed_order", "document")
@@ -171,12 +176,13 @@ class LinearAttentionMixer(MegatronModule):
         projected, _ = self.in_proj(hidden_states)
         order = self.exchange.order(projected.shape[0], packed_seq_params, self.packed_order, projected.device)
         pieces, gate = self._pieces(projected)
-        mine = self.exchange.to_heads(pieces, order)
+        mine = self.exchange.enter(pieces, order)
+        span = self.exchange.span(mine[0], cu_seqlens)
         if self.recompute and torch.is_grad_enabled():
-            out = checkpoint(self._recurrence, cu_seqlens, *mine, use_reentrant=False, preserve_rng_state=False)
+            out = checkpoint(self._recurrence, span, *mine, use_reentrant=False, preserve_rng_state=False)
         else:
-            out = self._recurrence(cu_seqlens, *mine)
-        out = self.exchange.to_tokens(out.transpose(0, 1).flatten(-2), order).unflatten(-1, (-1, out.shape[-1]))
+            out = self._recurrence(span, *mine)
+        out = self.exchange.leave(out.transpose(0, 1).flatten(-2), order).unflatten(-1, (-1, out.shape[-1]))
         out = self.out_norm(out, gate.unflatten(-1, out.shape[-2:]), self.backend)
         return self.out_proj(out.flatten(-2).contiguous())
 
@@ -194,14 +200,14 @@ class LinearAttentionMixer(MegatronModule):
         by_token = [(x, [x.shape[-1]]) for x in (decay, part["erase"], part["write"])]
         return [(first, convolved), *by_token], gate
 
-    def _recurrence(self, cu_seqlens: Tensor | None, *pieces: Tensor) -> Tensor:
-        """From the pieces of this rank's heads to the op's output, [B, T, HV, V]; what recomputation computes twice."""
-        return self.mix(self._op_inputs(pieces, cu_seqlens), cu_seqlens)
+    def _recurrence(self, span: Span, *pieces: Tensor) -> Tensor:
+        """From exchanged pieces to the op's output, [B, T, HV, V]; what recomputation computes twice."""
+        return self.mix(self._op_inputs(pieces, span), span)
 
-    def _op_inputs(self, pieces: Sequence[Tensor], cu_seqlens: Tensor | None) -> MixerInputs:
-        """The pieces of this rank's heads, [T, B, channels], as the op takes them."""
+    def _op_inputs(self, pieces: Sequence[Tensor], span: Span) -> MixerInputs:
+        """Exchanged pieces, [T, B, channels], as the op takes them."""
         convolved, decay, erase, write = (x.transpose(0, 1) for x in pieces)
-        q, k, v = self.conv(convolved, self.exchange, cu_seqlens, self.backend)
+        q, k, v = self.conv(convolved, self.exchange, span, self.backend)
         by_key = (-1, self.mixer.key_head_dim)
         return MixerInputs(
             q=q.unflatten(-1, by_key),
@@ -220,7 +226,7 @@ class LinearAttentionMixer(MegatronModule):
             gate = self.gate_up(all_gather_last_dim_from_tensor_parallel_region(gate, group=self.tp_group))
         return decay, gate
 
-    def mix(self, inputs: MixerInputs, cu_seqlens: Tensor | None) -> Tensor:
+    def mix(self, inputs: MixerInputs, span: Span) -> Tensor:
         """Apply the variant's gates and op. Returns [B, T, HV, V]."""
         raise NotImplementedError
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron_carve.kernels import chunk_carve
 from megatron_carve.mixers.base import LinearAttentionMixer, MixerInputs
 from megatron_carve.mixers.parts import tensor_parallel_parameter
+from megatron_carve.parallel import Span
+from megatron_carve.state_passing import chunk_carve
 
 
 class CarveMixer(LinearAttentionMixer):
@@ -27,16 +28,14 @@ class CarveMixer(LinearAttentionMixer):
         # Zero: the layer starts as GDN-2 with a scalar write gate, and content_up gets a gradient at the first step.
         nn.init.zeros_(self.content_up)
 
-    def mix(self, inputs: MixerInputs, cu_seqlens: Tensor | None) -> Tensor:
-        out, _ = chunk_carve(
-            inputs.q, inputs.k, inputs.v, inputs.g, inputs.erase,
+    def mix(self, inputs: MixerInputs, span: Span) -> Tensor:
+        return chunk_carve(
+            span, inputs.q, inputs.k, inputs.v, inputs.g, inputs.erase,
             inputs.write, self.exchange.share(self.content_down), self.exchange.share(self.content_up),
             **self.decay(self.exchange),
             gate_logits=True,
             content_chunk=self.mixer.content_chunk,
             content_grad=self.mixer.content_grad,
             erase_scale=self.erase_scale,
-            cu_seqlens=cu_seqlens,
             backend=self.backend,
         )  # fmt: skip
-        return out

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_carve.kernels import chunk_gdn2
 from megatron_carve.mixers.base import LinearAttentionMixer, MixerInputs
+from megatron_carve.parallel import Span
+from megatron_carve.state_passing import chunk_gdn2
 
 
 class GDN2Mixer(LinearAttentionMixer):
@@ -13,14 +14,12 @@ class GDN2Mixer(LinearAttentionMixer):
 
     kind = "gdn2"
 
-    def mix(self, inputs: MixerInputs, cu_seqlens: Tensor | None) -> Tensor:
-        out, _ = chunk_gdn2(
-            inputs.q, inputs.k, inputs.v, inputs.g, inputs.erase,
+    def mix(self, inputs: MixerInputs, span: Span) -> Tensor:
+        return chunk_gdn2(
+            span, inputs.q, inputs.k, inputs.v, inputs.g, inputs.erase,
             inputs.write.unflatten(-1, inputs.v.shape[-2:]),
             **self.decay(self.exchange),
             gate_logits=True,
             erase_scale=self.erase_scale,
-            cu_seqlens=cu_seqlens,
             backend=self.backend,
         )  # fmt: skip
-        return out

@@ -14,7 +14,8 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_carve.kernels.surroundings import convolve_qkv, gated_head_norm
-from megatron_carve.parallel import HeadExchange
+from megatron_carve.parallel import Exchange, Span
+from megatron_carve.state_passing import with_tokens_before
 
 # Range of the initial step sizes softplus(dt_bias), and of exp(A_log).
 STEP_RANGE = (0.001, 0.1)
@@ -55,18 +56,22 @@ class ShortConvolution(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(
-        self, x: Tensor, exchange: HeadExchange, cu_seqlens: Tensor | None, backend: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x holds the channels of this context-parallel rank's share of the heads."""
+    def forward(self, x: Tensor, exchange: Exchange, span: Span, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+        """x holds the tokens and the heads' channels that the exchange gave to this context-parallel rank."""
         weight, bias = (None if p is None else self._share(p, exchange) for p in (self.weight, self.bias))
-        return convolve_qkv(
-            x, weight, bias, key_channels=self.key_channels // exchange.size, key_head_dim=self.key_head_dim,
+        cu_seqlens, before = span.cu_seqlens, 0
+        if span.group is not None:
+            before = self.weight.shape[1] - 1
+            x, cu_seqlens = with_tokens_before(x, span, before)
+        mixed = convolve_qkv(
+            x, weight, bias, key_channels=self.key_channels // exchange.shares, key_head_dim=self.key_head_dim,
             cu_seqlens=cu_seqlens, backend=backend,
         )  # fmt: skip
+        q, k, v = (part[:, before:] for part in mixed)
+        return q, k, v
 
-    def _share(self, parameter: Tensor, exchange: HeadExchange) -> Tensor:
-        if exchange.size == 1:
+    def _share(self, parameter: Tensor, exchange: Exchange) -> Tensor:
+        if exchange.shares == 1:
             return parameter
         sections = parameter.split([self.key_channels, self.key_channels, self.channels - 2 * self.key_channels])
         return torch.cat([exchange.share(section) for section in sections])
@@ -127,7 +132,7 @@ class LogDecay(nn.Module):
             step = self.dt_bias.uniform_(*map(math.log, STEP_RANGE)).exp_()
             step.add_(torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
-    def forward(self, exchange: HeadExchange) -> dict[str, Tensor]:
+    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """The ops' arguments beside a raw decay, of this context-parallel rank's share of the heads."""
         dt_bias = self.dt_bias.unflatten(0, (self.A_log.shape[0], -1))
         return {"A_log": exchange.share(self.A_log), "dt_bias": exchange.share(dt_bias)}

@@ -8,8 +8,9 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 
-DOCUMENTS = (8, 72, 16, 4, 28)
-TOKENS = sum(DOCUMENTS)
+# Divided one by one their lengths are multiples of 2 * size; divided as one sequence they may be odd.
+DOCUMENTS = {"document": (8, 72, 16, 8, 24), "sequence": (7, 73, 17, 0, 31)}
+TOKENS = 128
 HIDDEN = 32
 
 
@@ -22,8 +23,10 @@ def main(job: dict) -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from support.models import config
 
+    from megatron_carve import state_passing
     from megatron_carve.specs import mixer_layer_spec
 
+    state_passing.PROGRAMS_IN_TURN = 2  # several turns
     dist.init_process_group("gloo")
     size, rank = dist.get_world_size(), dist.get_rank()
     parallel_state.initialize_model_parallel(context_parallel_size=size)
@@ -34,8 +37,8 @@ def main(job: dict) -> None:
     for cp_group in (groups.cp, solo):
         model_parallel_cuda_manual_seed(7)
         groups.cp = cp_group
-        settings = config(linear_num_key_heads=4, linear_num_value_heads=8)
-        settings.mixer_packed_order = job["order"]
+        settings = config(linear_num_key_heads=job["key_heads"], linear_num_value_heads=2 * job["key_heads"])
+        settings.mixer_packed_order, settings.mixer_context = job["order"], job["method"]
         mixers.append(spec.module(settings, spec.submodules, 1, pg_collection=groups, **spec.params))
     ours, alone = mixers
     with torch.no_grad():
@@ -44,8 +47,9 @@ def main(job: dict) -> None:
             mine.copy_(theirs)
 
     generator = torch.Generator().manual_seed(1)
-    hidden, weights = (torch.randn(TOKENS, 1, HIDDEN, generator=generator) for _ in range(2))
-    mine = places(rank, size, (TOKENS,) if job["packed"] is False or job["order"] == "sequence" else DOCUMENTS)
+    batch = 1 if job["packed"] else 2
+    hidden, weights = (torch.randn(TOKENS, batch, HIDDEN, generator=generator) for _ in range(2))
+    mine = places(rank, size, DOCUMENTS["document"] if job["packed"] and job["order"] == "document" else (TOKENS,))
     expected = step(alone, hidden, weights, packed(job))
     found = step(ours, hidden[mine], weights[mine], packed(job))
     for name, x in found.items():
@@ -73,7 +77,7 @@ def packed(job: dict):
 
     if not job["packed"]:
         return None
-    ends = torch.tensor([0, *accumulate(DOCUMENTS)], dtype=torch.int32)
+    ends = torch.tensor([0, *accumulate(DOCUMENTS[job["order"]])], dtype=torch.int32)
     return PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
 
 

@@ -99,6 +99,7 @@ def transformer_config(job: dict):
         linear_value_head_dim=12,
         mixer={"content_rank": 4, **job.get("mixer", {})},
         mixer_recompute=job.get("mixer_recompute", False),
+        mixer_context=job.get("mixer_context", "auto"),
         normalization="RMSNorm",
         add_bias_linear=False,
         gated_linear_unit=True,
