@@ -60,6 +60,10 @@ class MixerOptions:
         )
 
 
+# What Transformer Engine asks of both sizes of a matrix in 8 bits.
+FP8_MULTIPLE = 16
+
+
 @dataclass(frozen=True, kw_only=True)
 class MixerConfig(MixerOptions):
     """Sizes and options of a mixer, independent of the hidden size.
@@ -137,6 +141,26 @@ class MixerConfig(MixerOptions):
                 f"context parallel size {context} does not divide the {heads} key heads of a tensor-parallel rank "
                 f"(num_key_heads={self.num_key_heads}, tensor parallel size {tensor}); "
                 f"legal sizes: {', '.join(map(str, legal))}"
+            )
+
+    def check_fp8(self, kind: MixerKind, hidden_size: int, tensor: int) -> None:
+        """Raise ValueError unless both projections can be multiplied in 8 bits on a rank of `tensor`.
+
+        Only they are: convolution, decay, gates, the recurrence and its state stay as they are without.
+        """
+
+        def sizes(ranks: int) -> dict[str, int]:
+            inner = sum(s.size for s in self.projection_sections(kind))
+            return {"hidden_size": hidden_size, "input projection": inner // ranks, "values": self.value_dim // ranks}
+
+        odd = {name: size for name, size in sizes(tensor).items() if size % FP8_MULTIPLE}
+        if odd:
+            divisors = [n for n in range(1, self.num_key_heads + 1) if self.num_key_heads % n == 0]
+            legal = [n for n in divisors if not any(size % FP8_MULTIPLE for size in sizes(n).values())]
+            raise ValueError(
+                f"fp8: expected multiples of {FP8_MULTIPLE} on a tensor-parallel rank, got "
+                f"{', '.join(f'{name} {size}' for name, size in odd.items())}; legal tensor parallel sizes: "
+                f"{', '.join(map(str, legal)) or 'none'}"
             )
 
     def parameter_count(self, kind: MixerKind, hidden_size: int) -> int:

@@ -74,6 +74,12 @@ class Recipe:
                     self.mixer.check_parallel(*sizes)
                 except ValueError as error:
                     raise ValueError(f"parallel.{name}: {error}") from None
+            for letter, kind in MIXER_LETTERS.items():
+                if letter in self.model.pattern and self.megatron.get("fp8"):
+                    try:
+                        self.mixer.check_fp8(kind, self.model.hidden_size, self.parallel.tensor)
+                    except ValueError as error:
+                        raise ValueError(f"megatron.{error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, in the order of the fields: what is saved with a run, and loads again as a recipe."""

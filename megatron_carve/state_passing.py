@@ -193,6 +193,9 @@ class _PassOn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, o: Tensor, turn: Tensor, state: Tensor, group: Any) -> tuple[Tensor, Tensor]:
         ctx.group, ctx.state = group, (state.shape, state.dtype)
+        # Where the forward is computed again in the backward, asking for what was saved here is what begins it: before
+        # this rank waits for the next one, which waits for the state that this rank sends it then.
+        ctx.save_for_backward(turn)
         if group.rank() < group.size() - 1:
             dist.send(state.contiguous(), group=group, group_dst=group.rank() + 1)
         return o.view_as(o), turn.clone()
@@ -200,6 +203,7 @@ class _PassOn(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_o: Tensor, d_turn: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        _ = ctx.saved_tensors
         shape, dtype = ctx.state
         d_state = d_o.new_zeros(shape, dtype=dtype)
         if ctx.group.rank() < ctx.group.size() - 1:

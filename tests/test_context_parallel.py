@@ -1,4 +1,7 @@
-"""Mixers over a context-parallel group: equal to one process, packed or not; what cannot be is refused by name."""
+"""Mixers over a context-parallel group: equal to one process, packed or not; what cannot be is refused by name.
+
+Packed documents have random lengths and are compared with each document run alone.
+"""
 
 import json
 from pathlib import Path
@@ -13,36 +16,31 @@ from megatron_carve.parallel import HeadExchange
 WORKER = Path(__file__).parent / "support" / "context_worker.py"
 
 
+# Kind of mixer, whether documents are packed, the order in which they were divided, options.
+LAYERS = [
+    ("carve", False, "document", {}),
+    ("gdn2", False, "document", {"conv_bias": True}),
+    ("carve", True, "document", {"decay_projection": "full_rank", "output_gate_projection": "full_rank"}),
+    ("gdn2", True, "document", {}),
+    ("carve", True, "sequence", {"conv_bias": True, "content_grad": "detached"}),
+    ("gdn2", True, "sequence", {"conv_bias": True}),
+]
+
+
 @pytest.mark.parametrize(
-    ("processes", "kind", "packed", "order", "method", "options"),
-    [
-        (2, "carve", False, "document", "heads", {}),
-        (4, "gdn2", False, "document", "heads", {"conv_bias": True}),
-        (
-            2,
-            "carve",
-            True,
-            "document",
-            "heads",
-            {"decay_projection": "full_rank", "output_gate_projection": "full_rank"},
-        ),
-        (2, "gdn2", True, "document", "heads", {}),
-        (2, "carve", True, "sequence", "heads", {"conv_bias": True}),
-        (2, "gdn2", False, "document", "sequence", {"conv_bias": True}),
-        (4, "gdn2", True, "document", "sequence", {}),
-        (2, "gdn2", True, "sequence", "sequence", {"conv_bias": True}),
-        (4, "carve", False, "document", "sequence", {}),
-        (4, "carve", True, "document", "sequence", {"conv_bias": True}),
-        (2, "carve", True, "sequence", "sequence", {"content_grad": "detached"}),
-    ],
+    ("processes", "method", "key_heads"),
+    [(1, "auto", 2), (2, "heads", 4), (4, "heads", 4), (2, "auto", 3), (4, "auto", 2)],
 )
-def test_group_equals_one_process(processes, kind, packed, order, method, options):
-    # a number of heads that four ranks do not divide, where they need not
-    heads = 4 if method == "heads" else 2
-    job = {
-        "kind": kind, "packed": packed, "order": order, "method": method, "key_heads": heads, "options": options,
-    }  # fmt: skip
-    launch(processes, [str(WORKER), json.dumps(job)])
+def test_group_equals_one_process(processes, method, key_heads):
+    """Where the heads do not divide, "auto" is by sequence."""
+    jobs = [
+        {
+            "kind": kind, "packed": packed, "order": order, "method": method, "key_heads": key_heads,
+            "options": options, "seed": 10 * processes + i,
+        }
+        for i, (kind, packed, order, options) in enumerate(LAYERS)
+    ]  # fmt: skip
+    launch(processes, [str(WORKER), json.dumps(jobs)])
 
 
 def exchange(size: int) -> HeadExchange:

@@ -399,6 +399,11 @@ class TestRanges:
                 "(num_key_heads=4, tensor parallel size 2); legal sizes: 1, 2",
             ),
             (
+                ["megatron.fp8=hybrid", "parallel.tensor=2", "mixer.num_key_heads=16", "mixer.num_value_heads=16"],
+                "megatron.fp8: expected multiples of 16 on a tensor-parallel rank, got input projection 1064; "
+                "legal tensor parallel sizes: 1",
+            ),
+            (
                 ["parallel.distributed_optimizer=false", "training.precision=bf16"],
                 "parallel.distributed_optimizer: expected true with C or 2 layers in bf16, since Megatron's plain "
                 "optimizer cannot save their float32 decay",

@@ -90,6 +90,8 @@ class LinearAttentionMixer(MegatronModule):
         self.tp_group = pg_collection.tp
         self.tp_size = self.tp_group.size()
         self.mixer.check_parallel(self.tp_size)
+        if getattr(config, "fp8", None):
+            self.mixer.check_fp8(self.kind, config.hidden_size, self.tp_size)
         self.exchange = context_exchange(
             pg_collection.cp, getattr(config, "mixer_context", "auto"), self.mixer.num_key_heads // self.tp_size
         )

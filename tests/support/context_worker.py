@@ -2,35 +2,47 @@
 
 import json
 import os
+import random
 import sys
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
 
-# Divided one by one their lengths are multiples of 2 * size; divided as one sequence they may be odd.
-DOCUMENTS = {"document": (8, 72, 16, 8, 24), "sequence": (7, 73, 17, 0, 31)}
-TOKENS = 128
+TOKENS = 160
 HIDDEN = 32
 
 
-def main(job: dict) -> None:
+def main(jobs: list[dict]) -> None:
     from megatron_carve import patches
 
     patches.cpu_mode.apply()
     from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from support.models import config
 
     from megatron_carve import state_passing
-    from megatron_carve.specs import mixer_layer_spec
 
     state_passing.PROGRAMS_IN_TURN = 2  # several turns
     dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(context_parallel_size=dist.get_world_size())
+    solo = [dist.new_group([i]) for i in range(dist.get_world_size())][dist.get_rank()]
+    for job in jobs:
+        try:
+            compare(job, solo)
+        except Exception as error:
+            raise AssertionError(f"{job}: {error}") from error
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def compare(job: dict, solo) -> None:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from support.models import config
+    from support.parallel import places
+
+    from megatron_carve.specs import mixer_layer_spec
+
     size, rank = dist.get_world_size(), dist.get_rank()
-    parallel_state.initialize_model_parallel(context_parallel_size=size)
-    solo = [dist.new_group([i]) for i in range(size)][rank]
     groups = ProcessGroupCollection.use_mpu_process_groups()
     spec = mixer_layer_spec(job["kind"], "local", options=job["options"]).submodules.self_attention
     mixers = []
@@ -49,9 +61,13 @@ def main(job: dict) -> None:
     generator = torch.Generator().manual_seed(1)
     batch = 1 if job["packed"] else 2
     hidden, weights = (torch.randn(TOKENS, batch, HIDDEN, generator=generator) for _ in range(2))
-    mine = places(rank, size, DOCUMENTS["document"] if job["packed"] and job["order"] == "document" else (TOKENS,))
-    expected = step(alone, hidden, weights, packed(job))
-    found = step(ours, hidden[mine], weights[mine], packed(job))
+    documents = (
+        random_lengths(job["seed"], 2 * size if job["order"] == "document" else 1) if job["packed"] else [TOKENS]
+    )
+    divided = documents if job["order"] == "document" else [TOKENS]
+    mine = places(rank, size, divided)
+    expected = one_by_one(alone, hidden, weights, documents)
+    found = step(ours, hidden[mine], weights[mine], packed(documents) if job["packed"] else None)
     for name, x in found.items():
         truth = expected[name][mine] if name in ("out", "d_hidden") else expected[name]
         if name not in ("out", "d_hidden"):
@@ -59,26 +75,34 @@ def main(job: dict) -> None:
         error = ((x - truth).norm() / truth.norm()).item()
         assert truth.norm() > 0, f"{name} is zero, so comparing it shows nothing"
         assert error < 2e-5, f"{name}: relative error {error:.1e}"
-    dist.barrier()
-    dist.destroy_process_group()
 
 
-def places(rank: int, size: int, lengths: tuple[int, ...]) -> torch.Tensor:
-    """The tokens of a rank: of every document its piece from the front, then its piece from the back."""
-    parts = []
-    for start, length in zip([0, *accumulate(lengths)], lengths, strict=False):
-        pieces = torch.arange(start, start + length).chunk(2 * size)
-        parts += [pieces[rank], pieces[-1 - rank]]
-    return torch.cat(parts)
+def random_lengths(seed: int, multiple: int) -> list[int]:
+    """Five lengths that add up to TOKENS; one is 0 where they need not be multiples."""
+    draw, lengths = random.Random(seed), [0]
+    while max(lengths) <= 80:  # long enough for a content chunk to be seen
+        cuts = sorted(draw.sample(range(multiple, TOKENS, multiple), 4))
+        if multiple == 1:
+            cuts[1] = cuts[2]
+        lengths = [end - start for start, end in pairwise([0, *cuts, TOKENS])]
+    return lengths
 
 
-def packed(job: dict):
+def packed(lengths: list[int]):
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    if not job["packed"]:
-        return None
-    ends = torch.tensor([0, *accumulate(DOCUMENTS[job["order"]])], dtype=torch.int32)
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     return PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
+
+
+def one_by_one(mixer, hidden, weights, lengths: list[int]) -> dict[str, torch.Tensor]:
+    """What step gives for every document alone: by token one after another, of parameters the sum."""
+    parts = zip(hidden.split(lengths), weights.split(lengths), strict=True)
+    found = [step(mixer, x, w, None) for x, w in parts if len(x)]
+    return {
+        name: torch.cat([f[name] for f in found]) if name in ("out", "d_hidden") else sum(f[name] for f in found)
+        for name in found[0]
+    }
 
 
 def step(mixer, hidden, weights, packed_seq_params) -> dict[str, torch.Tensor]:

@@ -1,9 +1,11 @@
-"""Run support.worker under torchrun and read what it found."""
+"""Run programs under torchrun; how Megatron divides tokens over context-parallel ranks."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -12,10 +14,12 @@ WORKER = Path(__file__).with_name("worker.py")
 
 
 def run_layout(out: Path, *, tp: int = 1, pp: int = 1, cp: int = 1, dp: int = 1, sp: bool = False, **job) -> dict:
-    """Losses, gradient norms and whole gradients of a run on tp * pp * cp * dp processes."""
+    """What support.worker found on tp * pp * cp * dp processes: losses and gradient norms of all steps; of the first
+    also outputs, gradients of the embedded tokens and of parameters, put together from all ranks."""
     settings = {
-        "tp": tp, "pp": pp, "cp": cp, "sp": sp, "pattern": "C-2-*-", "dtype": "float32", "steps": 3, "seq_length": 80,
-        "micro_batch_size": 1, "micro_batches": 4, "distributed_optimizer": dp > 1, "out": str(out), **job,
+        "tp": tp, "pp": pp, "cp": cp, "sp": sp, "virtual": 1, "pattern": "C-2-*-", "documents": None,
+        "dtype": "float32", "steps": 3, "seq_length": 80, "micro_batch_size": 1, "micro_batches": 4,
+        "distributed_optimizer": dp > 1, "out": str(out), **job,
     }  # fmt: skip
     launch(tp * pp * cp * dp, [str(WORKER), json.dumps(settings)])
     return torch.load(out, weights_only=False)
@@ -31,3 +35,12 @@ def launch(processes: int, command: list[str], **options) -> subprocess.Complete
     if run.returncode:
         raise AssertionError(f"exit status {run.returncode}\n{run.stdout[-2000:]}\n{run.stderr[-6000:]}")
     return run
+
+
+def places(rank: int, size: int, lengths: Sequence[int]) -> torch.Tensor:
+    """The tokens of a rank: of every document its piece from the front, then its piece from the back."""
+    parts = []
+    for start, length in zip([0, *accumulate(lengths)], lengths, strict=False):
+        pieces = torch.arange(start, start + length).chunk(2 * size)
+        parts += [pieces[rank], pieces[-1 - rank]] if size > 1 else [torch.arange(start, start + length)]
+    return torch.cat(parts)

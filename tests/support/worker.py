@@ -1,4 +1,4 @@
-"""One process of a parallel run on the CPU: builds a model, steps it, and writes losses, gradients and parameters.
+"""One process of a parallel run on the CPU: builds a model, steps it, and writes what it computed.
 
 Run under torchrun by support.parallel; arguments are one JSON object.
 """
@@ -6,6 +6,7 @@ Run under torchrun by support.parallel; arguments are one JSON object.
 import json
 import os
 import sys
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,9 @@ def main(job: dict) -> None:
     patches.cpu_mode.apply()
     patches.layer_symbols.apply()
     patches.torch_adam_resume.apply()
+    from megatron_carve.stack import MixerStack
+
+    patches.mtp_stack(MixerStack).apply()
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -34,40 +38,48 @@ def main(job: dict) -> None:
         tensor_model_parallel_size=job["tp"],
         pipeline_model_parallel_size=job["pp"],
         context_parallel_size=job["cp"],
+        virtual_pipeline_model_parallel_size=job["virtual"] if job["virtual"] > 1 else None,
     )
     model_parallel_cuda_manual_seed(7)
     config = transformer_config(job)
-    model = build_model(config, job)
+    models = [build_model(config, job, stage) for stage in range(job["virtual"])]
     if job.get("save"):
         # Zero-initialised and constant parameters would hide errors: make every parameter matter.
-        perturb(model)
+        for model in models:
+            perturb(model)
         os.makedirs(job["save"], exist_ok=True)
-        dist_checkpointing.save(model.sharded_state_dict(metadata=checkpoint_metadata()), job["save"])
+        dist_checkpointing.save(sharded(models), job["save"])
     else:
-        loaded = dist_checkpointing.load(model.sharded_state_dict(metadata=checkpoint_metadata()), job["load"])
-        model.load_state_dict(loaded, strict=True)
+        loaded = dist_checkpointing.load(sharded(models), job["load"])
+        for name, model in enumerate(models):
+            model.load_state_dict(loaded[str(name)], strict=True)
 
-    ddp = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(use_distributed_optimizer=job["distributed_optimizer"], grad_reduce_in_fp32=True),
-        model,
+    reduction = DistributedDataParallelConfig(
+        use_distributed_optimizer=job["distributed_optimizer"], grad_reduce_in_fp32=True
     )
+    ddp = [
+        DistributedDataParallel(config, reduction, model, disable_bucketing=stage > 0)
+        for stage, model in enumerate(models)
+    ]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam", lr=1e-2, weight_decay=0.0, clip_grad=0.0, params_dtype=config.params_dtype,
+            optimizer="adam", lr=2e-3, weight_decay=0.0, clip_grad=0.0, params_dtype=config.params_dtype,
             use_distributed_optimizer=job["distributed_optimizer"],
         ),
-        [ddp],
+        ddp,
     )  # fmt: skip
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     results: dict = {"losses": [], "grad_norms": []}
+    record = Record(models[0], job)
     for step in range(job["steps"]):
-        ddp.zero_grad_buffer()
+        for chunk in ddp:
+            chunk.zero_grad_buffer()
         optimizer.zero_grad()
+        batches = [iter(micro_batches(job, step)) for _ in ddp]
         reports = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(micro_batches(job, step)),
+            forward_step_func=lambda data, model: forward_step(data, model, job, record),
+            data_iterator=batches if len(ddp) > 1 else batches[0],
             model=ddp,
             num_microbatches=job["micro_batches"] // parallel_state.get_data_parallel_world_size(),
             seq_length=job["seq_length"],
@@ -75,7 +87,8 @@ def main(job: dict) -> None:
             forward_only=False,
         )
         if step == 0:
-            results["gradients"] = whole_gradients(model, job)
+            results |= record.whole()
+            results["gradients"] = whole_gradients(models, job)
         _, norm, _ = optimizer.step()
         results["losses"].append(mean_loss(reports, world))
         results["grad_norms"].append(float(norm))
@@ -89,7 +102,8 @@ def transformer_config(job: dict):
     from megatron_carve.pretraining import MixerTransformerConfig
 
     return MixerTransformerConfig(
-        num_layers=len(job["pattern"].replace("|", "")),
+        num_layers=len(job["pattern"].split("/")[0].replace("|", "")),
+        mtp_num_layers=job["pattern"].count("/") or None,
         hidden_size=32,
         num_attention_heads=4,
         ffn_hidden_size=48,
@@ -119,14 +133,19 @@ def transformer_config(job: dict):
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         deallocate_pipeline_outputs=True,
+        virtual_pipeline_model_parallel_size=job["virtual"] if job["virtual"] > 1 else None,
+        calculate_per_token_loss=True,
         recompute_granularity=job.get("recompute"),
         recompute_method="uniform" if job.get("recompute") == "full" else None,
         recompute_num_layers=1 if job.get("recompute") == "full" else None,
-        batch_p2p_comm=True,
+        recompute_modules=job.get("recompute_modules"),
+        # batched, two ranks would mistake each other's forward and backward messages
+        batch_p2p_comm=job["virtual"] == 1,
+        overlap_p2p_comm=job["virtual"] > 1,
     )
 
 
-def build_model(config, job: dict):
+def build_model(config, job: dict, stage: int):
     from megatron.core import parallel_state
     from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -144,16 +163,18 @@ def build_model(config, job: dict):
         max_sequence_length=job["seq_length"],
         hybrid_layer_pattern=job["pattern"],
         position_embedding_type="rope",
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+        vp_stage=stage if job["virtual"] > 1 else None,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
 
 
-def checkpoint_metadata() -> dict:
+def sharded(models: list[torch.nn.Module]) -> dict:
     from megatron.core import parallel_state
 
-    return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    return {str(i): model.sharded_state_dict(metadata=metadata) for i, model in enumerate(models)}
 
 
 def perturb(model: torch.nn.Module) -> None:
@@ -173,11 +194,13 @@ def micro_batches(job: dict, step: int) -> list[torch.Tensor]:
     return list(tokens.chunk(parallel_state.get_data_parallel_world_size())[parallel_state.get_data_parallel_rank()])
 
 
-def forward_step(data_iterator, model):
+def forward_step(data_iterator, model, job: dict, record: "Record"):
     tokens = next(data_iterator)
-    positions = torch.arange(tokens.shape[1] - 1).expand(tokens.shape[0], -1)
-    inputs, labels, positions = (on_this_context_rank(x) for x in (tokens[:, :-1], tokens[:, 1:], positions))
-    output = model(inputs, positions, None, labels=labels)
+    positions = torch.arange(job["seq_length"]).expand(tokens.shape[0], -1)
+    inputs, labels, positions = (x[:, local_places(job)] for x in (tokens[:, :-1], tokens[:, 1:], positions))
+    packed = packed_documents(job["documents"]) if job["documents"] else None
+    output = model(inputs, positions, None, labels=labels, packed_seq_params=packed)
+    record.output(output)
 
     def loss(losses):
         total = losses.float().sum()
@@ -187,13 +210,75 @@ def forward_step(data_iterator, model):
     return output, loss
 
 
-def on_this_context_rank(x: torch.Tensor) -> torch.Tensor:
-    """The columns of [B, T] that Megatron gives to this context-parallel rank."""
-    from megatron.core import parallel_state
+def packed_documents(lengths: list[int]):
+    from megatron.core.packed_seq_params import PackedSeqParams
 
-    size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
-    pieces = x.chunk(2 * size, 1)
-    return (torch.cat([pieces[rank], pieces[-1 - rank]], 1) if size > 1 else x).contiguous()
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    longest = max(lengths)
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+
+
+def local_places(job: dict) -> torch.Tensor:
+    """The positions that Megatron gives to this context-parallel rank."""
+    from megatron.core import parallel_state
+    from support.parallel import places
+
+    rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    return places(rank, size, job["documents"] or [job["seq_length"]])
+
+
+class Record:
+    """Losses by token, and gradients of the embedded tokens, of the micro-batches of the first step on this rank."""
+
+    def __init__(self, model: torch.nn.Module, job: dict) -> None:
+        from megatron.core import parallel_state
+
+        self.job, self.outputs, self.d_embedded = job, [], []
+        self.last = parallel_state.is_pipeline_last_stage()
+        self.embedded_once = True
+        if model.pre_process:
+            model.register_forward_pre_hook(self.begin)
+            model.embedding.register_forward_hook(self.embedded)
+
+    def begin(self, *_) -> None:
+        self.embedded_once = False
+
+    def embedded(self, module, _, output) -> None:
+        """Watch what the model begins with; a head for further tokens embeds again."""
+        if not self.embedded_once and output.requires_grad:
+            output.register_hook(lambda d: self.d_embedded.append(d.detach().clone()))
+        self.embedded_once = True
+
+    def output(self, output: torch.Tensor) -> None:
+        if output.ndim == 2:
+            self.outputs.append(output.detach().clone())
+
+    def whole(self) -> dict[str, torch.Tensor]:
+        """From all ranks: {"outputs": [micro-batch, B, T], "d_embedded": [micro-batch, B, T, hidden]}."""
+        from megatron.core import parallel_state
+
+        local = local_places(self.job)
+        tp, tp_rank = self.job["tp"], parallel_state.get_tensor_model_parallel_rank()
+        replica = parallel_state.get_data_parallel_rank()
+        pieces = {"outputs": [], "d_embedded": []}
+        batches = self.job["micro_batches"] // parallel_state.get_data_parallel_world_size()
+        for i, x in enumerate(self.outputs[:batches]):
+            pieces["outputs"].append((replica * batches + i, local, x))
+        mine = local.chunk(tp)[tp_rank] if self.job["sp"] else local
+        # Pipeline schedules take the backward of micro-batches in the order of their forward.
+        for i, d in enumerate(self.d_embedded[:batches]):
+            pieces["d_embedded"].append((replica * batches + i, mine, d.transpose(0, 1)))
+        everyone: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, pieces)
+        shape = (self.job["micro_batches"], self.job["micro_batch_size"], self.job["seq_length"])
+        found = {"outputs": torch.full(shape, torch.nan), "d_embedded": torch.full((*shape, 32), torch.nan)}
+        for theirs in everyone:
+            for name, parts in theirs.items():
+                for i, where, x in parts:
+                    found[name][i, :, where] = x
+        return found
 
 
 class GatheredAttention(torch.nn.Module):
@@ -229,24 +314,25 @@ def mean_loss(reports: list[dict], world: int) -> float:
     return (total[0] / total[1]).item()
 
 
-def whole_gradients(model: torch.nn.Module, job: dict) -> dict[str, torch.Tensor]:
+def whole_gradients(models: list[torch.nn.Module], job: dict) -> dict[str, torch.Tensor]:
     """Every parameter's gradient, put together from all ranks through the sharded checkpoint's own description."""
     from megatron.core import dist_checkpointing, parallel_state
 
+    parameters = [item for model in models for item in model.named_parameters()]
     if job["distributed_optimizer"] and parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
-        gather_scattered_gradients(model)
+        gather_scattered_gradients([p for _, p in parameters])
     with torch.no_grad():
-        kept = {name: p.detach().clone() for name, p in model.named_parameters()}
-        for p in model.parameters():
+        kept = [p.detach().clone() for _, p in parameters]
+        for _, p in parameters:
             p.copy_(p.main_grad)
-        check_replicas(model)
+        check_replicas(parameters)
         folder = job["out"] + ".gradients"
         if dist.get_rank() == 0:
             os.makedirs(folder)
         dist.barrier()
-        dist_checkpointing.save(model.sharded_state_dict(metadata=checkpoint_metadata()), folder)
-        for name, p in model.named_parameters():
-            p.copy_(kept[name])
+        dist_checkpointing.save(sharded(models), folder)
+        for (_, p), value in zip(parameters, kept, strict=True):
+            p.copy_(value)
     dist.barrier()
     if dist.get_rank():
         return {}
@@ -255,12 +341,12 @@ def whole_gradients(model: torch.nn.Module, job: dict) -> dict[str, torch.Tensor
     return {name: value for name, value in stored.items() if isinstance(value, torch.Tensor)}
 
 
-def gather_scattered_gradients(model: torch.nn.Module) -> None:
+def gather_scattered_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """With the distributed optimizer a rank holds the sum over replicas for its own shard of the buffer only."""
     from megatron.core import parallel_state
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    buffers = {id(p.main_grad.untyped_storage()): p.main_grad for p in model.parameters()}
+    buffers = {id(p.main_grad.untyped_storage()): p.main_grad for p in parameters}
     for view in buffers.values():
         whole = torch.empty(0, dtype=view.dtype).set_(view.untyped_storage())
         shards = list(whole.chunk(group.size()))
@@ -268,12 +354,12 @@ def gather_scattered_gradients(model: torch.nn.Module) -> None:
             dist.broadcast(shard, src=owner, group=group)
 
 
-def check_replicas(model: torch.nn.Module) -> None:
+def check_replicas(parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
     """A parameter that every tensor-parallel rank holds must have the same gradient on each."""
     from megatron.core import parallel_state
 
     group = parallel_state.get_tensor_model_parallel_group()
-    for name, p in model.named_parameters():
+    for name, p in parameters:
         if not getattr(p, "tensor_model_parallel", False):
             everyone = [torch.empty_like(p) for _ in range(group.size())]
             dist.all_gather(everyone, p.detach().contiguous(), group=group)
@@ -282,4 +368,5 @@ def check_replicas(model: torch.nn.Module) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     main(json.loads(sys.argv[1]))
