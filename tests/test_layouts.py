@@ -66,15 +66,42 @@ def single(tmp_path_factory):
 )
 def test_layout_equals_one_process(single, model, layout, tmp_path):
     expected, checkpoint = single(model)
-    actual = run_layout(tmp_path / "out", load=checkpoint, **{**model, **layout})
-    torch.testing.assert_close(actual["losses"], expected["losses"], rtol=LOSS_TOLERANCE, atol=0)
-    torch.testing.assert_close(actual["grad_norms"], expected["grad_norms"], rtol=1e-4, atol=0)
-    torch.testing.assert_close(actual["outputs"], expected["outputs"], rtol=1e-4, atol=1e-5)
+    compare(run_layout(tmp_path / "out", load=checkpoint, **{**model, **layout}), expected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("model", "layout", "without"),
+    [
+        (HYBRID, {"tp": 2}, "norm_weight"),
+        (HYBRID, {"tp": 2}, "low_rank"),
+        (HYBRID, {"tp": 2, "sp": True}, "norm_weight_mark"),
+        (HYBRID, {"tp": 2, "sp": True}, "sequence_parallel_norms"),
+        (HYBRID, {"dp": 2, "distributed_optimizer": False}, "data_and_context"),
+        (CARVE, {"cp": 2}, "data_and_context"),
+        (CARVE, {"cp": 2}, "tokens_for_heads"),
+        (CARVE, {"cp": 2, **SEQUENCE}, "tokens_before"),
+        (CARVE, {"cp": 2, **SEQUENCE}, "states"),
+        (GDN2, {"cp": 2, **SEQUENCE}, "transitions"),
+        (GDN2, {"cp": 2, **SEQUENCE}, "transitions_backward"),
+    ],
+)
+def test_a_missing_collective_is_seen(single, model, layout, without, tmp_path):
+    expected, checkpoint = single(model)
+    with pytest.raises(AssertionError) as seen:
+        compare(run_layout(tmp_path / "out", load=checkpoint, **{**model, **layout}, without=without), expected)
+    print(f"{without}: {str(seen.value).strip().splitlines()[-1]}")
+
+
+def compare(actual: dict, expected: dict) -> None:
     assert not expected["outputs"].isnan().any() and not expected["d_embedded"].isnan().any()
-    assert actual["gradients"].keys() == expected["gradients"].keys()
-    pairs = {name: (actual["gradients"][name], g) for name, g in expected["gradients"].items()}
+    pairs = {name: (actual["gradients"].get(name), g) for name, g in expected["gradients"].items()}
+    assert actual["gradients"].keys() == pairs.keys()
     pairs["embedded tokens"] = actual["d_embedded"], expected["d_embedded"]
     for name, (found, gradient) in pairs.items():
         assert gradient.abs().max() > 0, f"{name} has no gradient, so comparing it shows nothing"
         error = (found - gradient).norm() / gradient.norm()
         assert error < GRADIENT_TOLERANCE, f"{name}: relative error {error:.2e}"
+    torch.testing.assert_close(actual["outputs"], expected["outputs"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual["losses"], expected["losses"], rtol=LOSS_TOLERANCE, atol=0)
+    torch.testing.assert_close(actual["grad_norms"], expected["grad_norms"], rtol=1e-4, atol=0)

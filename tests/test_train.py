@@ -148,8 +148,9 @@ LAYOUTS = [
     (4, ("parallel.tensor=2", "parallel.pipeline=2")),
     (4, ("parallel.context=2",)),
     (4, ("parallel.context=2", "parallel.pipeline=2")),
+    (2, ("parallel.context=2", "parallel.context_method=sequence", "model.mixer_recompute=true")),
 ]
-WALKS = range(2)
+WALKS = [pytest.param(seed, marks=[pytest.mark.long] if seed > 1 else []) for seed in range(10)]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,112 @@
+"""One collective left out of a run, for the proof that the comparison of layouts sees it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _OwnGradient(torch.autograd.Function):
+    """Another function's output, whose gradient is this rank's own part of it, not summed over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, whole: Tensor, rank: int, axis: int) -> Tensor:
+        ctx.ranks, ctx.rank, ctx.axis = whole.shape[axis] // x.shape[axis], rank, axis
+        return whole.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None, None]:
+        return d.chunk(ctx.ranks, ctx.axis)[ctx.rank].contiguous(), None, None, None
+
+
+def _without_sum(gather: Callable[..., Tensor], axis: int) -> Callable[..., Tensor]:
+    def mutant(x: Tensor, group: Any) -> Tensor:
+        with torch.no_grad():
+            whole = gather(x, group=group)
+        return _OwnGradient.apply(x, whole, group.rank(), axis)
+
+    return mutant
+
+
+def norm_weight() -> None:
+    """The all-reduce of the gradient of the output norm's weight."""
+    from megatron_carve.mixers import parts
+
+    parts.copy_to_tensor_model_parallel_region = lambda x, group: x
+
+
+def norm_weight_mark() -> None:
+    """The mark by which Megatron sums that gradient under sequence parallelism."""
+    from megatron_carve.mixers.parts import GatedHeadNorm
+
+    build = GatedHeadNorm.__init__
+
+    def unmarked(self: Any, *arguments: Any) -> None:
+        build(self, *arguments)
+        self.weight.sequence_parallel = False
+
+    GatedHeadNorm.__init__ = unmarked  # type: ignore[method-assign]
+
+
+def low_rank() -> None:
+    """The reduction of the gradient of the low-rank features."""
+    from megatron_carve.mixers import base
+
+    name = "all_gather_last_dim_from_tensor_parallel_region"
+    setattr(base, name, _without_sum(getattr(base, name), -1))
+
+
+def tokens_for_heads() -> None:
+    """Both all-to-alls of the exchange of tokens for heads."""
+    from megatron_carve import parallel
+
+    parallel.all_to_all = lambda group, x, *splits: x
+
+
+def tokens_before() -> None:
+    """The last tokens of the shard before, which the convolution needs: zeros instead."""
+    from megatron_carve import state_passing
+
+    state_passing.all_to_all = lambda group, x, received, sent: x.new_zeros(sum(received), *x.shape[1:]) + 0 * x.sum()
+
+
+def transitions() -> None:
+    """The all-gather of GDN-2's transitions."""
+    from megatron_carve import state_passing
+
+    state_passing.gather_from_sequence_parallel_region = lambda x, group: torch.cat([x] * group.size())
+
+
+def transitions_backward() -> None:
+    """The reduction of the gradient of GDN-2's transitions."""
+    from megatron_carve import state_passing
+
+    name = "gather_from_sequence_parallel_region"
+    setattr(state_passing, name, _without_sum(getattr(state_passing, name), 0))
+
+
+def states() -> None:
+    """The messages with CARVE's states, forward and backward."""
+    from megatron_carve import state_passing
+
+    class Silent:
+        def __getattr__(self, _: str) -> Callable[..., None]:
+            return lambda *_, **__: None
+
+    state_passing.dist = Silent()
+
+
+def sequence_parallel_norms() -> None:
+    """Megatron's sum over tensor-parallel ranks of the norms' gradients, at the end of a step."""
+    from megatron.core.distributed import finalize_model_grads as module
+
+    module._allreduce_non_tensor_model_parallel_grads = lambda *_, **__: None
+
+
+def data_and_context() -> None:
+    """Megatron's sum over data- and context-parallel ranks of all gradients."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    DistributedDataParallel.start_grad_sync = lambda *_, **__: None  # type: ignore[method-assign]
+    DistributedDataParallel.finish_grad_sync = lambda *_, **__: None  # type: ignore[method-assign]
