@@ -37,29 +37,29 @@ def single(tmp_path_factory):
     ("model", "layout"),
     [
         (HYBRID, {"tp": 2}),
-        (HYBRID, {"tp": 2, "sp": True, "dp": 2}),
+        pytest.param(HYBRID, {"tp": 2, "sp": True, "dp": 2}, marks=pytest.mark.long),
         (HYBRID, {"pp": 2}),
         (HYBRID, {"pp": 2, "pattern": "C-2|-*-", "dp": 2}),
         (HYBRID, {"pp": 2, "pattern": "C|-2|-*|-", "virtual": 2}),
         (HYBRID, {"tp": 2, "sp": True, "pp": 2}),
         (HYBRID, {"cp": 2}),
-        (HYBRID, {"cp": 2, "dp": 2}),
+        pytest.param(HYBRID, {"cp": 2, "dp": 2}, marks=pytest.mark.long),
         (HYBRID, {"cp": 2, "pp": 2}),
         (HYBRID, {"cp": 4, **SEQUENCE}),
         (HYBRID, {"tp": 2, "sp": True, "cp": 2}),
         (HYBRID, FULL),
-        (CARVE, {"tp": 4, "sp": True}),
+        pytest.param(CARVE, {"tp": 4, "sp": True}, marks=pytest.mark.long),
         (CARVE, {"tp": 2, "cp": 2, **SEQUENCE, **FULL}),
-        (CARVE, {"cp": 4, "mixer_recompute": True}),
+        pytest.param(CARVE, {"cp": 4, "mixer_recompute": True}, marks=pytest.mark.long),
         (CARVE, {"cp": 2, **SEQUENCE, "mixer_recompute": True}),
-        (GDN2, {"dp": 4}),
+        pytest.param(GDN2, {"dp": 4}, marks=pytest.mark.long),
         (GDN2, {"tp": 2, "sp": True, "cp": 2, **SEQUENCE}),
-        (GDN2, {"cp": 2, **FULL}),
+        pytest.param(GDN2, {"cp": 2, **FULL}, marks=pytest.mark.long),
         (GDN2, {"recompute": "selective", "recompute_modules": ["mlp"], "tp": 2}),
-        (PACKED, {"cp": 2}),
+        pytest.param(PACKED, {"cp": 2}, marks=pytest.mark.long),
         (PACKED, {"cp": 4, **SEQUENCE}),
         (PACKED, {"tp": 2, "sp": True, "cp": 2, "mixer_recompute": True}),
-        (MULTI_TOKEN, {"pp": 2}),
+        pytest.param(MULTI_TOKEN, {"pp": 2}, marks=pytest.mark.long),
         (MULTI_TOKEN, {"tp": 2, "sp": True, "dp": 2}),
     ],
     ids=lambda layout: " ".join(f"{k}={v}" for k, v in layout.items() if k not in ("steps", "seq_length")),
@@ -90,7 +90,8 @@ def test_a_missing_collective_is_seen(single, model, layout, without, tmp_path):
     expected, checkpoint = single(model)
     with pytest.raises(AssertionError) as seen:
         compare(run_layout(tmp_path / "out", load=checkpoint, **{**model, **layout}, without=without), expected)
-    print(f"{without}: {str(seen.value).strip().splitlines()[-1]}")
+    complaint = [line for line in str(seen.value).splitlines() if "error" in line.lower() and "torchrun" not in line]
+    print(f"{without}: {complaint[0].strip()}")
 
 
 def compare(actual: dict, expected: dict) -> None:
