@@ -155,7 +155,7 @@ def test_negative_eigenvalues_double_the_erase_gate(kind, negative, limit, monke
     module, name = importlib.import_module(f"megatron_carve.mixers.{kind}"), f"chunk_{kind}"
     original = getattr(module, name)
     monkeypatch.setattr(
-        module, name, lambda *a, **k: gates.append(k["erase_scale"] * a[4].sigmoid()) or original(*a, **k)
+        module, name, lambda *a, **k: gates.append(k["erase_scale"] * a[5].sigmoid()) or original(*a, **k)
     )
     mixer(scale * logits)
     assert gates[0].max().item() == pytest.approx(limit, rel=1e-3)
