@@ -24,9 +24,9 @@ from .checks import check_in_place
 from .state import CarveState
 
 # Numbers in a tile of S, and warps of its program: of 2048 to 16384 numbers and 2 to 8 warps these moved the most bytes
-# on an H200 at 64 and 512 sequences. Four warps hold 32 to 64 registers of the tile a thread, which keeps enough loads
-# in flight. Two smaller tiles suit carve_token_kernel better than one, although each of its programs reads D and U
-# again, from the L2 cache.
+# on an H200 at 64 and 512 sequences (K = V = 128; carve_sequences was not timed). Four warps hold 32 to 64 registers of
+# the tile a thread, which keeps enough loads in flight. Smaller tiles suit carve_token_kernel better, although each of
+# its programs reads D and U again, from the L2 cache.
 TILES = {"gdn2": 8192, "carve_token": 4096, "carve_sequences": 8192}
 NUM_WARPS = 4
 # Rows of D and columns of U in registers at a time.

@@ -8,24 +8,19 @@ from megatron_carve.config import CHUNK_TOKENS, MIXER_LETTERS
 from megatron_carve.recipe import Recipe
 
 KINDS = {"C": "CARVE", "2": "GDN-2", "*": "attention", "-": "MLP"}
-# Megatron accumulates gradients of 16-bit parameters in float32; Adam keeps a float32 copy and two moments.
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-
-
-class Unplanned(ValueError):
-    """A layer whose sizes are Megatron's own affair."""
 
 
 def layers(recipe: Recipe) -> tuple[Counter[str], int, Counter[str]]:
     """Layers of the decoder by letter, the number of heads for further tokens, and the layers of one such head.
 
     Raises:
-        Unplanned: a letter that is none of KINDS.
+        ValueError: a letter that is none of KINDS, whose sizes are Megatron's own affair.
     """
     decoder, *heads = recipe.model.pattern.replace("|", "").split("/")
     unknown = sorted(set(recipe.model.pattern) - set(KINDS) - {"|", "/"})
     if unknown:
-        raise Unplanned(f"model.pattern: expected layers of {', '.join(KINDS)} to plan for, got {', '.join(unknown)}")
+        raise ValueError(f"model.pattern: expected layers of {', '.join(KINDS)} to plan for, got {', '.join(unknown)}")
     return Counter(decoder), len(heads), Counter(heads[0] if heads else "")
 
 
@@ -129,7 +124,9 @@ def saved_numbers(recipe: Recipe, letter: str) -> dict[str, float]:
 
 
 def memory(recipe: Recipe, vocab_size: int, gpus: int) -> dict[str, float]:
-    """Bytes on the fullest GPU: the first pipeline stage, which holds most micro-batches, with the output's logits.
+    """Bytes on the fullest GPU, by part.
+
+    That is one of the first pipeline stage, which keeps most micro-batches, or of the last, which has the logits.
 
     Args:
         gpus: all of them; data parallelism takes those that the other kinds leave.
@@ -140,27 +137,32 @@ def memory(recipe: Recipe, vocab_size: int, gpus: int) -> dict[str, float]:
     outside = {name: parts.pop(name) for name in ("embedding", "output", "final norm") if name in parts}
     numbers = (sum(parts.values()) / p.pipeline + sum(outside.values()) / min(p.pipeline, 2)) / p.tensor
     size = BYTES[t.precision]
-    master = 12 if size == 2 else 8
+    adam = 12 if size == 2 else 8  # two moments, and of 16-bit weights a float32 copy
     found = {
         "weights": numbers * size,
-        "gradients": numbers * 4,
-        "optimizer": numbers * master / (spread if p.distributed_optimizer else 1),
+        "gradients": numbers * 4,  # summed up in float32
+        "optimizer": numbers * adam / (spread if p.distributed_optimizer else 1),
     }
     tokens = t.micro_batch_size * t.seq_length / p.context
     decoder, heads, in_head = layers(recipe)
     by_letter = {letter: sum(saved_numbers(recipe, letter).values()) for letter in (decoder + in_head)}
     replicas = gpus // (p.tensor * p.pipeline * p.context)
     waiting = min(p.pipeline, t.global_batch_size // (t.micro_batch_size * replicas))
-    if recipe.megatron.get("recompute_granularity") == "full":
-        kept = sum(decoder.values()) * saved_numbers(recipe, next(iter(decoder)))["input"]
-        found["activations"] = tokens * size * (waiting * kept / p.pipeline + max(by_letter.values()))
+    inputs_alone = recipe.megatron.get("recompute_granularity") == "full"
+    if inputs_alone:
+        kept = sum(n * saved_numbers(recipe, letter)["input"] for letter, n in decoder.items())
     else:
         kept = sum(n * by_letter[letter] for letter, n in decoder.items())
-        found["activations"] = tokens * size * waiting * kept / p.pipeline
-    if heads:
-        found["activations"] += tokens * size * heads * sum(n * by_letter[letter] for letter, n in in_head.items())
+    of_one = tokens * size * kept / p.pipeline
+    beside = tokens * size * heads * sum(n * by_letter[letter] for letter, n in in_head.items())
     # logits in the activations' size, and in float32 with their gradient
-    found["logits and loss"] = tokens * padded_vocab(recipe, vocab_size) / p.tensor * (size + 8) * (1 + heads)
+    logits = tokens * padded_vocab(recipe, vocab_size) / p.tensor * (size + 8) * (1 + heads)
+    first_is_fullest = p.pipeline > 1 and (waiting - 1) * of_one > beside + logits
+    found["activations"] = waiting * of_one if first_is_fullest else of_one + beside
+    if inputs_alone:
+        found["activations"] += tokens * size * max(by_letter.values())
+    if not first_is_fullest:
+        found["logits and loss"] = logits
     return found
 
 

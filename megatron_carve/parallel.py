@@ -92,19 +92,52 @@ class Span(NamedTuple):
     before: Tensor | None = None
 
 
-class HeadExchange:
+class _Exchange:
+    """What both ways have in common."""
+
+    shares: int
+    """Ranks that the heads are divided over."""
+
+    def __init__(self, group: torch.distributed.ProcessGroup) -> None:
+        self.group, self.size, self.rank = group, group.size(), group.rank()
+
+    def share(self, x: Tensor) -> Tensor:
+        """This rank's heads of a parameter that lists heads, or channels of heads, on axis 0."""
+        return x if self.shares == 1 else x.chunk(self.shares)[self.rank]
+
+    def order(self, tokens: int, packed_seq_params: Any, packed_order: PackedOrder, device: Any) -> TokenOrder | None:
+        """The order of the T tokens of a batch whose ranks hold `tokens` each; None for a group of one.
+
+        Args:
+            packed_seq_params: Megatron's packed sequences, or None. The order is computed and checked, which waits for
+                the device, once for an object and kept on it, so that the layers of a step share it.
+            packed_order: whether every document was divided into 2 * size pieces, or the whole packed sequence.
+
+        Raises:
+            ValueError: documents, or a sequence, that cannot have been divided so.
+        """
+        if self.size == 1:
+            return None
+        if packed_seq_params is None or packed_order == "sequence":
+            return _sequence_order(tokens * self.size, self.rank, self.size, device)
+        kept = getattr(packed_seq_params, "_document_order", None)
+        if kept is None:
+            ends = packed_boundaries(packed_seq_params)
+            assert ends is not None
+            kept = _document_order(ends, tokens * self.size, self.rank, self.size)
+            packed_seq_params._document_order = kept
+        return kept
+
+
+class HeadExchange(_Exchange):
     """The exchange of tokens for heads between the ranks of a context-parallel group; the identity for one rank.
 
     Heads do not depend on each other, so their parameters are used by shares too.
     """
 
     def __init__(self, group: torch.distributed.ProcessGroup) -> None:
-        self.group, self.size, self.rank = group, group.size(), group.rank()
+        super().__init__(group)
         self.shares = self.size
-
-    def share(self, x: Tensor) -> Tensor:
-        """This rank's heads of a parameter that lists heads, or channels of heads, on axis 0."""
-        return x if self.shares == 1 else x.chunk(self.shares)[self.rank]
 
     def enter(self, pieces: Sequence[tuple[Tensor, Sequence[int]]], order: TokenOrder | None) -> list[Tensor]:
         """From [T / size, B, D] of all heads to [T, B, D / size] of this rank's, tokens in order, in one all-to-all.
@@ -131,38 +164,18 @@ class HeadExchange:
         by_rank = all_to_all(self.group, _Permutation.apply(x.contiguous(), order.pieces, order.natural))
         return by_rank.unflatten(0, (self.size, -1)).movedim(0, 2).flatten(2)
 
-    def order(self, tokens: int, packed_seq_params: Any, packed_order: PackedOrder, device: Any) -> TokenOrder | None:
-        """The order of the T tokens of a batch whose ranks hold `tokens` each.
-
-        Args:
-            packed_seq_params: Megatron's packed sequences, or None. The order is computed and checked, which waits for
-                the device, once for an object and kept on it, so that the layers of a step share it.
-            packed_order: whether every document was divided into 2 * size pieces, or the whole packed sequence.
-
-        Raises:
-            ValueError: documents, or a sequence, that cannot have been divided so.
-        """
-        return _order(self.rank, self.size, tokens, packed_seq_params, packed_order, device)
-
     def span(self, x: Tensor, cu_seqlens: Tensor | None) -> Span:
         """The boundaries as they are: the op sees all tokens."""
         return Span(cu_seqlens)
 
 
-class ShardExchange:
+class ShardExchange(_Exchange):
     """The exchange between the ranks' two pieces of a sequence and contiguous shards of it, in the order of ranks.
 
     Same methods as HeadExchange; every rank uses all heads.
     """
 
     shares = 1
-
-    def __init__(self, group: torch.distributed.ProcessGroup) -> None:
-        self.group, self.size, self.rank = group, group.size(), group.rank()
-
-    def share(self, x: Tensor) -> Tensor:
-        """The parameter itself."""
-        return x
 
     def enter(self, pieces: Sequence[tuple[Tensor, Sequence[int]]], order: TokenOrder | None) -> list[Tensor]:
         """From [T / size, B, D] of this rank's pieces to those of its shard, in one all-to-all."""
@@ -181,10 +194,6 @@ class ShardExchange:
         sent = _Permutation.apply(x, route.arrange_back, route.arrange)
         received = all_to_all(self.group, sent, route.sent, route.received)
         return _Permutation.apply(received, route.send_back, route.send)
-
-    def order(self, tokens: int, packed_seq_params: Any, packed_order: PackedOrder, device: Any) -> TokenOrder | None:
-        """As HeadExchange.order."""
-        return _order(self.rank, self.size, tokens, packed_seq_params, packed_order, device)
 
     def span(self, x: Tensor, cu_seqlens: Tensor | None) -> Span:
         """What this rank's shard x, [T / size, B, D], holds of the sequences."""
@@ -223,22 +232,6 @@ def packed_boundaries(packed_seq_params: Any) -> Tensor | None:
         raise ValueError(f"packed_seq_params.qkv_format: expected 'thd', got {packed_seq_params.qkv_format!r}")
     padded = packed_seq_params.cu_seqlens_q_padded
     return packed_seq_params.cu_seqlens_q if padded is None else padded
-
-
-def _order(
-    rank: int, size: int, tokens: int, packed_seq_params: Any, packed_order: PackedOrder, device: Any
-) -> TokenOrder | None:
-    if size == 1:
-        return None
-    if packed_seq_params is None or packed_order == "sequence":
-        return _sequence_order(tokens * size, rank, size, device)
-    kept = getattr(packed_seq_params, "_document_order", None)
-    if kept is None:
-        ends = packed_boundaries(packed_seq_params)
-        assert ends is not None
-        kept = _document_order(ends, tokens * size, rank, size)
-        packed_seq_params._document_order = kept
-    return kept
 
 
 @functools.lru_cache(maxsize=16)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from megatron_carve import estimate
 from megatron_carve.recall import RecallTask
-from megatron_carve.recipe import Recipe, load_recipe, recipe_names
+from megatron_carve.recipe import Recipe, check_layout, load_recipe, recipe_names
 from megatron_carve.tokenizer import load_tokenizer
 
 GIB = 2**30
@@ -52,14 +52,10 @@ def report(recipe: Recipe, gpus: int | None, gpu_memory: float, tokens_per_secon
     p, t = recipe.parallel, recipe.training
     model_gpus = p.tensor * p.pipeline * p.context
     gpus = model_gpus if gpus is None else gpus
-    if gpus < 1 or gpus % model_gpus:
-        raise ValueError(f"--gpus: expected a multiple of tensor * pipeline * context = {model_gpus}, got {gpus}")
+    if gpus < 1:
+        raise ValueError(f"--gpus: expected at least 1, got {gpus}")
+    check_layout(recipe, gpus)
     replicas = gpus // model_gpus
-    if t.global_batch_size % (t.micro_batch_size * replicas):
-        raise ValueError(
-            "training.global_batch_size: expected a multiple of micro_batch_size * data-parallel replicas = "
-            f"{t.micro_batch_size} * {replicas}, got {t.global_batch_size}"
-        )
     micro_batches = t.global_batch_size // (t.micro_batch_size * replicas)
     all_tokens = t.total_steps * t.tokens_per_step
     flops = estimate.forward_flops_per_token(recipe, vocab)

@@ -24,7 +24,7 @@ from megatron_carve.launch import join_processes, on_first_process, use_device, 
 from megatron_carve.notices import say_once
 from megatron_carve.patches import cpu_mode, layer_symbols
 from megatron_carve.recall import RecallTask
-from megatron_carve.recipe import Recipe
+from megatron_carve.recipe import Recipe, check_layout
 from megatron_carve.run_folder import CheckpointError, RunFolder
 from megatron_carve.text import PreparedText, prepare_text, require_tokens
 from megatron_carve.tokenizer import load_tokenizer
@@ -134,39 +134,6 @@ def _find_start(recipe: Recipe, folder: RunFolder) -> Start:
         eod=tokenizer.eod,
         chance_loss=math.log(ids) if recall is None else recall.chance_loss,
     )
-
-
-def check_layout(recipe: Recipe, world_size: int) -> None:
-    """Raise ValueError unless processes, batch and heads divide as the recipe says."""
-    p, t, m = recipe.parallel, recipe.training, recipe.model
-    model_size = p.tensor * p.pipeline * p.context
-    if world_size % model_size:
-        raise ValueError(
-            f"parallel: expected a number of processes that tensor * pipeline * context = {model_size} divides, "
-            f"got {world_size}"
-        )
-    replicas = world_size // model_size
-    if t.global_batch_size % (t.micro_batch_size * replicas):
-        raise ValueError(
-            "training.global_batch_size: expected a multiple of micro_batch_size * data-parallel replicas = "
-            f"{t.micro_batch_size} * {replicas}, got {t.global_batch_size}"
-        )
-    micro_batches = t.global_batch_size // (t.micro_batch_size * replicas)
-    stages = m.pattern.split("/")[0].count("|") + 1
-    if p.pipeline > 1 and stages > p.pipeline and micro_batches % p.pipeline:
-        raise ValueError(
-            f"training.global_batch_size: with {stages} stages on parallel.pipeline={p.pipeline}, expected a number of "
-            f"micro-batches per replica that {p.pipeline} divides, got {micro_batches}"
-        )
-    tensor_parallel = {"model.vocab_multiple": m.vocab_multiple}
-    if "*" in m.pattern:
-        tensor_parallel["model.num_attention_heads"] = m.num_attention_heads
-        tensor_parallel["model.num_query_groups"] = m.num_query_groups or m.num_attention_heads
-    if "-" in m.pattern:
-        tensor_parallel["model.ffn_hidden_size"] = m.ffn_hidden_size
-    for key, value in tensor_parallel.items():
-        if value % p.tensor:
-            raise ValueError(f"{key}: expected a multiple of parallel.tensor={p.tensor}, got {value}")
 
 
 def _recall_task(recipe: Recipe) -> RecallTask:

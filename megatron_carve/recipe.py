@@ -39,11 +39,11 @@ class Recipe:
     """Any other Megatron argument, by the name of its attribute (recompute_granularity, fp8, ...)."""
 
     def __post_init__(self) -> None:
-        sequence = self.training.seq_length
-        if self.parallel.sequence and self.parallel.tensor > 1 and sequence % self.parallel.tensor:
+        sequence, context = self.training.seq_length, self.parallel.context
+        if self.parallel.sequence and self.parallel.tensor > 1 and sequence % (self.parallel.tensor * context):
             raise ValueError(
-                f"training.seq_length: expected a multiple of parallel.tensor={self.parallel.tensor} under sequence "
-                f"parallelism, got {sequence}"
+                f"training.seq_length: expected a multiple of parallel.tensor * parallel.context = "
+                f"{self.parallel.tensor} * {context} under sequence parallelism, got {sequence}"
             )
         stages = self.model.pattern.split("/")[0].split("|")
         if len(stages) > 1 and len(stages) % self.parallel.pipeline:
@@ -56,11 +56,9 @@ class Recipe:
                 f"parallel.pipeline: expected a divisor of the pattern's {self.model.num_layers} layers (or '|' "
                 f"between stages in model.pattern), got {self.parallel.pipeline}"
             )
-        context = self.parallel.context
-        if context > 1 and self.training.seq_length % (2 * context):
+        if context > 1 and sequence % (2 * context):
             raise ValueError(
-                f"training.seq_length: expected a multiple of 2 * parallel.context = {2 * context}, "
-                f"got {self.training.seq_length}"
+                f"training.seq_length: expected a multiple of 2 * parallel.context = {2 * context}, got {sequence}"
             )
         if set(self.model.pattern) & set(MIXER_LETTERS):
             if self.training.precision != "fp32" and not self.parallel.distributed_optimizer:
@@ -88,6 +86,39 @@ class Recipe:
     def dump(self) -> str:
         """The resolved recipe as YAML."""
         return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def check_layout(recipe: Recipe, world_size: int) -> None:
+    """Raise ValueError unless processes, batch and heads divide as the recipe says."""
+    p, t, m = recipe.parallel, recipe.training, recipe.model
+    model_size = p.tensor * p.pipeline * p.context
+    if world_size % model_size:
+        raise ValueError(
+            f"parallel: expected a number of processes that tensor * pipeline * context = {model_size} divides, "
+            f"got {world_size}"
+        )
+    replicas = world_size // model_size
+    if t.global_batch_size % (t.micro_batch_size * replicas):
+        raise ValueError(
+            "training.global_batch_size: expected a multiple of micro_batch_size * data-parallel replicas = "
+            f"{t.micro_batch_size} * {replicas}, got {t.global_batch_size}"
+        )
+    micro_batches = t.global_batch_size // (t.micro_batch_size * replicas)
+    stages = m.pattern.split("/")[0].count("|") + 1
+    if p.pipeline > 1 and stages > p.pipeline and micro_batches % p.pipeline:
+        raise ValueError(
+            f"training.global_batch_size: with {stages} stages on parallel.pipeline={p.pipeline}, expected a number of "
+            f"micro-batches per replica that {p.pipeline} divides, got {micro_batches}"
+        )
+    tensor_parallel = {"model.vocab_multiple": m.vocab_multiple}
+    if "*" in m.pattern:
+        tensor_parallel["model.num_attention_heads"] = m.num_attention_heads
+        tensor_parallel["model.num_query_groups"] = m.num_query_groups or m.num_attention_heads
+    if "-" in m.pattern:
+        tensor_parallel["model.ffn_hidden_size"] = m.ffn_hidden_size
+    for key, value in tensor_parallel.items():
+        if value % p.tensor:
+            raise ValueError(f"{key}: expected a multiple of parallel.tensor={p.tensor}, got {value}")
 
 
 def recipe_names() -> list[str]:

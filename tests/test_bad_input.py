@@ -167,7 +167,8 @@ CASES = {
     # Layout.
     "sequence parallel": Case(
         "small.yaml parallel.tensor=2 training.seq_length=65",
-        ("training.seq_length: expected a multiple of parallel.tensor=2 under sequence parallelism, got 65",),
+        ("training.seq_length: expected a multiple of parallel.tensor * parallel.context = 2 * 1 under sequence "
+                "parallelism, got 65",),
     ),
     "stages": Case(
         "small.yaml parallel.pipeline=2 model.pattern=C-|*-|C-", ("model.pattern:", "parallel.pipeline=2", "got 3")

@@ -79,9 +79,10 @@ def test_saved_numbers_are_those_that_a_layer_keeps(letter, recompute, projectio
         mixer(torch.randn(tokens, 1, 32, requires_grad=True))
     numbers = estimate.saved_numbers(recipe, letter)
     expected = (sum(numbers.values()) - numbers["input"]) * tokens  # the norm before the mixer keeps it
-    # besides, per chunk or token: CARVE's means, codes and content terms, a norm's factor
-    assert sum(kept.values()) == pytest.approx(expected, rel=0.05)
-    assert sum(kept.values()) >= expected
+    if letter == "C" and recompute == "false":
+        x = recipe.mixer  # means, codes and content terms, too few to be in the plan
+        expected += tokens // 64 * x.num_value_heads * (x.value_head_dim + x.content_rank + x.key_head_dim)
+    assert sum(kept.values()) == expected
 
 
 def test_attention_sees_its_window_in_the_count_of_operations():
@@ -116,13 +117,20 @@ def test_memory_falls_with_what_divides_it():
     ):  # fmt: skip
         assert total(*changes) < plain, changes
     assert total("training.micro_batch_size=2") > plain
+    first, last = "parallel.pipeline=6", "parallel.pipeline=2"  # whichever stage is the fullest
+    assert "logits and loss" not in estimate.memory(load_recipe("carve_1p3b_hybrid", [first]), 32000, 6)
+    assert "logits and loss" in estimate.memory(load_recipe("carve_1p3b_hybrid", [last]), 256000, 2)
     assert total(gpus=1) > plain
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["carve_1p3b_hybrid", "parallel.tensor=2", "--gpus", "3"], "--gpus: expected a multiple of .* = 2, got 3"),
+        (
+            ["carve_1p3b_hybrid", "parallel.tensor=2", "--gpus", "3"],
+            "processes that tensor .* context = 2 divides, got 3",
+        ),
+        (["carve_1p3b_hybrid", "--gpus", "0"], "--gpus: expected at least 1, got 0"),
         (["carve_1p3b_hybrid", "--gpus", "3"], "global_batch_size: expected a multiple of .* 1 \\* 3, got 128"),
         (["carve_1p3b_hybrid", "--tokens-per-second", "0"], "--tokens-per-second: expected a number above 0, got 0"),
         (["carve_1p3b_hybrid", "model.pattern=C-G-"], "model.pattern: expected layers of C, 2, \\*, -.* got G"),

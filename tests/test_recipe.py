@@ -373,7 +373,8 @@ class TestRanges:
         [
             (
                 ["parallel.tensor=2", "training.seq_length=65"],
-                "training.seq_length: expected a multiple of parallel.tensor=2 under sequence parallelism, got 65",
+                "training.seq_length: expected a multiple of parallel.tensor * parallel.context = 2 * 1 under sequence "
+                "parallelism, got 65",
             ),
             (
                 ["model.pattern=C-|*-|C-", "parallel.pipeline=2"],
@@ -388,6 +389,11 @@ class TestRanges:
                 ["parallel.tensor=3", "training.seq_length=66"],
                 "parallel.tensor: tensor parallel size 3 does not divide num_key_heads=4 and value_head_dim=32; "
                 "legal sizes: 1, 2, 4",
+            ),
+            (
+                ["parallel.tensor=4", "parallel.context=2", "training.seq_length=68"],
+                "training.seq_length: expected a multiple of parallel.tensor * parallel.context = 4 * 2 under sequence "
+                "parallelism, got 68",
             ),
             (
                 ["parallel.context=2", "training.seq_length=66"],

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_carve.checkpoint import sharded_mixer_state
 from megatron_carve.config import MixerConfig, MixerKind, MixerOptions
 from megatron_carve.mixers.parts import GatedHeadNorm, HeadParallelLinear, LogDecay, ShortConvolution
-from megatron_carve.parallel import HeadExchange, PackedOrder, Span, context_exchange, packed_boundaries
+from megatron_carve.parallel import PackedOrder, Span, context_exchange, packed_boundaries
 from megatron_carve.patches import mixed_precision_groups
 
 # The projection's sections that pass the short convolution: the first ones, in this order.
@@ -89,14 +89,12 @@ class LinearAttentionMixer(MegatronModule):
         self.mixer = mixer_config(config, options)
         self.tp_group = pg_collection.tp
         self.tp_size = self.tp_group.size()
-        self.mixer.check_parallel(self.tp_size)
-        if getattr(config, "fp8", None):
-            self.mixer.check_fp8(self.kind, config.hidden_size, self.tp_size)
         self.exchange = context_exchange(
             pg_collection.cp, getattr(config, "mixer_context", "auto"), self.mixer.num_key_heads // self.tp_size
         )
-        if isinstance(self.exchange, HeadExchange):
-            self.mixer.check_parallel(self.tp_size, self.exchange.size)
+        self.mixer.check_parallel(self.tp_size, self.exchange.shares)
+        if getattr(config, "fp8", None):
+            self.mixer.check_fp8(self.kind, config.hidden_size, self.tp_size)
         self.backend = getattr(config, "mixer_backend", "auto")
         self.recompute = getattr(config, "mixer_recompute", False)
         self.packed_order: PackedOrder = getattr(config, "mixer_packed_order", "document")

@@ -22,13 +22,8 @@ def main(job: dict) -> None:
     from megatron_carve.stack import MixerStack
 
     patches.mtp_stack(MixerStack).apply()
-    from megatron.core import dist_checkpointing, parallel_state
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core import parallel_state
+    from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -46,32 +41,8 @@ def main(job: dict) -> None:
     )
     model_parallel_cuda_manual_seed(7)
     config = transformer_config(job)
-    models = [build_model(config, job, stage) for stage in range(job["virtual"])]
-    if job.get("save"):
-        # Zero-initialised and constant parameters would hide errors: make every parameter matter.
-        for model in models:
-            perturb(model)
-        os.makedirs(job["save"], exist_ok=True)
-        dist_checkpointing.save(sharded(models), job["save"])
-    else:
-        loaded = dist_checkpointing.load(sharded(models), job["load"])
-        for name, model in enumerate(models):
-            model.load_state_dict(loaded[str(name)], strict=True)
-
-    reduction = DistributedDataParallelConfig(
-        use_distributed_optimizer=job["distributed_optimizer"], grad_reduce_in_fp32=True
-    )
-    ddp = [
-        DistributedDataParallel(config, reduction, model, disable_bucketing=stage > 0)
-        for stage, model in enumerate(models)
-    ]
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam", lr=2e-3, weight_decay=0.0, clip_grad=0.0, params_dtype=config.params_dtype,
-            use_distributed_optimizer=job["distributed_optimizer"],
-        ),
-        ddp,
-    )  # fmt: skip
+    models = load_models(config, job)
+    ddp, optimizer = trainer(config, models, job)
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     results: dict = {"losses": [], "grad_norms": []}
@@ -100,6 +71,46 @@ def main(job: dict) -> None:
         torch.save(results, job["out"])
     dist.barrier()
     dist.destroy_process_group()
+
+
+def load_models(config, job: dict) -> list[torch.nn.Module]:
+    """The parts of the model on this rank, one for each virtual pipeline stage; saved or loaded as the job says."""
+    from megatron.core import dist_checkpointing
+
+    models = [build_model(config, job, stage) for stage in range(job["virtual"])]
+    if job.get("save"):
+        # Zero-initialised and constant parameters would hide errors: make every parameter matter.
+        for model in models:
+            perturb(model)
+        os.makedirs(job["save"], exist_ok=True)
+        dist_checkpointing.save(sharded(models), job["save"])
+    else:
+        loaded = dist_checkpointing.load(sharded(models), job["load"])
+        for name, model in enumerate(models):
+            model.load_state_dict(loaded[str(name)], strict=True)
+    return models
+
+
+def trainer(config, models: list[torch.nn.Module], job: dict):
+    """(the models as Megatron trains them, the optimizer)"""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    reduction = DistributedDataParallelConfig(
+        use_distributed_optimizer=job["distributed_optimizer"], grad_reduce_in_fp32=True
+    )
+    ddp = [
+        DistributedDataParallel(config, reduction, model, disable_bucketing=stage > 0)
+        for stage, model in enumerate(models)
+    ]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam", lr=2e-3, weight_decay=0.0, clip_grad=0.0, params_dtype=config.params_dtype,
+            use_distributed_optimizer=job["distributed_optimizer"],
+        ),
+        ddp,
+    )  # fmt: skip
+    return ddp, optimizer
 
 
 def transformer_config(job: dict):
