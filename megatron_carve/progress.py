@@ -65,6 +65,7 @@ class Progress:
             "tokens_per_second": self._speed(),
             "learning_rate": learning_rate,
             "grad_norm": None if grad_norm is None else _number(grad_norm),
+            "peak_memory_bytes": _peak_memory(),
         }
         self._record(record)
         self.say(self._line(record))
@@ -102,6 +103,7 @@ class Progress:
             "accuracy_name": self.accuracy_name,
             "chance_loss": self.chance_loss,
             "median_tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
+            "peak_memory_bytes": _peak_memory(),
             "seconds_of_this_start": round(time.monotonic() - self.started, 1),
         }
         self.folder.summary.write_text(json.dumps(summary, indent=2) + "\n")
@@ -200,6 +202,11 @@ def _is_last_process() -> bool:
     return not torch.distributed.is_initialized() or (
         torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
     )
+
+
+def _peak_memory() -> int | None:
+    """Bytes of tensors on this process's GPU, at their most so far; None without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
 def _number(value: Any) -> float | None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_carve.program import plan_or_complain, pretrain
 from megatron_carve.recipe import load_recipe, recipe_names
 
 if TYPE_CHECKING:
     from megatron_carve.preflight import Plan
-    from megatron_carve.progress import Progress
 
 USAGE = """\
 usage: python -m megatron_carve.train RECIPE [section.key=value ...]
@@ -30,25 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE.format(names=", ".join(recipe_names())))
         return 0 if words else 2
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists, before Blackwell
-    try:
-        recipe = load_recipe(words[0], words[1:])
-        _configure_log()
-        with warnings.catch_warnings():
-            # Here because torch takes seconds to import; a typing mistake need not wait.
-            from megatron_carve.patches import PatchError
-            from megatron_carve.preflight import prepare
-
-            warnings.simplefilter("ignore")  # Megatron warns of every optional package, which our log says once
-            try:
-                plan = prepare(recipe)
-            except PatchError as error:
-                raise ValueError(error) from error
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a node finds the same mistake
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    return _train(plan)
+    plan = plan_or_complain(lambda: load_recipe(words[0], words[1:]))
+    return 2 if plan is None else _train(plan)
 
 
 def _train(plan: Plan) -> int:
@@ -67,112 +46,10 @@ def _train(plan: Plan) -> int:
         verb = "resuming" if start.resumes else "continuing another run"
         begin = f"{verb} at step {start.step}" if start.step else "starting"
         progress.say(f"{recipe.run.name}: {recipe.model.pattern} on {plan.device}, {begin}, {total} steps")
-    with _megatron_output(plan):
-        parameters = _pretrain(plan, progress)
+    parameters = pretrain(plan, progress)
     if progress.writes:
         progress.finish(parameters=parameters, device=plan.device, layers=plan.layers)
     return 0
-
-
-def _pretrain(plan: Plan, progress: Progress) -> int:
-    """Hand everything to Megatron. Returns the model's number of parameters."""
-    import torch
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
-
-    from megatron_carve.pretraining import Task, count_parameters, model_config
-
-    _apply_patches(progress)
-    sys.argv = [sys.argv[0], *plan.argv]
-    args = parse_and_validate_args()
-    config = model_config(args, plan.recipe, plan.layers)
-    models: list[torch.nn.Module] = []
-
-    def remember(built: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        models.extend(built)
-        return built
-
-    config.post_wrap_hooks = [remember]
-    task = Task(plan.recipe, plan.start.vocab_size, plan.start.eod, plan.text)
-
-    def datasets(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple:
-        return task.datasets(num_samples, vp_stage)
-
-    setattr(datasets, "is_distributed", True)  # noqa: B010  Megatron's mark: every rank builds its own part
-    try:
-        pretrain(
-            pretrain_cfg_container_from_args(args, config),
-            datasets,
-            ModelType.encoder_or_decoder,
-            task.forward_step,
-            store=torch.distributed.PrefixStore("megatron", plan.store),
-        )
-        return count_parameters(models)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-def _apply_patches(progress: Progress) -> None:
-    from megatron_carve import patches
-    from megatron_carve.config import MIXER_LETTERS
-    from megatron_carve.notices import say_once
-    from megatron_carve.pretraining import mixer_flops
-    from megatron_carve.stack import MixerStack
-
-    for patch in (
-        patches.dataset_helpers,
-        patches.layer_symbols,
-        patches.torch_adam_resume,
-        patches.mixed_precision_groups,
-        patches.mtp_stack(MixerStack),
-        patches.flops(mixer_flops, MIXER_LETTERS),
-        patches.training_events(progress),
-    ):
-        patch.apply()
-    say_once(f"patches to Megatron-Core: {', '.join(patches.applied_patches())}")
-
-
-@contextlib.contextmanager
-def _megatron_output(plan: Plan) -> Iterator[None]:
-    """Megatron prints hundreds of lines; unless asked otherwise they go to a file per rank."""
-    if plan.recipe.run.megatron_output == "console":
-        yield
-        return
-    plan.folder.logs.mkdir(parents=True, exist_ok=True)
-    log = plan.folder.logs / f"rank{plan.rank}.log"
-    root = logging.getLogger()
-    kept = root.handlers[:]
-    with log.open("a", buffering=1) as file, contextlib.redirect_stdout(file):
-        errors = logging.StreamHandler(sys.stderr)
-        errors.setLevel(logging.ERROR)
-        handlers: list[logging.Handler] = [logging.StreamHandler(file), errors]
-        logging.basicConfig(handlers=handlers, format="%(levelname)s %(name)s %(message)s", force=True)
-        logging.captureWarnings(True)
-        try:
-            yield
-        except BaseException as error:
-            if not isinstance(error, SystemExit) or error.code:
-                print(f"rank {plan.rank} failed; what Megatron printed before is in {log}", file=sys.stderr)
-            raise
-        finally:
-            logging.captureWarnings(False)
-            root.handlers[:] = kept
-
-
-def _configure_log() -> None:
-    """Our notices go to rank 0's console, one line each."""
-    logger = logging.getLogger("megatron_carve")
-    logger.handlers.clear()
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-    logger.propagate = False
-    # It warns where a CUDA compiler is installed and no GPU is, which concerns nothing here.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

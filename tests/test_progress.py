@@ -96,9 +96,18 @@ class TestSteps:
         run = start()
         run.step(1, 4.0, loss=4.25, learning_rate=2.5e-4, grad_norm=torch.tensor(0.125))
         assert run.records == [
-            {"step": 1, "loss": 4.25, "tokens_per_second": None, "learning_rate": 2.5e-4, "grad_norm": 0.125}
-        ]
+            {"step": 1, "loss": 4.25, "tokens_per_second": None, "learning_rate": 2.5e-4, "grad_norm": 0.125,
+             "peak_memory_bytes": None},
+        ]  # fmt: skip
         assert run.lines == ["step  1/40 | loss 4.2500 | grad norm 0.12 | lr 2.50e-04"]
+
+    def test_peak_memory_of_a_gpu(self, start, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12345)
+        run = start()
+        run.step(1, 4.0)
+        assert run.records[0]["peak_memory_bytes"] == 12345
+        assert run.finish()["peak_memory_bytes"] == 12345
 
     def test_speed_and_time_left(self, start):
         run = start()
@@ -106,6 +115,7 @@ class TestSteps:
         run.steps(2, 10, 0.25, loss=lambda step: 3.0 - step / 8)
         assert run.records[-1] == {
             "step": 10, "loss": 1.75, "tokens_per_second": 2000.0, "learning_rate": 1e-3, "grad_norm": 0.5,
+            "peak_memory_bytes": None,
         }  # fmt: skip
         # 30 steps of 500 tokens are left.
         assert run.lines[-1].split(" | ")[-2:] == ["2.0k tokens/s", "8s left"]
@@ -234,6 +244,7 @@ class TestFinish:
             "chance_loss": 2.0,
             # Of 1000 at steps 10 and 20, and 500 at 30 and 40: the upper middle.
             "median_tokens_per_second": 1000.0,
+            "peak_memory_bytes": None,
             "seconds_of_this_start": 1.0 + 9.5 + 10.0 + 7.0 + 19.0 + 1.5,
         }
         assert run.lines[-3:] == [

@@ -1,0 +1,236 @@
+"""What a training step takes on this machine: `python -m megatron_carve.bench RECIPE [section.key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_carve import estimate
+from megatron_carve.program import plan_or_complain, pretrain
+from megatron_carve.recipe import Recipe, load_recipe, recipe_names
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_carve.preflight import Plan
+
+GIB = 2**30
+# A product of two square matrices this large runs at the most that a GPU reaches.
+MATMUL_SIZE = 8192
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit status. A user's mistake ends in one line on stderr and status 2."""
+    parser = argparse.ArgumentParser(
+        prog="[torchrun ... -m | python -m] megatron_carve.bench",
+        description="Measures whole training steps of a recipe: time, use of the GPU, memory, and where the time goes. "
+        "Nothing is saved; the recipe's steps, checkpoints and run folder do not count. Without data in the recipe, "
+        "generated tokens are used.",
+    )
+    parser.add_argument("recipe", help=f"a YAML file or one of: {', '.join(recipe_names())}")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--warmup", type=int, default=4, metavar="N", help="steps before those that count (default: 4)")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps that count (default: 10)")
+    parser.add_argument("--peak-tflops", type=float, metavar="N", help="of one GPU; measured if not given")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    chosen = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="megatron_carve_bench_") as scratch:
+        plan = plan_or_complain(lambda: _recipe(chosen, scratch))
+        if plan is None:
+            return 2
+        bench = StepTimer(plan, warmup=chosen.warmup, steps=chosen.steps)
+        bench.parameters = pretrain(plan, bench, bench.watch)
+        if plan.rank == 0:
+            numbers = bench.numbers(chosen.peak_tflops)
+            print("\n".join(report(numbers)))
+            if chosen.json is not None:
+                chosen.json.write_text(json.dumps(numbers, indent=2) + "\n")
+    return 0
+
+
+def _recipe(chosen: argparse.Namespace, scratch: str) -> Recipe:
+    for name in ("warmup", "steps"):
+        if getattr(chosen, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(chosen, name)}")
+    if chosen.peak_tflops is not None and not chosen.peak_tflops > 0:
+        raise ValueError(f"--peak-tflops: expected a number above 0, got {chosen.peak_tflops}")
+    if chosen.json is not None and not chosen.json.parent.is_dir():
+        raise ValueError(f"--json: {chosen.json.parent} is not a folder")
+    steps = chosen.warmup + chosen.steps + 1  # the last is profiled
+    fixed = [
+        "training.tokens=null", f"training.steps={steps}", f"training.eval_interval={steps + 1}",
+        "training.eval_iters=1", "checkpoint.interval=null", "checkpoint.load=null", f"run.folder={scratch}",
+    ]  # fmt: skip
+    return load_recipe(chosen.recipe, [*chosen.overrides, *fixed])
+
+
+class StepTimer:
+    """Listens to training: times the steps after the warm-up, then profiles one more.
+
+    Args:
+        plan: of the run.
+        warmup: steps before those that count, at least 1.
+        steps: those that count.
+    """
+
+    def __init__(self, plan: Plan, *, warmup: int, steps: int) -> None:
+        self.plan = plan
+        self.warmup, self.last = warmup, warmup + steps
+        self.parameters = 0
+        self.console = sys.stdout  # Megatron's output is sent elsewhere while it runs
+        self.models: list[torch.nn.Module] = []
+        self.ends: list[float] = []
+        self.peak_bytes: tuple[int, int] | None = None
+        self.parts: dict[str, float] = {}
+        self.kernels: list[tuple[str, float]] = []
+        self.profiler: Any = None
+
+    def watch(self, models: Sequence[torch.nn.Module]) -> None:
+        """Take the models whose parts the last step is broken down into."""
+        self.models.extend(models)
+
+    def on_step(self, iteration: int, losses: dict[str, Any], learning_rate: float | None, grad_norm: Any) -> None:
+        import torch
+
+        on_gpu = self.plan.device == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize()
+        if self.warmup <= iteration <= self.last:
+            self.ends.append(time.perf_counter())
+        if self.plan.rank == 0:
+            stage = "warm-up" if iteration <= self.warmup else "timed" if iteration <= self.last else "profiled"
+            print(f"step {iteration} of {self.last + 1}: {stage}", file=self.console, flush=True)
+        if iteration == self.warmup and on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        if iteration == self.last:
+            if on_gpu:
+                self.peak_bytes = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            self._begin_profile()
+        elif iteration == self.last + 1:
+            self._end_profile()
+
+    def on_evaluation(self, losses: dict[str, Any]) -> None:
+        """Megatron evaluates when it has finished; that is not measured."""
+
+    def _begin_profile(self) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        from megatron_carve.breakdown import mark_parts
+
+        for model in self.models:
+            mark_parts(model)
+        gpu = [ProfilerActivity.CUDA] if self.plan.device == "cuda" else []
+        self.profiler = profile(activities=[ProfilerActivity.CPU, *gpu])
+        self.profiler.start()
+
+    def _end_profile(self) -> None:
+        from megatron_carve.breakdown import longest_kernels, time_by_part
+
+        self.profiler.stop()
+        events = self.profiler.events()
+        self.parts, self.kernels = time_by_part(events), longest_kernels(events, 12)
+
+    def numbers(self, peak_tflops: float | None) -> dict[str, Any]:
+        """Everything measured, in plain types; times in seconds, memory in bytes.
+
+        Args:
+            peak_tflops: of one GPU; None to measure what a large product reaches.
+        """
+        import torch
+
+        from megatron_carve.launch import world_size
+
+        recipe, on_gpu = self.plan.recipe, self.plan.device == "cuda"
+        seconds = [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
+        step = statistics.median(seconds)
+        gpus = world_size()
+        vocab = self.plan.start.vocab_size
+        operations = 3 * estimate.forward_flops_per_token(recipe, vocab)
+        tokens = recipe.training.tokens_per_step
+        tflops = tokens * operations / step / gpus / 1e12
+        peak = peak_tflops or (_matmul_tflops() if on_gpu else None)
+        return {
+            "recipe": recipe.run.name,
+            "pattern": recipe.model.pattern,
+            "parameters": self.parameters,
+            "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+            "gpus": gpus,
+            "torch": torch.__version__,
+            "layers": self.plan.layers,
+            "precision": recipe.training.precision,
+            "parallel": dataclasses.asdict(recipe.parallel),
+            "seq_length": recipe.training.seq_length,
+            "micro_batch_size": recipe.training.micro_batch_size,
+            "global_batch_size": recipe.training.global_batch_size,
+            "tokens_per_step": tokens,
+            "seconds_per_step": step,
+            "all_seconds": seconds,
+            "tokens_per_second_and_gpu": tokens / step / gpus,
+            "model_gflop_per_token": operations / 1e9,
+            "model_tflops_per_second_and_gpu": tflops,
+            "peak_tflops": peak,
+            "utilisation": None if peak is None else tflops / peak,
+            "peak_allocated_bytes": self.peak_bytes and self.peak_bytes[0],
+            "peak_reserved_bytes": self.peak_bytes and self.peak_bytes[1],
+            "planned_bytes": sum(estimate.memory(recipe, vocab, gpus).values()),
+            "seconds_by_part": self.parts,
+            "longest": self.kernels,
+        }
+
+
+def report(n: dict[str, Any]) -> list[str]:
+    """The lines that a person reads, from `StepTimer.numbers`."""
+    where = n["device"] if n["gpus"] == 1 else f"{n['gpus']} processes, each on {n['device']}"
+    low, high = min(n["all_seconds"]), max(n["all_seconds"])
+    lines = [
+        f"{n['pattern']}, {n['parameters']:,} parameters, {n['precision']}, {n['layers']} layers, on {where}",
+        f"step: {n['tokens_per_step']:,} tokens (sequences of {n['seq_length']:,}, micro-batches of "
+        f"{n['micro_batch_size']}) in {n['seconds_per_step']:.4f} s, median of {len(n['all_seconds'])} "
+        f"({low:.4f} to {high:.4f})",
+        f"speed: {n['tokens_per_second_and_gpu']:,.0f} tokens/s and GPU, "
+        f"{n['model_tflops_per_second_and_gpu']:.1f} TFLOP/s of the model",
+    ]
+    if n["utilisation"] is not None:
+        lines[-1] += f", {n['utilisation']:.1%} of the {n['peak_tflops']:.0f} that matrix products reach"
+    if n["peak_allocated_bytes"] is not None:
+        lines.append(
+            f"memory: {n['peak_allocated_bytes'] / GIB:.2f} GiB of tensors at the peak (planned "
+            f"{n['planned_bytes'] / GIB:.2f}), {n['peak_reserved_bytes'] / GIB:.2f} reserved"
+        )
+    busy = sum(n["seconds_by_part"].values())
+    what = "the GPU's work" if n["peak_allocated_bytes"] is not None else "the operations"
+    lines += ["", f"{what} of one profiled step, {busy * 1e3:.1f} ms"]
+    for part, seconds in n["seconds_by_part"].items():
+        lines.append(f"  {part:<40}{seconds * 1e3:>10.2f} ms  {seconds / busy:>6.1%}")
+    lines += ["", "longest"]
+    lines += [f"  {name[:60]:<60}{seconds * 1e3:>10.2f} ms" for name, seconds in n["longest"]]
+    return lines
+
+
+def _matmul_tflops() -> float:
+    """TFLOP/s of a large bfloat16 product on this GPU."""
+    import torch
+
+    a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, dtype=torch.bfloat16, device="cuda")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    repeats = 20
+    for _ in range(3):
+        a @ a
+    start.record()
+    for _ in range(repeats):
+        a @ a
+    end.record()
+    end.synchronize()
+    return repeats * 2 * MATMUL_SIZE**3 / (start.elapsed_time(end) / 1e3) / 1e12
+
+
+if __name__ == "__main__":
+    sys.exit(main())

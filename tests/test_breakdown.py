@@ -1,0 +1,66 @@
+"""Where a profiled step's time goes: by the range it ran in, in the forward, the backward and recomputation."""
+
+import pytest
+import torch
+from torch.profiler import profile, record_function
+from torch.utils.checkpoint import checkpoint
+
+from megatron_carve.breakdown import ATTENTION, MLP_PART, OP, PARTS, PREFIX, STEP, longest_kernels, time_by_part
+
+
+class Heavy(torch.autograd.Function):
+    """A product whose backward is two products, in Python as Triton's ops are."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g @ w.t(), x.t() @ g
+
+
+def heavy_step(kind: str) -> dict[str, float]:
+    """Parts of a step whose every product of large matrices belongs to the MLP."""
+    x, w = (torch.randn(768, 768, requires_grad=True) for _ in range(2))
+
+    def mlp(x):
+        with record_function(PREFIX + MLP_PART):
+            if kind == "function":
+                return Heavy.apply(Heavy.apply(x, w), w)
+            return x @ w @ w
+
+    with profile() as profiler:
+        with record_function(PREFIX + ATTENTION):
+            y = (x[:8] + 1).exp()
+            if kind == "reentrant" or kind == "recomputed":
+                z = checkpoint(mlp, x, use_reentrant=kind == "reentrant")
+            else:
+                z = mlp(x)
+        with torch.no_grad():  # makes no node, and peeks at the number of the next
+            y.detach().cos()
+        with record_function(PREFIX + OP):
+            out = (z[:8] * y).sum()
+        out.backward()
+    events = profiler.events()
+    assert "aten::mm" in [name for name, _ in longest_kernels(events, 3)]
+    return time_by_part(events)
+
+
+@pytest.mark.parametrize("kind", ["plain", "function", "recomputed", "reentrant"])
+def test_a_backward_belongs_to_the_part_of_its_forward(kind):
+    heavy_step(kind)  # the first use of the profiler and of the products takes longer
+    parts = heavy_step(kind)
+    assert list(parts) == list(PARTS)
+    assert parts[MLP_PART] > 0.75 * sum(parts.values())
+    assert parts[ATTENTION] > 0 and parts[OP] > 0
+    assert parts[STEP] < 0.15 * sum(parts.values())
+
+
+def test_work_outside_of_every_part_is_the_steps():
+    with profile() as profiler:
+        torch.randn(512, 512) @ torch.randn(512, 512)
+    parts = time_by_part(profiler.events())
+    assert parts[STEP] == sum(parts.values()) > 0
