@@ -90,8 +90,9 @@ class ChunkCarve(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor | None, *d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         call = ctx.call
-        down, up, count, A, states, codes, content, means = ctx.saved_tensors[8:]
-        x = Inputs(*ctx.saved_tensors[:8], content)
+        # asked for once: under activation recomputation each asking would compute the op again
+        *given, down, up, count, A, states, codes, content, means = ctx.saved_tensors
+        x = Inputs(*given, content)
         do = torch.zeros_like(x.v) if do is None else do.contiguous()
         # without a gradient through the means nothing of the content path runs from chunk to chunk
         parallel = ctx.detached and d_final[1] is None and d_final[2] is None and not ctx.has_initial

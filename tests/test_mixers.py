@@ -220,15 +220,15 @@ def perturbed(module: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.mark.parametrize("kind", ["carve", "gdn2"])
 def test_both_backends_agree(kind):
-    """Outputs and all gradients, through projections' slices as the kernels meet them in a model."""
+    """Outputs and all gradients, through projections' slices as the kernels meet them in a model; recomputed too."""
     from support import interpreter
 
     sizes = {"linear_num_value_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
     mixer = perturbed(build(kind, options={"conv_bias": True}, **sizes))
     hidden = torch.randn(80, 1, HIDDEN, device=interpreter.DEVICE)
     found = []
-    for backend in ("torch", "triton"):
-        mixer.backend = backend
+    for backend, recompute in (("torch", False), ("triton", False), ("triton", True)):
+        mixer.backend, mixer.recompute = backend, recompute
         x = hidden.clone().requires_grad_()
         out = mixer(x)[0]
         names, parameters = zip(*mixer.named_parameters(), strict=True)
@@ -238,3 +238,4 @@ def test_both_backends_agree(kind):
         assert expected.norm() > 0, f"{name} is zero, so comparing it shows nothing"
         error = ((found[1][name] - expected).norm() / expected.norm()).item()
         assert error < 2e-5, f"{name}: relative error {error:.1e}"
+        assert found[2][name].equal(found[1][name]), f"{name} differs when it is recomputed"
