@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -50,8 +52,16 @@ def pretrain(
         listener: is told about every step.
         on_models: is given the wrapped parts of the model that this rank holds, before training.
     """
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    errors = get_error_handler()
+    errors.initialize()
     with _megatron_output(plan):
-        return _pretrain(plan, listener, on_models)
+        try:
+            return _pretrain(plan, listener, on_models)
+        except Exception as error:
+            errors.record_exception(error)  # torchrun closes with the first failure of all ranks
+            raise
 
 
 def _pretrain(plan: Plan, listener: TrainingListener, on_models: Callable[[Sequence[torch.nn.Module]], None]) -> int:
@@ -91,8 +101,17 @@ def _pretrain(plan: Plan, listener: TrainingListener, on_models: Callable[[Seque
         )
         return count_parameters(models)
     finally:
-        if torch.distributed.is_initialized():
+        _kill_data_workers()
+        # A rank that failed does not wait for the others, which wait for it.
+        if torch.distributed.is_initialized() and not isinstance(sys.exception(), Exception):
             torch.distributed.destroy_process_group()
+
+
+def _kill_data_workers() -> None:
+    """Megatron's data workers ignore SIGTERM, by which the interpreter would end them: its exit waited for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the death of a worker as a failure
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _apply_patches(listener: TrainingListener) -> None:

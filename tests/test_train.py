@@ -244,3 +244,54 @@ def test_a_failing_rank_ends_the_job_with_its_own_error(folder):
             cwd=folder,
         )
     assert not (folder / "runs" / "bad").exists()
+
+
+FAILS_IN_STEP_TWO = """
+import os, sys
+from megatron_carve import pretraining, train
+
+forward, calls = pretraining.Task.forward_step, []
+
+def failing(self, *args):
+    calls.append(None)
+    if len(calls) == 3 and int(os.environ["RANK"]) + 1 == int(os.environ["WORLD_SIZE"]):
+        raise RuntimeError("the loss fell off a cliff")
+    return forward(self, *args)
+
+pretraining.Task.forward_step = failing
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_failure_ends_the_program_although_data_workers_run(folder):
+    run = subprocess.run(
+        [sys.executable, "-c", FAILS_IN_STEP_TWO, "tiny.yaml", "run.name=fails", "megatron.num_workers=2"],
+        cwd=folder, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert run.stderr.rstrip().endswith("RuntimeError: the loss fell off a cliff")
+
+
+def test_torchrun_closes_with_the_error_of_the_rank_that_failed(folder):
+    (folder / "fails.py").write_text(FAILS_IN_STEP_TWO)
+    words = ["tiny.yaml", "run.name=one_fails", "parallel.tensor=2", "megatron.num_workers=1"]
+    with pytest.raises(AssertionError) as failure:
+        launch(2, ["fails.py", *words], cwd=folder)
+    closing = str(failure.value).rpartition("Root Cause")[2]
+    assert "RuntimeError: the loss fell off a cliff" in closing
+    assert "rank      : 1 (local_rank: 1)" in closing
+
+
+def test_sigterm_ends_the_program_although_data_workers_run(folder):
+    words = ["tiny.yaml", "run.name=stops", "training.steps=4000", "megatron.num_workers=2"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "megatron_carve.train", *words], cwd=folder, stdout=subprocess.PIPE, text=True
+    )
+    assert run.stdout is not None
+    for line in run.stdout:
+        if line.startswith("step    3/4000"):
+            run.send_signal(signal.SIGTERM)
+            break
+    assert run.wait(timeout=100) == 0
+    tracker = folder / "runs" / "stops" / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert int(tracker.read_text()) >= 3
