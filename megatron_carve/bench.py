@@ -88,6 +88,7 @@ class StepTimer:
         self.console = sys.stdout  # Megatron's output is sent elsewhere while it runs
         self.models: list[torch.nn.Module] = []
         self.ends: list[float] = []
+        self.losses: list[float] = []
         self.peak_bytes: tuple[int, int] | None = None
         self.parts: dict[str, float] = {}
         self.kernels: list[tuple[str, float]] = []
@@ -100,6 +101,8 @@ class StepTimer:
     def on_step(self, iteration: int, losses: dict[str, Any], learning_rate: float | None, grad_norm: Any) -> None:
         import torch
 
+        from megatron_carve.progress import LOSS
+
         on_gpu = self.plan.device == "cuda"
         if on_gpu:
             torch.cuda.synchronize()
@@ -108,6 +111,8 @@ class StepTimer:
         if self.plan.rank == 0:
             stage = "warm-up" if iteration <= self.warmup else "timed" if iteration <= self.last else "profiled"
             print(f"step {iteration} of {self.last + 1}: {stage}", file=self.console, flush=True)
+        if LOSS in losses:  # on the last pipeline stage
+            self.losses.append(float(losses[LOSS]))
         if iteration == self.warmup and on_gpu:
             torch.cuda.reset_peak_memory_stats()
         if iteration == self.last:
@@ -173,6 +178,7 @@ class StepTimer:
             "tokens_per_step": tokens,
             "seconds_per_step": step,
             "all_seconds": seconds,
+            "losses": self.losses,
             "tokens_per_second_and_gpu": tokens / step / gpus,
             "model_gflop_per_token": operations / 1e9,
             "model_tflops_per_second_and_gpu": tflops,

@@ -27,6 +27,7 @@ def test_a_measured_step_of_the_debug_recipe(tmp_path):
     assert numbers["parameters"] == sum(estimate.parameters(recipe, vocab).values())
     assert numbers["tokens_per_step"] == 32 * 128
     assert len(numbers["all_seconds"]) == 3
+    assert len(numbers["losses"]) == 1 + 3 + 1 and all(3 < loss < 5 for loss in numbers["losses"])
     assert numbers["seconds_per_step"] == sorted(numbers["all_seconds"])[1]
     assert numbers["tokens_per_second_and_gpu"] == pytest.approx(32 * 128 / numbers["seconds_per_step"])
     flops = 3 * estimate.forward_flops_per_token(recipe, vocab)
