@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps that count (default: 10)")
     parser.add_argument("--peak-tflops", type=float, metavar="N", help="of one GPU; measured if not given")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_intermixed_args(arguments)
     with tempfile.TemporaryDirectory(prefix="megatron_carve_bench_") as scratch:
         plan = plan_or_complain(lambda: _recipe(chosen, scratch))
         if plan is None:

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, help="GPUs of the whole job; as many as one model needs if not given")
     parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GiB", help="of one GPU (default: 80)")
     parser.add_argument("--tokens-per-second", type=float, metavar="N", help="of one GPU, measured: gives the time")
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_intermixed_args(arguments)
     try:
         recipe = load_recipe(chosen.recipe, chosen.overrides)
         if chosen.tokens_per_second is not None and not chosen.tokens_per_second > 0:
