@@ -16,7 +16,7 @@ from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as 
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -35,6 +35,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from megatron_carve.attention import WindowedSelfAttention
 from megatron_carve.config import LayerImplementation, MixerKind
 from megatron_carve.local_layers import RMSNorm, StandaloneRMSNorm, fused_rms_norm_affine
 from megatron_carve.mixers import CarveMixer, GDN2Mixer, MixerSubmodules
@@ -206,7 +207,7 @@ def _mixing_layer(tools: Toolkit, mixing: ModuleSpec, first_linear: str) -> Modu
 
 def _attention_spec(tools: Toolkit) -> ModuleSpec:
     return ModuleSpec(
-        module=SelfAttention,
+        module=WindowedSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=tools.norm_linear, core_attention=tools.attention, linear_proj=tools.row_linear

@@ -26,7 +26,7 @@ def mixers(stack) -> list[str]:
 def test_letters_build_their_layers_and_all_learn():
     model = hybrid_model("C-2*-")
     assert mixers(model.decoder)[0] == "CarveMixer"
-    assert mixers(model.decoder)[2:4] == ["GDN2Mixer", "SelfAttention"]
+    assert mixers(model.decoder)[2:4] == ["GDN2Mixer", "WindowedSelfAttention"]
     assert model.decoder.layer_type_list == list("C-2*-")
     token_losses(model, tokens(100)).mean().backward()  # more than one content chunk
     still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
@@ -148,7 +148,7 @@ def test_gpt_style_models_take_the_mixers(spec, mixer):
             transformer_layer_spec=getattr(specs, spec),
         )
     ).build_model(groups())  # fmt: skip
-    assert mixers(model.decoder) == [mixer, "SelfAttention"] * 2
+    assert mixers(model.decoder) == [mixer, "WindowedSelfAttention"] * 2
     token_losses(model, tokens()).mean().backward()
     assert model.decoder.layers[2].self_attention.in_proj.weight.grad.abs().max() > 0
     assert model.decoder.layers[2].mlp.linear_fc1.weight.grad.abs().max() > 0

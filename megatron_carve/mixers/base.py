@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_carve.checkpoint import sharded_mixer_state
 from megatron_carve.config import MixerConfig, MixerKind, MixerOptions
+from megatron_carve.mixer_cache import MixerCache, mixer_cache
 from megatron_carve.mixers.parts import GatedHeadNorm, HeadParallelLinear, LogDecay, ShortConvolution
 from megatron_carve.parallel import PackedOrder, Span, context_exchange, packed_boundaries
 from megatron_carve.patches import mixed_precision_groups
@@ -164,21 +165,27 @@ class LinearAttentionMixer(MegatronModule):
         Args:
             hidden_states: [T, B, hidden]; T is divided by the context-parallel size, and by the tensor-parallel size
                 under sequence parallelism.
+            inference_context: Megatron's StaticInferenceContext or None. Then hidden_states are the next tokens of
+                its sequences, which go on from what it holds of this layer, or begin where its sequence_len_offset is
+                0; what it holds is brought up to date. One token takes the recurrent op, in place and without
+                reading a value on the host (a CUDA graph can hold it), more take the chunk op. Without gradients.
             packed_seq_params: Megatron's packed sequences (`thd`, B = 1) or None.
             positional: rotary embeddings and the like, which a recurrence has no use for.
 
         Returns:
             ([T, B, hidden], None), as Megatron's attention modules do.
         """
-        if inference_context is not None:
-            raise NotImplementedError(f"{type(self).__name__} has no incremental decoding in this release")
         cu_seqlens = packed_boundaries(packed_seq_params)
+        if inference_context is not None:
+            self._check_inference(packed_seq_params)
         projected, _ = self.in_proj(hidden_states)
         order = self.exchange.order(projected.shape[0], packed_seq_params, self.packed_order, projected.device)
         pieces, gate = self._pieces(projected)
         mine = self.exchange.enter(pieces, order)
         span = self.exchange.span(mine[0], cu_seqlens)
-        if self.recompute and torch.is_grad_enabled():
+        if inference_context is not None:
+            out = self._recurrence_from(self._cache(inference_context, mine[0]), span, *mine)
+        elif self.recompute and torch.is_grad_enabled():
             out = checkpoint(self._recurrence, span, *mine, use_reentrant=False, preserve_rng_state=False)
         else:
             out = self._recurrence(span, *mine)
@@ -204,10 +211,32 @@ class LinearAttentionMixer(MegatronModule):
         """From exchanged pieces to the op's output, [B, T, HV, V]; what recomputation computes twice."""
         return self.mix(self._op_inputs(pieces, span), span)
 
-    def _op_inputs(self, pieces: Sequence[Tensor], span: Span) -> MixerInputs:
-        """Exchanged pieces, [T, B, channels], as the op takes them."""
+    @torch.no_grad()
+    def _recurrence_from(self, cache: MixerCache, span: Span, *pieces: Tensor) -> Tensor:
+        """As _recurrence, of tokens that follow those in the cache, which then holds these too."""
+        inputs = self._op_inputs(pieces, span, cache.tokens)
+        kept = torch.cat([cache.tokens, pieces[0].transpose(0, 1)], 1)[:, pieces[0].shape[0] :]
+        cache.tokens.copy_(kept)
+        return self.mix_from(inputs, cache.state)
+
+    def _cache(self, context: Any, convolved: Tensor) -> MixerCache:
+        batch, channels = convolved.shape[1:]
+        heads, (K, V) = self.mixer.num_value_heads // self.tp_size, (self.mixer.key_head_dim, self.mixer.value_head_dim)
+        return mixer_cache(
+            context, self.layer_number or 0, batch, ((self.mixer.conv_width - 1, channels), convolved.dtype),
+            self.state_shapes(heads, K, V), convolved.device,
+        )  # fmt: skip
+
+    def _check_inference(self, packed_seq_params: Any) -> None:
+        if packed_seq_params is not None:
+            raise NotImplementedError(f"{type(self).__name__}: packed sequences with an inference_context")
+        if self.exchange.size > 1:
+            raise NotImplementedError(f"{type(self).__name__}: context parallelism with an inference_context")
+
+    def _op_inputs(self, pieces: Sequence[Tensor], span: Span, tokens_before: Tensor | None = None) -> MixerInputs:
+        """Exchanged pieces, [T, B, channels], as the op takes them; tokens_before: see ShortConvolution.forward."""
         convolved, decay, erase, write = (x.transpose(0, 1) for x in pieces)
-        q, k, v = self.conv(convolved, self.exchange, span, self.backend)
+        q, k, v = self.conv(convolved, self.exchange, span, self.backend, tokens_before)
         by_key = (-1, self.mixer.key_head_dim)
         return MixerInputs(
             q=q.unflatten(-1, by_key),
@@ -228,6 +257,15 @@ class LinearAttentionMixer(MegatronModule):
 
     def mix(self, inputs: MixerInputs, span: Span) -> Tensor:
         """Apply the variant's gates and op. Returns [B, T, HV, V]."""
+        raise NotImplementedError
+
+    def mix_from(self, inputs: MixerInputs, state: tuple[Tensor, ...]) -> Tensor:
+        """As mix, from a recurrent state, [B, ...] by state_shapes, which it brings up to date in place."""
+        raise NotImplementedError
+
+    @staticmethod
+    def state_shapes(heads: int, K: int, V: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape per sequence and dtype of the tensors of a recurrent state of this many value heads."""
         raise NotImplementedError
 
     @property

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
+from megatron_carve import kernels
+from megatron_carve.kernels import CarveState
 from megatron_carve.mixers.base import LinearAttentionMixer, MixerInputs
 from megatron_carve.mixers.parts import tensor_parallel_parameter
 from megatron_carve.parallel import Span
@@ -29,13 +34,34 @@ class CarveMixer(LinearAttentionMixer):
         nn.init.zeros_(self.content_up)
 
     def mix(self, inputs: MixerInputs, span: Span) -> Tensor:
-        return chunk_carve(
-            span, inputs.q, inputs.k, inputs.v, inputs.g, inputs.erase,
-            inputs.write, self.exchange.share(self.content_down), self.exchange.share(self.content_up),
-            **self.decay(self.exchange),
-            gate_logits=True,
-            content_chunk=self.mixer.content_chunk,
-            content_grad=self.mixer.content_grad,
-            erase_scale=self.erase_scale,
-            backend=self.backend,
-        )  # fmt: skip
+        tensors, options = self._arguments(inputs)
+        return chunk_carve(span, *tensors, **options)
+
+    def mix_from(self, inputs: MixerInputs, state: tuple[Tensor, ...]) -> Tensor:
+        tensors, options = self._arguments(inputs)
+        before = CarveState(*state)
+        if inputs.q.shape[1] == 1:
+            return kernels.recurrent_carve(*tensors, initial_state=before, inplace_state=True, **options)[0]
+        o, after = kernels.chunk_carve(*tensors, initial_state=before, output_final_state=True, **options)
+        assert after is not None
+        for old, new in zip(before, after, strict=True):
+            old.copy_(new)
+        return o
+
+    @staticmethod
+    def state_shapes(heads: int, K: int, V: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        floats = [(heads, K, V), (heads, V), (heads, V)]
+        return [*((shape, torch.float32) for shape in floats), ((), torch.int64)]
+
+    def _arguments(self, inputs: MixerInputs) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """What the ops take of these inputs, by position and by name."""
+        content = (self.exchange.share(p) for p in (self.content_down, self.content_up))
+        tensors = (inputs.q, inputs.k, inputs.v, inputs.g, inputs.erase, inputs.write, *content)
+        options = {
+            "gate_logits": True,
+            "content_chunk": self.mixer.content_chunk,
+            "content_grad": self.mixer.content_grad,
+            "erase_scale": self.erase_scale,
+            "backend": self.backend,
+        }
+        return tensors, self.decay(self.exchange) | options

@@ -56,11 +56,21 @@ class ShortConvolution(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, exchange: Exchange, span: Span, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-        """x holds the tokens and the heads' channels that the exchange gave to this context-parallel rank."""
+    def forward(
+        self, x: Tensor, exchange: Exchange, span: Span, backend: str, tokens_before: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x holds the tokens and the heads' channels that the exchange gave to this context-parallel rank.
+
+        Args:
+            tokens_before: [B, width - 1, D] the tokens that x continues, or None where it begins, or where a shard of
+                the span's group continues another's.
+        """
         weight, bias = (None if p is None else self._share(p, exchange) for p in (self.weight, self.bias))
         cu_seqlens, before = span.cu_seqlens, 0
-        if span.group is not None:
+        if tokens_before is not None:
+            before = tokens_before.shape[1]
+            x = torch.cat([tokens_before, x], 1)
+        elif span.group is not None:
             before = self.weight.shape[1] - 1
             x, cu_seqlens = with_tokens_before(x, span, before)
         mixed = convolve_qkv(
