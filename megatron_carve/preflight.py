@@ -81,7 +81,7 @@ def prepare(recipe: Recipe) -> Plan:
     folder = RunFolder(recipe.run.path)
     store, rank, _ = join_processes()
     start = on_first_process(store, rank, "start", lambda: _find_start(recipe, folder))
-    layers = _layers(recipe, device)  # the first that imports Megatron, which takes seconds
+    layers = choose_layers(recipe, device)  # the first that imports Megatron, which takes seconds
     argv = _argv(recipe, start, layers, device)
     # Last, when nothing else can be wrong: the first writes, and tokenising takes long.
     text = on_first_process(store, rank, "text", lambda: _write(recipe, folder))
@@ -167,7 +167,12 @@ def _checkpoint_to_load(recipe: Recipe, folder: RunFolder) -> tuple[RunFolder | 
     return other, 0 if recipe.checkpoint.weights_only else step, False
 
 
-def _layers(recipe: Recipe, device: str) -> LayerImplementation:
+def choose_layers(recipe: Recipe, device: str) -> LayerImplementation:
+    """Resolve model.layers "auto" by what is installed.
+
+    Raises:
+        ValueError, ImportError: what the recipe asks of layers that are not there, or cannot do it.
+    """
     from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.ssm.gated_delta_net import HAVE_FLA
 
@@ -197,16 +202,21 @@ def _layers(recipe: Recipe, device: str) -> LayerImplementation:
     return layers
 
 
-def _argv(recipe: Recipe, start: Start, layers: LayerImplementation, device: str) -> list[str]:
+def megatron_arguments(recipe: Recipe, *, vocab_size: int, layers: LayerImplementation, device: str) -> list[str]:
+    """Megatron's command line for a recipe, all but what a checkpoint adds."""
     from megatron.training.arguments import add_megatron_arguments
 
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    argv = megatron_argv(
+    return megatron_argv(
         parser,
-        owned_settings(recipe, vocab_size=start.vocab_size, layers=layers, device=device),
+        owned_settings(recipe, vocab_size=vocab_size, layers=layers, device=device),
         default_settings(recipe, layers=layers, device=device),
         recipe.megatron,
     )
+
+
+def _argv(recipe: Recipe, start: Start, layers: LayerImplementation, device: str) -> list[str]:
+    argv = megatron_arguments(recipe, vocab_size=start.vocab_size, layers=layers, device=device)
     if start.load_from is not None:
         argv.append(f"--load={start.load_from}")
         argv += ["--no-load-rng"] if start.new_random_state else []

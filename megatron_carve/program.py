@@ -1,4 +1,4 @@
-"""What the programs that run Megatron share: words become a checked plan, and a plan Megatron's training loop."""
+"""What the programs share: mistakes end in one line, words become a checked plan, a plan Megatron's training loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from megatron_carve.recipe import Recipe
 
@@ -21,12 +21,26 @@ if TYPE_CHECKING:
     from megatron_carve.preflight import Plan
 
 
+def exit_status(work: Callable[[], object]) -> int:
+    """Do the work of a program: 0, or 2 where it ends in a user's mistake, said in one line on stderr."""
+    try:
+        _configure_log(sys.stderr)  # standard output is for the answer
+        logging.getLogger("megatron").setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Megatron warns of every optional package, which our log says once
+            work()
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def plan_or_complain(load: Callable[[], Recipe]) -> Plan | None:
     """The plan of the recipe that `load` returns; None where it is a user's mistake, said in one line on stderr."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists, before Blackwell
     try:
         recipe = load()
-        _configure_log()
+        _configure_log(sys.stdout)
         with warnings.catch_warnings():
             # Here because torch takes seconds to import; a typing mistake need not wait.
             from megatron_carve.patches import PatchError
@@ -124,7 +138,7 @@ def _apply_patches(listener: TrainingListener) -> None:
     for patch in (
         patches.dataset_helpers,
         patches.layer_symbols,
-        patches.torch_adam_resume,
+        patches.adam_resume,
         patches.mixed_precision_groups,
         patches.mtp_stack(MixerStack),
         patches.flops(mixer_flops, MIXER_LETTERS),
@@ -161,11 +175,11 @@ def _megatron_output(plan: Plan) -> Iterator[None]:
             root.handlers[:] = kept
 
 
-def _configure_log() -> None:
+def _configure_log(stream: TextIO) -> None:
     """Our notices go to rank 0's console, one line each."""
     logger = logging.getLogger("megatron_carve")
     logger.handlers.clear()
-    handler = logging.StreamHandler(sys.stdout)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

@@ -92,8 +92,16 @@ class RunFolder:
         if not text.isdigit():
             raise CheckpointError(f"{tracker}: expected the step of a checkpoint, got {text!r}")
         step = int(text)
-        _check_whole(self.checkpoints / f"iter_{step:07d}")
+        self.check_whole(step)
         return step
+
+    def check_whole(self, step: int) -> None:
+        """Raise CheckpointError unless the checkpoint of this step is there with every byte its index refers to."""
+        _check_whole(self.checkpoints / f"iter_{step:07d}")
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of all checkpoints that were begun here, whole or not."""
+        return sorted(int(path.name.removeprefix("iter_")) for path in self.checkpoints.glob("iter_*[0-9]"))
 
     def saved_recipe(self) -> Recipe:
         """The recipe that the checkpoint here was trained with.

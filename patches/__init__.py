@@ -1,5 +1,6 @@
 """Runtime patches to Megatron-Core: one per file, applied by whoever needs them and never at import."""
 
+from megatron_carve.patches.adam_resume import adam_resume
 from megatron_carve.patches.cpu_mode import cpu_mode
 from megatron_carve.patches.dataset_helpers import dataset_helpers
 from megatron_carve.patches.flops import flops
@@ -7,7 +8,6 @@ from megatron_carve.patches.layer_symbols import layer_symbols
 from megatron_carve.patches.mixed_precision_groups import mixed_precision_groups
 from megatron_carve.patches.mtp_stack import mtp_stack
 from megatron_carve.patches.patch import Patch, PatchError, Replacement, applied_patches
-from megatron_carve.patches.torch_adam_resume import torch_adam_resume
 from megatron_carve.patches.training_events import TrainingListener, training_events
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "PatchError",
     "Replacement",
     "TrainingListener",
+    "adam_resume",
     "applied_patches",
     "cpu_mode",
     "dataset_helpers",
@@ -22,6 +23,5 @@ __all__ = [
     "layer_symbols",
     "mixed_precision_groups",
     "mtp_stack",
-    "torch_adam_resume",
     "training_events",
 ]

@@ -334,7 +334,7 @@ def real_patches():
     return {
         "dataset_helpers": patches.dataset_helpers,
         "layer_symbols": patches.layer_symbols,
-        "torch_adam_resume": patches.torch_adam_resume,
+        "adam_resume": patches.adam_resume,
         "mixed_precision_groups": patches.mixed_precision_groups,
         "cpu_mode": patches.cpu_mode,
         "flops": patches.flops(lambda args, letter: 0.0, "C2"),
@@ -540,7 +540,7 @@ class TestMtpStack:
         assert hybrid_block.HybridStack is original
 
 
-class TestTorchAdamResume:
+class TestAdamResume:
     """Megatron's own methods on a distributed optimizer without processes: two parameters and torch's AdamW."""
 
     @pytest.fixture
@@ -586,13 +586,13 @@ class TestTorchAdamResume:
         distributed = make(kind)
         with pytest.raises(AssertionError):
             distributed.state_dict()
-        applied(patches.torch_adam_resume)
+        applied(patches.adam_resume)
         described = make(kind).state_dict()
         assert described["optimizer"]["param_groups"][0]["step"] == 0
         assert described["optimizer"]["param_groups"][0]["lr"] == 0.5
 
     def test_a_trained_one_keeps_its_steps(self, applied, make):
-        applied(patches.torch_adam_resume)
+        applied(patches.adam_resume)
         distributed = make()
         self.step(distributed, 3)
         assert distributed.state_dict()["optimizer"]["param_groups"][0]["step"] == 3
@@ -606,12 +606,51 @@ class TestTorchAdamResume:
         loaded = make()
         self.step(loaded, 1)
         if patched:
-            applied(patches.torch_adam_resume)
+            applied(patches.adam_resume)
         loaded.load_state_dict(state)
         assert self.steps(loaded) == [5, 5]
         self.step(loaded, 2)
         # Unpatched, one shared tensor counts both parameters; when that changes, the patch can go.
         assert self.steps(loaded) == ([7, 7] if patched else [9, 9])
+
+    @pytest.mark.parametrize("patched", [False, True])
+    def test_learning_rates_of_this_run_count(self, applied, make, patched):
+        saved, loaded = make(), make()
+        self.step(saved, 2)
+        self.step(loaded, 1)
+        saved.optimizer.param_groups[0].update(max_lr=0.5, min_lr=0.1)
+        loaded.optimizer.param_groups[0].update(max_lr=0.25, min_lr=0.05)
+        state = saved.state_dict()
+        if not patched:
+            with pytest.raises(KeyError):  # when this is no longer so, the patch can go
+                loaded.load_state_dict(state)
+            return
+        applied(patches.adam_resume)
+        loaded.load_state_dict(state)
+        (group,) = loaded.optimizer.param_groups
+        assert (group["max_lr"], group["min_lr"]) == (0.25, 0.05)
+        assert self.steps(loaded) == [2, 2]
+
+    def test_options_that_another_adam_did_not_save_stay(self, applied, make):
+        applied(patches.adam_resume)
+        saved, loaded = make(), make()
+        self.step(saved, 2)
+        self.step(loaded, 1)
+        state = saved.state_dict()
+        del state["optimizer"]["param_groups"][0]["foreach"]
+        loaded.optimizer.param_groups[0]["bias_correction"] = True
+        loaded.load_state_dict(state)
+        (group,) = loaded.optimizer.param_groups
+        assert group["bias_correction"] is True and group["foreach"] is None
+        self.step(loaded, 1)
+
+    def test_groups_that_only_their_rates_tell_apart_keep_theirs(self, applied):
+        from megatron_carve.patches.adam_resume import _complete_groups
+
+        current = [{"wd_mult": 1.0, "max_lr": 1.0, "new": 1}, {"wd_mult": 1.0, "max_lr": 2.0, "new": 1}]
+        saved = [{"wd_mult": 1.0, "max_lr": 2.0}, {"wd_mult": 0.0, "max_lr": 3.0}]
+        _complete_groups(saved, current)
+        assert saved == [{"wd_mult": 1.0, "max_lr": 2.0, "new": 1}, {"wd_mult": 0.0, "max_lr": 3.0}]
 
     def test_parameters_load_without_a_step(self, applied, make):
         distributed = make()
@@ -623,7 +662,7 @@ class TestTorchAdamResume:
         with torch.no_grad():
             with pytest.raises(KeyError, match="step"):
                 distributed._set_main_param_and_optimizer_states(parameter, tensors)
-            applied(patches.torch_adam_resume)
+            applied(patches.adam_resume)
             distributed._set_main_param_and_optimizer_states(parameter, tensors)
         state = distributed.optimizer.state[parameter]
         assert parameter.tolist() == [2, 2]
@@ -632,7 +671,7 @@ class TestTorchAdamResume:
         assert set(tensors) == {"param", "exp_avg", "exp_avg_sq"}
 
     def test_other_optimizers_are_left_alone(self, applied, make):
-        applied(patches.torch_adam_resume)
+        applied(patches.adam_resume)
         distributed = make(torch.optim.RAdam)
         with pytest.raises(AssertionError):
             distributed.state_dict()

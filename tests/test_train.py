@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 from PIL import Image
 from support.parallel import launch
 from support.train import losses, train
+
+from megatron_carve.progress import read_metrics
 
 TINY = """
 inherit: debug
@@ -194,6 +197,16 @@ def test_a_run_continues_another_at_another_layout(folder, straight):
     assert list(actual) == list(expected) == [13, 14]
     for step, loss in expected.items():
         assert actual[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
+
+
+def test_a_run_goes_on_with_another_learning_rate(folder, straight):
+    """The recipe decides, not the checkpoint; upstream's optimizer would not find its own parameters again."""
+    shutil.copytree(folder / "runs" / "straight", folder / "runs" / "slower")
+    (folder / "runs" / "slower" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("4")
+    train(folder, "tiny.yaml", "run.name=slower", "data.text=cats.txt", "training.lr=1e-5", "training.min_lr=1e-6")
+    metrics = read_metrics(folder / "runs" / "slower" / "metrics.jsonl")
+    rates = {r["step"]: r["learning_rate"] for r in metrics if "learning_rate" in r}
+    assert all(rates[step] <= 1e-5 < rates[4] for step in range(5, 13))
 
 
 def test_weights_alone_start_a_run_anew(folder, straight):

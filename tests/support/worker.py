@@ -18,7 +18,7 @@ def main(job: dict) -> None:
 
     patches.cpu_mode.apply()
     patches.layer_symbols.apply()
-    patches.torch_adam_resume.apply()
+    patches.adam_resume.apply()
     from megatron_carve.stack import MixerStack
 
     patches.mtp_stack(MixerStack).apply()

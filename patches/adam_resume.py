@@ -1,4 +1,4 @@
-"""Resume the distributed optimizer when Adam is torch's own (neither Transformer Engine nor NVIDIA apex installed)."""
+"""Resume the distributed optimizer with torch's own Adam, with another Adam than it was saved with, or other rates."""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import torch
 
 from megatron_carve.patches.patch import Patch, Replacement
 
+_RATES = ("max_lr", "min_lr")
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 
 
@@ -29,11 +30,30 @@ def _with_step(original: Callable[..., Any]) -> Callable[..., Any]:
     return state_dict
 
 
+def _complete_groups(saved: list[dict[str, Any]], current: list[dict[str, Any]]) -> None:
+    """Give saved groups the options of this Adam that another did not save, and this run's learning rates.
+
+    Upstream tells groups apart by their rates too, so that it finds none when those have changed.
+    """
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+    def kind(group: dict[str, Any]) -> list[Any]:
+        return [group.get(key) for key in param_group_identifier_keys if key not in _RATES]
+
+    for group in saved:
+        own = [g for g in current if kind(g) == kind(group)]
+        if own:
+            group.update({key: value for key, value in own[0].items() if key not in group and key != "params"})
+        if len(own) == 1:
+            group.update({key: own[0].get(key) for key in _RATES})
+
+
 def _with_own_step(original: Callable[..., Any]) -> Callable[..., Any]:
     """Loading puts one shared step tensor into every parameter's state; torch Adam then counts it up per parameter."""
 
     @functools.wraps(original)
     def load_state_dict(self: Any, state_dict: Any) -> None:
+        _complete_groups(state_dict["optimizer"]["param_groups"], self.optimizer.param_groups)
         original(self, state_dict)
         if _uses_torch_adam(self):
             for state in self.optimizer.state.values():
@@ -53,12 +73,13 @@ def _without_step(original: Callable[..., Any]) -> Callable[..., Any]:
     return set_states
 
 
-torch_adam_resume = Patch(
-    name="torch_adam_resume",
-    reason="resuming the distributed optimizer assumes a fused Adam; with torch's it fails or counts steps wrongly",
+adam_resume = Patch(
+    name="adam_resume",
+    reason="resuming the distributed optimizer assumes a fused Adam, the one it was saved with, and the same rates; "
+    "else it fails or counts steps wrongly",
     upstream="megatron/core/optimizer/distrib_optimizer.py, state_dict, load_state_dict, "
     "_set_main_param_and_optimizer_states",
-    remove_when="the distributed optimizer resumes with torch.optim.AdamW",
+    remove_when="the distributed optimizer resumes with torch.optim.AdamW, and with other learning rates",
     replacements=[
         Replacement(f"{_OPTIMIZER}.state_dict", _with_step),
         Replacement(f"{_OPTIMIZER}.load_state_dict", _with_own_step),

@@ -1,0 +1,137 @@
+"""A trained run as a model to use, in one process, whatever layout it was trained in."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_carve.config import LayerImplementation
+from megatron_carve.launch import join_processes, use_device, world_size
+from megatron_carve.patches import cpu_mode, dataset_helpers, layer_symbols
+from megatron_carve.plan import vocab_size
+from megatron_carve.preflight import check_backend, choose_layers, megatron_arguments
+from megatron_carve.recipe import Recipe
+from megatron_carve.recipe_schema import Checkpoint, Parallel
+from megatron_carve.run_folder import CheckpointError, RunFolder
+from megatron_carve.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with the weights of a checkpoint.
+
+    Attributes:
+        model: Megatron's HybridModel, in evaluation mode, in the run's precision.
+        recipe: of the run, for one process.
+        step: of the checkpoint.
+        vocab_size: token ids that mean something; the model's logits may be more.
+        tokenizer: None for a run on the generated recall task, whose tokens are no text.
+    """
+
+    model: torch.nn.Module
+    recipe: Recipe
+    step: int
+    vocab_size: int
+    device: torch.device
+    tokenizer: Tokenizer | None
+
+
+@contextlib.contextmanager
+def trained_model(
+    folder: str | Path, *, device: str = "auto", layers: LayerImplementation | Literal["auto"] = "auto",
+    backend: str = "auto", step: int | None = None,
+) -> Iterator[Trained]:  # fmt: skip
+    """The model of a run's folder; Megatron's process state is set up for it, once in a process, and undone at the end.
+
+    Args:
+        folder: of the run, that is with recipe.yaml and checkpoints/ in it.
+        device: "cuda", "cpu" or "auto".
+        layers: as model.layers of a recipe, whichever the run had.
+        backend: as model.mixer_backend.
+        step: of the checkpoint; the newest if None.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+        ValueError, ImportError, NotImplementedError: what does not fit this machine.
+    """
+    if world_size() != 1:
+        raise ValueError(f"a trained model is used by one process, expected WORLD_SIZE 1, got {world_size()}")
+    run = RunFolder(Path(folder))
+    if step is None:
+        step = run.checkpoint_step()
+        if step is None:
+            raise CheckpointError(f"{run.path}: expected the folder of a run, but {run.checkpoints} has no checkpoint")
+    elif step not in run.checkpoint_steps():
+        there = ", ".join(map(str, run.checkpoint_steps())) or "none"
+        raise CheckpointError(f"{run.checkpoints}: expected a step with a checkpoint ({there}), got {step}")
+    else:
+        run.check_whole(step)
+    found = use_device(device)
+    recipe = _for_one_process(run.saved_recipe(), found, layers, backend)
+    check_backend(recipe, found)
+    vocab = vocab_size(recipe)
+    tokenizer = None if recipe.data.source == "recall" else load_tokenizer(recipe.data.tokenizer)
+    if found == "cpu":
+        cpu_mode.apply()  # before Megatron is imported, so that it does not pick GPU libraries
+    chosen = choose_layers(recipe, found)
+    argv = [
+        *megatron_arguments(recipe, vocab_size=vocab, layers=chosen, device=found),
+        f"--load={run.checkpoints}", f"--ckpt-step={step}", "--finetune", "--no-load-optim", "--no-load-rng",
+    ]  # fmt: skip
+    store, _, _ = join_processes()
+    # Megatron reports its arguments and progress on standard output, where the answer is to come.
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = _build_and_load(argv, recipe, chosen, store)
+    try:
+        yield Trained(model, recipe, step, vocab, torch.device(found), tokenizer)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _for_one_process(recipe: Recipe, device: Any, layers: Any, backend: Any) -> Recipe:
+    without_recompute = {k: v for k, v in recipe.megatron.items() if not k.startswith("recompute_")}
+    return dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, layers=layers, mixer_backend=backend),
+        parallel=Parallel(),
+        checkpoint=Checkpoint(),
+        training=dataclasses.replace(recipe.training, global_batch_size=recipe.training.micro_batch_size),
+        run=dataclasses.replace(recipe.run, device=device),
+        megatron=without_recompute,
+    )
+
+
+def _build_and_load(argv: list[str], recipe: Recipe, layers: LayerImplementation, store: Any) -> torch.nn.Module:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.utils import unwrap_model
+    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.checkpointing import load_checkpoint
+    from megatron.training.initialize import initialize_megatron
+    from megatron.training.models.hybrid import HybridModelBuilder
+
+    from megatron_carve.pretraining import model_config
+
+    layer_symbols.apply()
+    dataset_helpers.apply()
+    words, sys.argv = sys.argv, [sys.argv[0], *argv]
+    try:
+        args = parse_and_validate_args()
+    finally:
+        sys.argv = words
+    initialize_megatron(
+        allow_no_cuda=recipe.run.device == "cpu", store=torch.distributed.PrefixStore("megatron", store)
+    )
+    builder = HybridModelBuilder(model_config(args, recipe, layers))
+    models = builder.build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    load_checkpoint(models, None, None)
+    return unwrap_model(models)[0].eval()

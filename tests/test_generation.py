@@ -1,0 +1,201 @@
+"""Drawing tokens, and generating with models built here; the program that does it with a checkpoint."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.models import hybrid_model, one_process
+from support.parallel import launch
+from support.train import train
+
+VOCAB = 60  # of a model padded to 64
+
+
+@pytest.fixture(scope="module")
+def model():
+    with one_process():
+        model = hybrid_model("C-2*-", vocab_size=64, length=300, window_size=(16, 0)).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.1 * torch.randn_like(p)
+        yield model
+
+
+def whole(model, tokens):
+    with torch.no_grad():
+        return model(tokens[None], torch.arange(tokens.numel())[None], None)[0, -1, :VOCAB]
+
+
+@pytest.mark.parametrize("prefill_tokens", [4096, 16])
+def test_greedy_tokens_are_those_of_the_whole_model(model, prefill_tokens):
+    from megatron_carve.generation import Sampling, generate
+
+    prompts = [torch.randint(VOCAB, (n,)) for n in (1, 150, 30)]
+    found = torch.stack(
+        list(
+            generate(
+                model, prompts, max_new_tokens=25, sampling=Sampling(temperature=0), vocab_size=VOCAB,
+                prefill_tokens=prefill_tokens,
+            )
+        ),
+        1,
+    )  # fmt: skip
+    assert found.shape == (3, 25)
+    for prompt, tokens in zip(prompts, found, strict=True):
+        text = prompt
+        for token in tokens:
+            logits = whole(model, text)
+            # of nearly equal logits either may be the largest
+            assert logits[token] >= logits.max() - 1e-4
+            text = torch.cat([text, token[None]])
+
+
+def test_a_seed_gives_one_text_and_another_another(model):
+    from megatron_carve.generation import Sampling, generate
+
+    def text(seed):
+        sampling = Sampling(seed=seed)
+        prompts = [torch.tensor([1, 2, 3])]
+        return torch.cat(list(generate(model, prompts, max_new_tokens=30, sampling=sampling, vocab_size=VOCAB)))
+
+    assert torch.equal(text(5), text(5))
+    assert not torch.equal(text(5), text(6))
+    assert text(5).max() < VOCAB
+
+
+def draws(sampling, logits, count=20_000):
+    generator = torch.Generator().manual_seed(1)
+    tokens = sampling.draw(logits.expand(count, -1), generator)
+    return torch.bincount(tokens, minlength=logits.numel()) / count
+
+
+def test_tokens_are_drawn_by_their_probabilities():
+    from megatron_carve.generation import Sampling
+
+    probabilities = torch.tensor([0.1, 0.4, 0.05, 0.2, 0.25])
+    logits = probabilities.log()
+
+    def only(*kept, power=1.0):
+        chosen = torch.zeros(5)
+        chosen[list(kept)] = probabilities[list(kept)] ** power
+        return chosen / chosen.sum()
+
+    cases = [
+        (Sampling(), only(0, 1, 2, 3, 4)),
+        (Sampling(temperature=0.5), only(0, 1, 2, 3, 4, power=2.0)),
+        (Sampling(top_k=2), only(1, 4)),
+        (Sampling(top_k=9), only(0, 1, 2, 3, 4)),
+        (Sampling(top_p=0.5), only(1, 4)),
+        (Sampling(top_p=0.66), only(1, 4, 3)),
+        (Sampling(top_p=0.01), only(1)),
+        (Sampling(top_k=3, top_p=0.7), only(1, 4)),  # of the three 0.4 + 0.25 are 76 %
+        (Sampling(temperature=0), only(1)),
+    ]
+    for sampling, expected in cases:
+        found = draws(sampling, logits)
+        assert (found[expected == 0] == 0).all(), sampling
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.015, msg=str(sampling))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"temperature": -1.0}, "temperature: expected a number of at least 0, got -1.0"),
+        ({"temperature": float("nan")}, "temperature: expected a number of at least 0, got nan"),
+        ({"top_k": 0}, "top_k: expected at least 1, got 0"),
+        ({"top_p": 0.0}, "top_p: expected a number above 0 and at most 1, got 0.0"),
+        ({"top_p": 1.5}, "top_p: expected a number above 0 and at most 1, got 1.5"),
+    ],
+)
+def test_values_out_of_range_are_refused(wrong, complaint):
+    from megatron_carve.generation import Sampling
+
+    with pytest.raises(ValueError, match=complaint):
+        Sampling(**wrong)
+
+
+def test_a_memory_that_is_full_says_so(model):
+    from megatron_carve.generation import Memory
+
+    memory = Memory(model, 1, 4, vocab_size=VOCAB)
+    with pytest.raises(ValueError, match="prompt: expected 1 to 4 tokens, got 5"):
+        memory.read(0, torch.arange(5))
+    with pytest.raises(ValueError, match="prompt: expected 1 to 4 tokens, got 0"):
+        memory.read(0, torch.arange(0))
+    memory.read(0, torch.arange(3))
+    memory.step(torch.tensor([1]))
+    with pytest.raises(ValueError, match="expected room for another token, got 4 tokens already"):
+        memory.step(torch.tensor([1]))
+
+
+TINY = """
+inherit: debug
+model: {pattern: C-*-2-, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 2, attention_window: 16}
+mixer: {num_key_heads: 2, num_value_heads: 2, key_head_dim: 16, value_head_dim: 16, content_rank: 4}
+training: {steps: 60, seq_length: 64, micro_batch_size: 4, global_batch_size: 4}
+checkpoint: {interval: 20}
+data: {text: cats.txt}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generate")
+    (folder / "tiny.yaml").write_text(TINY)
+    (folder / "cats.txt").write_text("the cat sat on the mat. " * 400)
+    train(folder, "tiny.yaml", "run.name=one")
+    return folder
+
+
+def generate_cli(folder, *words):
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_carve.generate", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_the_program_continues_texts(folder):
+    words = ["runs/one", "--prompt", "the cat", "--max-new-tokens", "40", "--seed", "3", "--temperature", "0.5"]
+    first = generate_cli(folder, *words)
+    assert first.returncode == 0, first.stderr
+    assert len(first.stdout) > 20 and first.stdout.endswith("\n")
+    assert "step 60: 7 tokens read in " in first.stderr and "40 generated for each of 1" in first.stderr
+    assert generate_cli(folder, *words).stdout == first.stdout
+    assert generate_cli(folder, *words, "--step", "20").stdout != first.stdout
+    (folder / "prompt.txt").write_text("on the")
+    several = generate_cli(folder, *words, "--prompt-file", "prompt.txt", "--prompt-ids", "116 104")
+    assert [line for line in several.stdout.splitlines() if line.startswith("---")] == ["--- 1", "--- 2", "--- 3"]
+
+
+def test_a_run_of_two_processes_generates_what_one_would(folder):
+    """From one checkpoint, continued in another layout for no step at all, the same text comes."""
+    launch(2, ["-m", "megatron_carve.train", "tiny.yaml", "run.name=two", "checkpoint.load=runs/one",
+               "training.steps=61", "training.lr=1e-12", "parallel.tensor=2"], cwd=folder)  # fmt: skip
+    words = ["--prompt", "the", "--max-new-tokens", "60", "--temperature", "0"]
+    assert generate_cli(folder, "runs/two", *words).stdout == generate_cli(folder, "runs/one", *words).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["runs/one"], "expected a --prompt, --prompt-file or --prompt-ids, got none"),
+        (["runs/one", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens: expected at least 1, got 0"),
+        (["runs/one", "--prompt", "a", "--top-p", "2"], "top_p: expected a number above 0 and at most 1, got 2.0"),
+        (["runs/one", "--prompt-ids", "1 b"], "--prompt-ids: expected numbers with spaces between, got '1 b'"),
+        (["runs/one", "--prompt-ids", "257"], "expected at least one token id, each from 0 to 256, got [257]"),
+        (["runs/one", "--prompt", ""], "expected at least one token id, each from 0 to 256, got none"),
+        (["runs/none", "--prompt", "a"], "runs/none: expected the folder of a run"),
+        (["runs/one", "--prompt", "a", "--step", "5"], "expected a step with a checkpoint (20, 40, 60), got 5"),
+        (["runs/one", "--prompt-file", "none.txt"], "none.txt"),
+        (["runs/one", "--prompt", "a", "--device", "cuda"], "run.device: expected a GPU for cuda"),
+    ],
+)
+def test_mistakes_end_in_one_line(folder, words, complaint):
+    done = generate_cli(folder, *words)
+    assert done.returncode == 2 and not done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and complaint in last
