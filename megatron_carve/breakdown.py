@@ -7,6 +7,7 @@ in which the operation that it differentiates ran, which the profiler's sequence
 from __future__ import annotations
 
 import functools
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -32,6 +33,9 @@ LAYER = "norms and residuals between layers"
 ENDS = "embedding, output and loss"
 STEP = "gradient sums, optimizer, the rest"
 PARTS = (OP, PROJECTIONS, CONVOLUTION, MIXER, MLP_PART, ATTENTION, LAYER, ENDS, STEP)
+
+# cudaLaunchKernel and its like. They are numbered apart from operations, so that torch links kernels of others to them.
+_CUDA_CALL = re.compile("cu(da)?[A-Z]")
 
 # Attributes of a mixer: a module, whose forward is meant, or a method.
 _OF_A_MIXER = {
@@ -69,7 +73,8 @@ def time_by_part(events: Iterable[Any]) -> dict[str, float]:
     STEP's.
     """
     events = list(events)
-    on_cpu = sorted((e for e in events if e.device_type == DeviceType.CPU), key=lambda e: e.time_range.start)
+    on_cpu = [e for e in events if e.device_type == DeviceType.CPU and not _CUDA_CALL.match(e.name)]
+    on_cpu.sort(key=lambda e: e.time_range.start)
     on_gpu = [e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation]
     # Operations that make no node peek at the number of the next one, so the last with a number made its node.
     forward_part = {}

@@ -155,14 +155,15 @@ def memory(recipe: Recipe, vocab_size: int, gpus: int) -> dict[str, float]:
         kept = sum(n * by_letter[letter] for letter, n in decoder.items())
     of_one = tokens * size * kept / p.pipeline
     beside = tokens * size * heads * sum(n * by_letter[letter] for letter, n in in_head.items())
-    # logits in the activations' size, and in float32 with their gradient
-    logits = tokens * padded_vocab(recipe, vocab_size) / p.tensor * (size + 8) * (1 + heads)
+    # logits in the activations' size, and in float32, which turn into their gradient in place
+    logits = tokens * padded_vocab(recipe, vocab_size) / p.tensor * (size + 4) * (1 + heads)
     first_is_fullest = p.pipeline > 1 and (waiting - 1) * of_one > beside + logits
     found["activations"] = waiting * of_one if first_is_fullest else of_one + beside
-    if inputs_alone:
-        found["activations"] += tokens * size * max(by_letter.values())
     if not first_is_fullest:
         found["logits and loss"] = logits
+    if inputs_alone:  # a layer is computed again when the logits are gone
+        again = tokens * size * max(by_letter.values())
+        found["activations"] += max(0.0, again - found.get("logits and loss", 0.0))
     return found
 
 

@@ -1,7 +1,11 @@
 """Where a profiled step's time goes: by the range it ran in, in the forward, the backward and recomputation."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import Interval
 from torch.profiler import profile, record_function
 from torch.utils.checkpoint import checkpoint
 
@@ -57,6 +61,27 @@ def test_a_backward_belongs_to_the_part_of_its_forward(kind):
     assert parts[MLP_PART] > 0.75 * sum(parts.values())
     assert parts[ATTENTION] > 0 and parts[OP] > 0
     assert parts[STEP] < 0.15 * sum(parts.values())
+
+
+def event(name, start, **fields):
+    """An event as torch's profiler gives it."""
+    plain = {"device_type": DeviceType.CPU, "is_user_annotation": False, "kernels": [], "cpu_parent": None,
+             "sequence_nr": -1, "fwd_thread": 0, "thread": 1}  # fmt: skip
+    return SimpleNamespace(name=name, time_range=Interval(start, start + 10), **{**plain, **fields})
+
+
+def test_a_kernel_counts_once():
+    """For the operation that launched it, whatever call of CUDA bears the same number; unknown ones for the step."""
+    device = {"device_type": DeviceType.CUDA, "is_user_annotation": False}
+    kernel, unknown = event("kernel", 20, **device), event("unknown", 40, **device)
+    part = event(PREFIX + OP, 0, is_user_annotation=True)
+    op = event("aten::mm", 1, cpu_parent=part, kernels=[SimpleNamespace(duration=10.0)])
+    call = event("cudaLaunchKernel", 2, cpu_parent=op, kernels=[SimpleNamespace(duration=10.0)])
+    parts = time_by_part(
+        [part, op, call, kernel, unknown, event(PREFIX + OP, 0, **device | {"is_user_annotation": True})]
+    )
+    assert parts == {**dict.fromkeys(PARTS, 0.0), OP: pytest.approx(1e-5), STEP: pytest.approx(1e-5)}
+    assert longest_kernels([part, op, kernel, unknown], 1) == [("kernel", pytest.approx(1e-5))]
 
 
 def test_work_outside_of_every_part_is_the_steps():

@@ -190,7 +190,9 @@ class LinearAttentionMixer(MegatronModule):
         else:
             out = self._recurrence(span, *mine)
         out = self.exchange.leave(out.transpose(0, 1).flatten(-2), order).unflatten(-1, (-1, out.shape[-1]))
-        out = self.out_norm(out, gate.unflatten(-1, out.shape[-2:]), self.backend)
+        # A tile of the norm is many tokens of one sequence, so time comes last but for the heads.
+        out, gate = (x.transpose(0, 1) for x in (out, gate.unflatten(-1, out.shape[-2:])))
+        out = self.out_norm(out, gate, self.backend).transpose(0, 1)
         return self.out_proj(out.flatten(-2).contiguous())
 
     def _pieces(self, projected: Tensor) -> tuple[list[tuple[Tensor, list[int]]], Tensor]:

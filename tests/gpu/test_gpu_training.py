@@ -32,10 +32,11 @@ SAME_CURVE = 2e-3
 def runs(tmp_path_factory):
     """The debug recipe on the CPU, and on the GPU with each kind of layers."""
     folder = tmp_path_factory.mktemp("runs")
-    train(folder, *SHORT, "run.name=cpu", "run.device=cpu", threads=2)
-    train(folder, *SHORT, "run.name=local", "model.layers=local")
+    words = {"cpu": ["run.device=cpu"], "local": ["model.layers=local"]}
     if importlib.util.find_spec("transformer_engine"):
-        train(folder, *SHORT, "run.name=transformer_engine", "model.layers=transformer_engine")
+        words["transformer_engine"] = ["model.layers=transformer_engine"]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda name: train(folder, *SHORT, f"run.name={name}", *words[name], threads=2), words))
     return folder
 
 

@@ -31,7 +31,6 @@ CASES: dict[str, Convolution | Norm] = {
     "norm, 96 channels, sliced heads": Norm(B=2, T=9, H=2, V=96, gate="heads", wide_x=True),
     "norm, 256 channels, whole gate": Norm(T=70, H=2, V=256, gate="whole"),
     "norm, several programs": Norm(T=600, H=1),
-    "norm, tokens first": Norm(B=140, T=2, H=3),
 }
 
 

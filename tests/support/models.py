@@ -1,4 +1,4 @@
-"""A Megatron of one process on the CPU, for tests that build layers and models in-process."""
+"""A Megatron of one process, for tests that build layers and models in-process."""
 
 import contextlib
 import os
@@ -9,11 +9,12 @@ import torch.distributed as dist
 
 
 @contextlib.contextmanager
-def one_process():
-    """Process group and parallel state of world size 1, with the CPU mode and our letters; undone at the end."""
+def one_process(device: str = "cpu"):
+    """Process group and parallel state of world size 1, with our letters and on a CPU its mode; undone at the end."""
     from megatron_carve import patches
 
-    patches.cpu_mode.apply()
+    if device == "cpu":
+        patches.cpu_mode.apply()
     patches.layer_symbols.apply()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -23,7 +24,7 @@ def one_process():
         port = s.getsockname()[1]
     saved = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=0, world_size=1)
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(11)
     torch.manual_seed(11)
@@ -36,7 +37,8 @@ def one_process():
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
         patches.mixed_precision_groups.revert()  # the mixers apply it
         patches.layer_symbols.revert()
-        patches.cpu_mode.revert()
+        if device == "cpu":
+            patches.cpu_mode.revert()
 
 
 def groups():
