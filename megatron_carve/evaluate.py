@@ -1,0 +1,212 @@
+"""Evaluate a trained model: `python -m megatron_carve.evaluate RUN --tasks perplexity,needles,...`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_carve import needles
+from megatron_carve.program import exit_status
+
+if TYPE_CHECKING:
+    from megatron_carve.trained import Trained
+
+LENGTHS = (1024, 4096, 16384)
+DEPTHS = 5
+# New tokens in which an answer must come; a UUID is 36 bytes.
+ANSWER_TOKENS = 48
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit status. A user's mistake ends in one line on stderr and status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_carve.evaluate",
+        description="Evaluates the model of a run. Tasks: perplexity (of --text), needles (all of "
+        f"{', '.join(needles.TASKS)}, or some by these names), and any task of lm-evaluation-harness by its name there "
+        "(wikitext, lambada_openai, hellaswag, ...), which needs the package lm-eval and the task's data.",
+    )
+    parser.add_argument("run", help="folder of the run, with recipe.yaml and checkpoints/ in it")
+    parser.add_argument("--tasks", required=True, metavar="NAME,NAME", help="see above")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="for perplexity")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens read at once (default: as trained)")
+    parser.add_argument("--stride", type=int, metavar="N", help="between windows of the text (default: --length)")
+    parser.add_argument("--haystack", type=Path, metavar="FILE", help="the text in which needles are hidden")
+    parser.add_argument(
+        "--needle-lengths", default=",".join(map(str, LENGTHS)), metavar="N,N", help="tokens (default: %(default)s)"
+    )
+    parser.add_argument("--samples", type=int, default=10, metavar="N", help="of each length and depth (default: 10)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="texts or questions at a time (default: 1)")
+    parser.add_argument("--limit", type=int, metavar="N", help="examples of a harness's task (default: all)")
+    parser.add_argument("--include-path", metavar="FOLDER", help="of further tasks for the harness")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the newest)")
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for results.json and a heat map of the needles")
+    chosen = parser.parse_args(arguments)
+    return exit_status(lambda: _evaluate(chosen))
+
+
+def _evaluate(chosen: argparse.Namespace) -> None:
+    tasks = [name.strip() for name in chosen.tasks.split(",") if name.strip()]
+    hidden = [
+        task for name in tasks for task in (needles.TASKS if name == "needles" else [name]) if task in needles.TASKS
+    ]
+    harness = [name for name in tasks if name not in ("perplexity", "needles", *needles.TASKS)]
+    lengths = _lengths(chosen.needle_lengths)
+    for name in ("samples", "batch"):
+        if getattr(chosen, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(chosen, name)}")
+    if "perplexity" in tasks and chosen.text is None:
+        raise ValueError("--text: perplexity needs a text file, got none")
+    if chosen.haystack is None and (needy := [t for t in hidden if needles.TASKS[t].from_text]):
+        raise ValueError(f"--haystack: {', '.join(needy)} hide needles in a text file, got none")
+    texts = {name: path.read_text(encoding="utf-8") for name, path in
+             (("text", chosen.text), ("haystack", chosen.haystack)) if path is not None}  # fmt: skip
+    if harness:
+        from megatron_carve.harness import require_tasks
+
+        require_tasks(harness, chosen.include_path)
+    if chosen.out is not None:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+    # Here because torch and Megatron take seconds to import; a typing mistake need not wait.
+    from megatron_carve.trained import trained_model
+
+    with trained_model(chosen.run, device=chosen.device, step=chosen.step) as trained:
+        if trained.tokenizer is None:
+            raise ValueError(f"{chosen.run}: was trained on generated tokens, which are no text to evaluate with")
+        results: dict[str, Any] = {"run": chosen.run, "step": trained.step}
+        if "perplexity" in tasks:
+            results["perplexity"] = _perplexity(trained, texts["text"], chosen)
+        if hidden:
+            results["needles"] = _needles(trained, hidden, lengths, texts.get("haystack"), chosen)
+        if harness:
+            from megatron_carve.harness import evaluate
+
+            results["harness"] = evaluate(trained, harness, chosen.batch, chosen.limit, chosen.include_path)
+    print("\n".join(report(results)))
+    if chosen.out is not None:
+        (chosen.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        if hidden:
+            draw_heat_map(chosen.out / "needles.png", results["needles"])
+
+
+def _lengths(words: str) -> list[int]:
+    try:
+        return [int(word) for word in words.split(",")]
+    except ValueError:
+        raise ValueError(f"--needle-lengths: expected numbers with commas between, got {words!r}") from None
+
+
+def _perplexity(trained: Trained, text: str, chosen: argparse.Namespace) -> dict[str, Any]:
+    from megatron_carve.perplexity import text_perplexity
+
+    assert trained.tokenizer is not None
+    length = chosen.length or trained.recipe.training.seq_length
+    found = text_perplexity(
+        trained.model, trained.tokenizer.encode(text).tolist(), length=length, stride=chosen.stride, batch=chosen.batch,
+        text_bytes=len(text.encode()),
+    )  # fmt: skip
+    return {
+        "file": str(chosen.text),
+        "length": length,
+        "stride": chosen.stride or length,
+        "tokens": found.tokens,
+        "nats_per_token": found.nats_per_token,
+        "perplexity": found.perplexity,
+        "bits_per_byte": found.bits_per_byte,
+    }
+
+
+def _needles(
+    trained: Trained, tasks: list[str], lengths: list[int], haystack: str | None, chosen: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Accuracy of every task, length and depth."""
+    import torch
+
+    from megatron_carve.generation import Sampling, generate
+
+    tokenizer = trained.tokenizer
+    assert tokenizer is not None
+    depths = [i / (DEPTHS - 1) for i in range(DEPTHS)]
+    rows = []
+    for task in tasks:
+        for length in lengths:
+            for depth in depths:
+                samples = [
+                    needles.make_sample(
+                        task, length, depth, chosen.seed + i, lambda t: len(tokenizer.encode(t)), haystack
+                    )
+                    for i in range(chosen.samples)
+                ]
+                answers: list[str] = []
+                for start in range(0, len(samples), chosen.batch):
+                    prompts = [
+                        torch.from_numpy(tokenizer.encode(s.prompt)).long() for s in samples[start:][: chosen.batch]
+                    ]
+                    steps = generate(
+                        trained.model, prompts, max_new_tokens=ANSWER_TOKENS, sampling=Sampling(temperature=0),
+                        vocab_size=trained.vocab_size,
+                    )  # fmt: skip
+                    answers += [tokenizer.decode(ids) for ids in torch.stack(list(steps), 1).numpy()]
+                share = needles.accuracy(samples, answers)
+                rows.append({"task": task, "length": length, "depth": depth, "accuracy": share})
+                print(f"{task}, {length} tokens, depth {depth:.2f}: {share:.1%}", file=sys.stderr, flush=True)
+    return rows
+
+
+def report(results: dict[str, Any]) -> list[str]:
+    """The lines that a person reads."""
+    lines = [f"{results['run']}, step {results['step']}"]
+    if found := results.get("perplexity"):
+        lines.append(
+            f"perplexity of {found['file']}: {found['perplexity']:.4f} a token ({found['nats_per_token']:.4f} nats), "
+            f"{found['bits_per_byte']:.4f} bits a byte, {found['tokens']:,} tokens in windows of {found['length']}"
+        )
+    if rows := results.get("needles"):
+        lengths = sorted({row["length"] for row in rows})
+        lines += ["", f"{'needles found':<16}" + "".join(f"{length:>10}" for length in lengths)]
+        for task in dict.fromkeys(row["task"] for row in rows):
+            cells = (_mean(r["accuracy"] for r in rows if (r["task"], r["length"]) == (task, n)) for n in lengths)
+            lines.append(f"{task:<16}" + "".join(f"{cell:>10.1%}" for cell in cells))
+    if found := results.get("harness"):
+        lines += ["", "lm-evaluation-harness"]
+        lines += [
+            f"{task:<24}{metric:<24}{value:>10.4f}"
+            for task, metrics in found.items()
+            for metric, value in metrics.items()
+            if isinstance(value, float)
+        ]
+    return lines
+
+
+def draw_heat_map(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Accuracy over length and depth, a picture for each task, as one PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lengths, depths = (sorted({row[key] for row in rows}) for key in ("length", "depth"))
+    figure = Figure(figsize=(3.2 * len(tasks) + 1, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        found = {(r["depth"], r["length"]): r["accuracy"] for r in rows if r["task"] == task}
+        cells = [[found[depth, length] for length in lengths] for depth in depths]
+        image = axes.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axes.set(title=task, xlabel="tokens", ylabel="depth of the needle")
+        axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
+        axes.set_yticks(range(len(depths)), [f"{depth:.2f}" for depth in depths])
+    figure.colorbar(image, label="needles found")
+    figure.savefig(path, dpi=150)
+
+
+def _mean(values: Any) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""Perplexity, needles in a haystack, and lm-evaluation-harness on a small run; all data is made here."""
+
+import json
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.models import hybrid_model, one_process, token_losses
+from support.train import train
+
+from megatron_carve import needles
+from megatron_carve.tokenizer import load_tokenizer
+
+VOCAB = 64
+
+
+@pytest.fixture(scope="module")
+def model():
+    with one_process():
+        model = hybrid_model("C-2*-", vocab_size=VOCAB, length=300, window_size=(16, 0)).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.1 * torch.randn_like(p)
+        yield model
+
+
+class TestPerplexity:
+    @pytest.mark.parametrize("batch", [1, 3])
+    @pytest.mark.parametrize(("length", "stride"), [(50, None), (50, 20), (50, 1), (200, None), (7, 3)])
+    def test_every_token_is_predicted_once_from_enough_before_it(self, model, length, stride, batch):
+        from megatron_carve.perplexity import text_perplexity
+
+        text = torch.randint(VOCAB, (121,))
+        found = text_perplexity(model, text, length=length, stride=stride, text_bytes=240, batch=batch)
+        # one token at a time: window i begins where the rule says
+        nats, predicted = 0.0, 1
+        step = stride or length
+        while predicted < len(text):
+            end = min(length + 1 if predicted == 1 else predicted + step, len(text))
+            start = max(0, end - 1 - length)
+            with torch.no_grad():
+                losses = token_losses(model, text[None, start:end])[0]
+            nats += losses[predicted - start - 1 :].double().sum().item()
+            predicted = end
+        assert found.tokens == 120
+        assert found.nats == pytest.approx(nats, rel=1e-6)
+        assert found.perplexity == pytest.approx(math.exp(nats / 120))
+        assert found.bits_per_byte == pytest.approx(nats / math.log(2) / 240)
+
+    @pytest.mark.parametrize(
+        ("wrong", "complaint"),
+        [
+            ({"length": 0}, "length: expected at least 1, got 0"),
+            ({"stride": 6}, "stride: expected 1 to length=5, got 6"),
+            ({"stride": 0}, "stride: expected 1 to length=5, got 0"),
+            ({"batch": 0}, "batch: expected at least 1, got 0"),
+            ({"ids": [1]}, "text: expected at least 2 tokens, got 1"),
+        ],
+    )
+    def test_what_makes_no_sense_is_refused(self, model, wrong, complaint):
+        from megatron_carve.perplexity import text_perplexity
+
+        options = {"ids": [1, 2, 3], "length": 5, "text_bytes": 3, **wrong}
+        with pytest.raises(ValueError, match=complaint):
+            text_perplexity(model, options.pop("ids"), **options)
+
+
+TEXT = " ".join(f"Sentence number {i} says that it is sentence {i}." for i in range(300))
+
+
+def count(text):
+    return len(load_tokenizer("bytes").encode(text))
+
+
+class TestNeedles:
+    @pytest.mark.parametrize("task", needles.TASKS)
+    @pytest.mark.parametrize("length", [1000, 4096])
+    def test_a_prompt_hides_the_answer_where_it_says(self, task, length):
+        for depth in (0.0, 0.25, 1.0):
+            sample = needles.make_sample(task, length, depth, seed=3, count_tokens=count, haystack=TEXT)
+            assert length - 120 < sample.tokens <= length and sample.tokens == count(sample.prompt)
+            hay = sample.prompt.removeprefix(needles.INTRODUCTION)
+            hay, _, question = hay.rpartition("\n\n")
+            assert hay.count(sample.answer) == 1
+            assert sample.answer not in question
+            place = hay.index(f"is {sample.answer}.") / len(hay)
+            assert abs(place - depth) < 0.35 if length < 2000 else abs(place - depth) < 0.1
+            # the key that is asked for is the one beside the answer
+            key = question.removeprefix("Which code belongs to the ").partition("?")[0]
+            assert f"The code of the {key} is {sample.answer}." in hay
+            assert hay.count("The code of the") == needles.TASKS[task].needles
+            assert question.endswith(f"the code of the {key} is")
+
+    def test_values_are_what_the_task_says(self):
+        number = needles.make_sample("single_1", 1000, 0.5, 1, count).answer
+        assert number.isdigit() and len(number) == 7
+        assert len(needles.make_sample("single_3", 1000, 0.5, 1, count, TEXT).answer) == 36
+
+    def test_a_seed_draws_one_question_and_another_another(self):
+        first, again, other = (needles.make_sample("multikey_1", 2000, 0.5, s, count, TEXT) for s in (1, 1, 2))
+        assert first == again
+        assert first.answer != other.answer and first.prompt != other.prompt
+
+    def test_answers_are_right_where_they_give_the_value(self):
+        samples = [needles.make_sample("single_1", 1000, 0.5, s, count) for s in range(4)]
+        generated = [f" {samples[0].answer}. And so on", " nothing", samples[2].answer, samples[2].answer]
+        assert needles.accuracy(samples, generated) == 0.5
+
+    @pytest.mark.parametrize(
+        ("wrong", "complaint"),
+        [
+            ({"task": "single_9"}, "task: expected one of single_1, single_2, single_3, multikey_1, got 'single_9'"),
+            ({"depth": 1.5}, "depth: expected 0 to 1, got 1.5"),
+            ({"haystack": " "}, "haystack: expected a text with sentences for single_2, got none"),
+            ({"length": 50}, "length: expected at least .* tokens, which the question of single_2 takes, got 50"),
+        ],
+    )
+    def test_what_makes_no_sense_is_refused(self, wrong, complaint):
+        options = {"task": "single_2", "length": 1000, "depth": 0.5, "haystack": TEXT, **wrong}
+        with pytest.raises(ValueError, match=complaint):
+            needles.make_sample(**options, seed=1, count_tokens=count)
+
+
+class TestHarness:
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_scores_are_the_models_losses(self, model, batch):
+        """Of continuations alone, whatever they are beside; greedy where every token is the likeliest."""
+        from megatron_carve.harness import score
+
+        trained = SimpleNamespace(model=model, device=torch.device("cpu"), vocab_size=VOCAB)
+        lengths = [(3, 5), (70, 1), (1, 20), (9, 2), (40, 40)]
+        texts = [torch.randint(VOCAB, (a + b,)) for a, b in lengths]
+        for at in range(9, 11):  # the fourth's continuation becomes what greedy decoding gives
+            positions = torch.arange(at)[None]
+            texts[3][at] = model(texts[3][None, :at], positions, None)[0, -1].argmax()
+        pairs = [(text[:a].tolist(), text[a:].tolist()) for text, (a, _) in zip(texts, lengths, strict=True)]
+        found = score(trained, pairs, batch)
+        for text, (a, _), (value, _) in zip(texts, lengths, found, strict=True):
+            with torch.no_grad():
+                expected = -token_losses(model, text[None])[0, a - 1 :].double().sum().item()
+            assert value == pytest.approx(expected, rel=1e-5)
+        assert [greedy for _, greedy in found] == [False, False, False, True, False]
+
+    @pytest.mark.parametrize(
+        ("until", "expected"),
+        [(["."], "on the mat"), (["mat", "the"], "on "), ([], "on the mat. then"), ("zz", "on the mat. then")],
+    )
+    def test_texts_end_before_what_ends_them(self, monkeypatch, until, expected):
+        from megatron_carve import generation, harness
+
+        tokenizer = load_tokenizer("bytes")
+        ids = [*tokenizer.encode("on the mat. then").tolist(), tokenizer.eod, 65]
+        asked = {}
+
+        def generate(model, prompts, **options):
+            asked.update(options)
+            yield from (torch.tensor([i]) for i in ids)
+
+        monkeypatch.setattr(generation, "generate", generate)
+        trained = SimpleNamespace(model=None, tokenizer=tokenizer, vocab_size=257)
+        assert harness.continue_until(trained, "sat ", {"until": until, "max_gen_toks": 30}) == expected
+        assert asked["max_new_tokens"] == 30 and asked["sampling"].temperature == 0
+
+
+RECIPE = """
+inherit: debug
+model: {pattern: C-*-2-, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 2, attention_window: 16}
+mixer: {num_key_heads: 2, num_value_heads: 2, key_head_dim: 16, value_head_dim: 16, content_rank: 4}
+training: {steps: 60, seq_length: 64, micro_batch_size: 4, global_batch_size: 4}
+data: {text: cats.txt}
+"""
+CATS = "the cat sat on the mat. " * 400
+# As the harness's own tasks are written.
+CHOICE = """
+task: cats_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/choice.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{context}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: label
+target_delimiter: ""
+metric_list: [{metric: acc}]
+"""
+ROLLING = """
+task: cats_perplexity
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/texts.jsonl}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]
+"""
+GENERATE = """
+task: cats_generate
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/generate.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{context}}"
+doc_to_target: "{{target}}"
+generation_kwargs: {until: ["."], max_gen_toks: 40}
+metric_list: [{metric: exact_match}]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "tiny.yaml").write_text(RECIPE)
+    (folder / "cats.txt").write_text(CATS)
+    (folder / "hay.txt").write_text(TEXT)
+    train(folder, "tiny.yaml", "run.name=cats")
+    train(folder, "debug", "run.name=recall", "training.steps=1")
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    for name, text in (("choice", CHOICE), ("rolling", ROLLING), ("generate", GENERATE)):
+        (tasks / f"{name}.yaml").write_text(text.replace("FOLDER", str(folder)))
+    lines = {
+        "choice": [{"context": "the cat", "choices": [" sat on the mat.", "#q8&% zz |}~"], "label": 0}] * 3,
+        "texts": [{"text": CATS[:300]}, {"text": CATS[24:100]}],
+        "generate": [{"context": "the cat", "target": "x"}] * 2,
+    }
+    for name, rows in lines.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def evaluate_cli(folder, *words):
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_carve.evaluate", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_perplexity_and_needles_of_a_run(folder):
+    done = evaluate_cli(
+        folder, "runs/cats", "--tasks", "perplexity,single_1,multikey_1", "--text", "cats.txt", "--haystack", "hay.txt",
+        "--needle-lengths", "600,1200", "--samples", "2", "--batch", "2", "--out", "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads((folder / "out" / "results.json").read_text())
+    found = results["perplexity"]
+    assert results["step"] == 60 and found["tokens"] == len(CATS) - 1 and found["length"] == 64
+    # the run's own summary measured the same text, with other windows
+    validation = json.loads((folder / "runs" / "cats" / "summary.json").read_text())["final_validation"]
+    assert found["nats_per_token"] == pytest.approx(validation["validation_loss"], rel=0.05)
+    assert found["bits_per_byte"] == pytest.approx(found["nats_per_token"] * (len(CATS) - 1) / len(CATS) / math.log(2))
+    rows = results["needles"]
+    assert [(r["task"], r["length"]) for r in rows[::5]] == [
+        ("single_1", 600), ("single_1", 1200), ("multikey_1", 600), ("multikey_1", 1200),
+    ]  # fmt: skip
+    assert {r["depth"] for r in rows} == {0.0, 0.25, 0.5, 0.75, 1.0}
+    assert all(r["accuracy"] == 0 for r in rows)  # it knows nothing but cats
+    assert np.asarray(Image.open(folder / "out" / "needles.png").convert("L")).std() > 10
+    for said in ("perplexity of cats.txt", "needles found", "single_1", "multikey_1", "1200"):
+        assert said in done.stdout
+
+
+def test_tasks_of_the_harness_on_data_made_here(folder):
+    names = "cats_choice,cats_perplexity,cats_generate"
+    done = evaluate_cli(folder, "runs/cats", "--tasks", names, "--include-path", "tasks", "--batch", "2", "--out", "h")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((folder / "h" / "results.json").read_text())["harness"]
+    assert results["cats_choice"]["acc,none"] == 1.0
+    assert 0 < results["cats_perplexity"]["bits_per_byte,none"] < 5
+    assert results["cats_generate"]["exact_match,none"] == 0.0
+    assert "cats_choice" in done.stdout and "bits_per_byte" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["runs/cats", "--tasks", "perplexity"], "--text: perplexity needs a text file, got none"),
+        (["runs/cats", "--tasks", "needles"], "--haystack: single_2, single_3, multikey_1 hide needles in a text file"),
+        (
+            ["runs/cats", "--tasks", "lambda_openai"],
+            "there is no task 'lambda_openai' here or in lm-evaluation-harness",
+        ),
+        (["runs/cats", "--tasks", "single_1", "--needle-lengths", "1k"], "--needle-lengths: expected numbers"),
+        (["runs/cats", "--tasks", "single_1", "--samples", "0"], "--samples: expected at least 1, got 0"),
+        (["runs/recall", "--tasks", "single_1"], "was trained on generated tokens, which are no text"),
+        (["runs/cats", "--tasks", "single_1", "--needle-lengths", "20"], "length: expected at least"),
+        (["runs/none", "--tasks", "single_1"], "runs/none: expected the folder of a run"),
+    ],
+)
+def test_mistakes_end_in_one_line(folder, words, complaint):
+    done = evaluate_cli(folder, *words)
+    assert done.returncode == 2 and not done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and complaint in last
