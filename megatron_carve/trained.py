@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -89,11 +89,56 @@ def trained_model(
     store, _, _ = join_processes()
     # Megatron reports its arguments and progress on standard output, where the answer is to come.
     with contextlib.redirect_stdout(io.StringIO()):
-        model = _build_and_load(argv, recipe, chosen, store)
+        models = _build(argv, recipe, chosen, store)
+        from megatron.core.utils import unwrap_model
+        from megatron.training.checkpointing import load_checkpoint
+
+        load_checkpoint(models, None, None)
+    model = unwrap_model(models)[0].eval()
     try:
         yield Trained(model, recipe, step, vocab, torch.device(found), tokenizer)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def save_run(recipe: Recipe, weights: Mapping[str, torch.Tensor], step: int) -> Path:
+    """Make a run of a model's weights: its recipe and a checkpoint without an optimizer, from which others go on.
+
+    Args:
+        recipe: of the run; run.name and run.folder say where.
+        weights: by the names of a model with local layers.
+        step: of the checkpoint, at least 1.
+
+    Raises:
+        ValueError: weights of other shapes. FileExistsError: the run has a checkpoint already.
+    """
+    run = RunFolder(recipe.run.path)
+    if run.checkpoint_steps():
+        raise FileExistsError(f"{run.checkpoints}: expected a run without checkpoints, but there is one")
+    recipe = _for_one_process(recipe, "cpu", "local", "torch")
+    cpu_mode.apply()
+    argv = [
+        *megatron_arguments(recipe, vocab_size=vocab_size(recipe), layers="local", device="cpu"),
+        f"--save={run.checkpoints}", "--no-save-optim", "--no-save-rng",
+    ]  # fmt: skip
+    store, _, _ = join_processes()
+    with contextlib.redirect_stdout(io.StringIO()):
+        models = _build(argv, recipe, "local", store)
+        try:
+            from megatron.core.utils import unwrap_model
+            from megatron.training.checkpointing import save_checkpoint
+
+            own = {name: x for name, x in unwrap_model(models)[0].state_dict().items() if x is not None}
+            for name, x in own.items():
+                if name not in weights or weights[name].shape != x.shape:
+                    found = tuple(weights[name].shape) if name in weights else "nothing"
+                    raise ValueError(f"weights: expected {name} of shape {tuple(x.shape)}, got {found}")
+                x.copy_(weights[name])
+            run.save_recipe(recipe)
+            save_checkpoint(step, models, None, None, 0)
+        finally:
+            torch.distributed.destroy_process_group()
+    return run.path
 
 
 def _for_one_process(recipe: Recipe, device: Any, layers: Any, backend: Any) -> Recipe:
@@ -109,11 +154,10 @@ def _for_one_process(recipe: Recipe, device: Any, layers: Any, backend: Any) -> 
     )
 
 
-def _build_and_load(argv: list[str], recipe: Recipe, layers: LayerImplementation, store: Any) -> torch.nn.Module:
+def _build(argv: list[str], recipe: Recipe, layers: LayerImplementation, store: Any) -> list[torch.nn.Module]:
+    """Megatron's state for one process, and its wrapped model with fresh weights."""
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.utils import unwrap_model
     from megatron.training.arguments import parse_and_validate_args
-    from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
     from megatron.training.models.hybrid import HybridModelBuilder
 
@@ -130,8 +174,6 @@ def _build_and_load(argv: list[str], recipe: Recipe, layers: LayerImplementation
         allow_no_cuda=recipe.run.device == "cpu", store=torch.distributed.PrefixStore("megatron", store)
     )
     builder = HybridModelBuilder(model_config(args, recipe, layers))
-    models = builder.build_distributed_models(
+    return builder.build_distributed_models(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
-    load_checkpoint(models, None, None)
-    return unwrap_model(models)[0].eval()

@@ -1,0 +1,56 @@
+"""Write a trained run as a Hugging Face folder: `python -m megatron_carve.export RUN OUT`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_carve.program import exit_status
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit status. A user's mistake ends in one line on stderr and status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_carve.export",
+        description="Writes the model of a run, trained in whatever layout, as a folder for transformers "
+        "(AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)): safetensors, config, tokenizer and "
+        "modelling code. `python -m megatron_carve.import` goes back.",
+    )
+    parser.add_argument("run", help="folder of the run, with recipe.yaml and checkpoints/ in it")
+    parser.add_argument("out", type=Path, help="folder to write; new, or empty")
+    parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the newest)")
+    chosen = parser.parse_args(arguments)
+    return exit_status(lambda: _export(chosen.run, chosen.out, chosen.step))
+
+
+def _export(run: str, out: Path, step: int | None) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out}: expected a new or empty folder")
+    # Here because torch and Megatron take seconds to import; a typing mistake need not wait.
+    from megatron_carve import hugging_face
+    from megatron_carve.trained import trained_model
+
+    try:
+        import safetensors  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'export needs transformers ({error}); run: pip install "megatron-carve[export]"') from error
+    # One kind of layers, so that weights have one set of names; a CPU has room for any model.
+    with trained_model(run, device="cpu", layers="local", backend="torch", step=step) as trained:
+        weights = hugging_face.to_hugging_face(trained.model.state_dict(), trained.recipe)
+        padded = weights["model.embed_tokens.weight"].shape[0]
+        tokenizer = trained.tokenizer
+        config = hugging_face.configuration(
+            trained.recipe, padded, None if tokenizer is None else tokenizer.eod, trained.step
+        )
+        notes = hugging_face.write_folder(
+            out, weights, config, vocab_size=trained.vocab_size, tokenizer=tokenizer
+        )  # fmt: skip
+        numbers = sum(w.numel() for w in weights.values())
+        print(f"{out}: step {trained.step}, {numbers:,} parameters", *notes, sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Make a run of an exported Hugging Face folder: `python -m megatron_carve.import FOLDER RUN`.
+
+The name is a keyword, so the module can be run and not imported; its work is in hugging_face.py and trained.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from megatron_carve.program import exit_status
+from megatron_carve.recipe import Recipe, load_recipe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit status. A user's mistake ends in one line on stderr and status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_carve.import",
+        description="Makes a run of a folder that `python -m megatron_carve.export` wrote, whoever has trained its "
+        "weights since. Runs go on from it with checkpoint.load=RUN checkpoint.weights_only=true.",
+    )
+    parser.add_argument("folder", type=Path, help="with config.json and model.safetensors in it")
+    parser.add_argument("run", type=Path, help="folder of the run to make")
+    chosen = parser.parse_args(arguments)
+    return exit_status(lambda: _import(chosen.folder, chosen.run))
+
+
+def _import(folder: Path, run: Path) -> None:
+    from megatron_carve import hugging_face
+
+    config = json.loads((folder / hugging_face.CONFIG).read_text())
+    kind = config.get("model_type")
+    if kind != "megatron_carve" or not isinstance(config.get("recipe"), dict):
+        raise ValueError(f"{folder}: expected a folder that megatron_carve.export wrote, got model_type {kind!r}")
+    recipe = _recipe(config["recipe"], run)
+    # Here because torch and Megatron take seconds to import; a typing mistake need not wait.
+    from safetensors.torch import load_file
+
+    from megatron_carve.trained import save_run
+
+    weights = load_file(folder / hugging_face.WEIGHTS)
+    if recipe.model.tie_embeddings:
+        weights.pop("lm_head.weight", None)
+    ours = hugging_face.from_hugging_face(weights, recipe)
+    made = save_run(recipe, ours, max(1, int(config.get("step", 1))))
+    print(f"{made}: {sum(w.numel() for w in ours.values()):,} parameters")
+
+
+def _recipe(values: dict, run: Path) -> Recipe:
+    """The kept sections of a recipe, as the recipe of a run in this folder that has nothing left to train."""
+    values = {
+        **values,
+        "training": {**values["training"], "steps": 1},
+        "run": {"name": run.name, "folder": str(run.parent)},
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return load_recipe(str(path))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

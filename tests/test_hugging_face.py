@@ -1,0 +1,184 @@
+"""A run as a Hugging Face folder and back: the same logits, the same texts, the same weights, from any layout."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.parallel import launch
+from support.train import losses, train
+
+TINY = """
+inherit: debug
+model: {pattern: C-*-2-, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 4, num_query_groups: 2}
+mixer: {num_key_heads: 2, num_value_heads: 4, key_head_dim: 16, value_head_dim: 12, content_rank: 4}
+training: {steps: 30, seq_length: 150, micro_batch_size: 2, global_batch_size: 2}
+checkpoint: {interval: 30}
+data: {text: cats.txt}
+"""  # with the window of 32 keys of the recipe it inherits
+# What else a mixer can be, and a model.
+OTHER = [
+    "model.tie_embeddings=true", "model.position_embedding=none", "model.attention_window=null", "mixer.conv_bias=true",
+    "mixer.decay_projection=full_rank", "mixer.output_gate_projection=full_rank", "mixer.negative_eigenvalues=true",
+    "mixer.output_gate_activation=sigmoid", "mixer.content_chunk=128", "mixer.conv_width=2",
+]  # fmt: skip
+# In a process of its own, from a folder where the project's sources are not.
+COMPARE = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+out, run = sys.argv[1:]
+ids = torch.randint(257, (2, 200), generator=torch.Generator().manual_seed(1))
+if run == "theirs":
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    with torch.no_grad():
+        logits = model(ids).logits
+        cache, parts = None, []
+        for part in ids.split([3, 64, 1, 1, 100, 31], 1):
+            step = model(part, past_key_values=cache, use_cache=True)
+            cache = step.past_key_values
+            parts.append(step.logits)
+    prompt = tokenizer("the cat", return_tensors="pt").input_ids
+    greedy = model.generate(prompt, max_new_tokens=40, do_sample=False)[0, prompt.shape[1]:]
+    text = "the ünïcode cat\\n sat"
+    result = {"dtype": str(next(model.parameters()).dtype), "text": tokenizer.decode(greedy),
+              "ids": tokenizer(text).input_ids, "round": tokenizer.decode(tokenizer(text).input_ids) == text,
+              "logits": logits.tolist(), "parts": torch.cat(parts, 1).tolist()}
+else:
+    from megatron_carve.generation import Sampling, generate
+    from megatron_carve.trained import trained_model
+    with trained_model(out, device="cpu") as trained:
+        with torch.no_grad():
+            logits = trained.model(ids, torch.arange(200).expand(2, -1), None)
+        prompt = torch.from_numpy(trained.tokenizer.encode("the cat")).long()
+        tokens = generate(trained.model, [prompt], max_new_tokens=40, sampling=Sampling(temperature=0), vocab_size=257)
+        result = {"text": trained.tokenizer.decode(torch.cat(list(tokens)).numpy()), "logits": logits.tolist(),
+                  "ids": trained.tokenizer.encode("the ünïcode cat\\n sat").tolist()}
+json.dump(result, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hugging_face")
+    (folder / "tiny.yaml").write_text(TINY)
+    (folder / "cats.txt").write_text("the cat sat on the mat. " * 400)
+    train(folder, "tiny.yaml", "run.name=plain")
+    train(folder, "tiny.yaml", "run.name=other", "training.steps=30", *OTHER)
+    return folder
+
+
+def program(folder, name, *words, check=True):
+    done = subprocess.run(
+        [sys.executable, "-m", f"megatron_carve.{name}", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def results(folder, place, run):
+    done = subprocess.run(
+        [sys.executable, "-c", COMPARE, place, run], cwd=folder, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout[done.stdout.index("{") :])
+
+
+@pytest.mark.parametrize("name", ["plain", "other"])
+def test_transformers_computes_and_generates_the_same(folder, name):
+    exported = program(folder, "export", f"runs/{name}", f"out/{name}")
+    assert f"out/{name}: step 30, " in exported.stdout
+    theirs, ours = results(folder, f"out/{name}", "theirs"), results(folder, f"runs/{name}", "ours")
+    expected = torch.tensor(ours["logits"])
+    for key in ("logits", "parts"):
+        torch.testing.assert_close(torch.tensor(theirs[key]), expected, rtol=1e-4, atol=2e-4)
+    assert theirs["text"] == ours["text"] and len(ours["text"]) > 20
+    assert theirs["ids"] == ours["ids"] and theirs["round"]
+    assert theirs["dtype"] == "torch.float32"
+
+
+@pytest.mark.parametrize("name", ["plain", "other"])
+def test_import_goes_back_to_the_same_weights(folder, name):
+    if not (folder / "out" / name).exists():
+        program(folder, "export", f"runs/{name}", f"out/{name}")
+    program(folder, "import", f"out/{name}", f"back/{name}")
+    program(folder, "export", f"back/{name}", f"again/{name}")
+    from safetensors.torch import load_file
+
+    first, second = (load_file(folder / place / name / "model.safetensors") for place in ("out", "again"))
+    assert first.keys() == second.keys()
+    assert all(first[key].equal(second[key]) and first[key].abs().sum() > 0 for key in first)
+    configs = [json.loads((folder / place / name / "config.json").read_text()) for place in ("out", "again")]
+    assert configs[0] == configs[1]
+
+
+def test_an_imported_run_can_be_trained_on(folder):
+    program(folder, "export", "runs/plain", "out/go_on")
+    program(folder, "import", "out/go_on", "runs/imported")
+    words = ["tiny.yaml", "checkpoint.weights_only=true", "training.steps=2", "training.lr=1e-9", "run.log_interval=1"]
+    train(folder, *words, "run.name=from_import", "checkpoint.load=runs/imported")
+    train(folder, *words, "run.name=from_run", "checkpoint.load=runs/plain")
+    assert losses(folder, "from_import") == losses(folder, "from_run")
+
+
+def test_a_run_of_two_processes_exports_the_same(folder):
+    launch(2, ["-m", "megatron_carve.train", "tiny.yaml", "run.name=two", "checkpoint.load=runs/plain",
+               "training.steps=31", "training.lr=1e-12", "parallel.tensor=2"], cwd=folder)  # fmt: skip
+    from safetensors.torch import load_file
+
+    program(folder, "export", "runs/two", "out/two")
+    program(folder, "export", "runs/plain", "out/one")
+    two, one = (load_file(folder / "out" / name / "model.safetensors") for name in ("two", "one"))
+    for name, expected in one.items():
+        torch.testing.assert_close(two[name], expected, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_a_bfloat16_run_keeps_its_decay_in_float32(folder):
+    train(folder, "tiny.yaml", "run.name=half", "training.precision=bf16", "training.steps=3", "checkpoint.interval=3")
+    program(folder, "export", "runs/half", "out/half")
+    from safetensors.torch import load_file
+
+    kinds = {name: w.dtype for name, w in load_file(folder / "out" / "half" / "model.safetensors").items()}
+    in_float32 = {name for name, kind in kinds.items() if kind == torch.float32}
+    assert in_float32 == {name for name in kinds if name.endswith(("A_log", "dt_bias"))}
+    assert results(folder, "out/half", "theirs")["dtype"] == "torch.bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["export", "runs/none", "out/none"], "runs/none: expected the folder of a run"),
+        (["export", "runs/plain", "."], ".: expected a new or empty folder"),
+        (["import", "runs/plain", "back/none"], "config.json"),
+        (
+            ["import", "other_model", "back/none"],
+            "expected a folder that megatron_carve.export wrote, got model_type 'llama'",
+        ),
+        (["import", "damaged", "back/none"], "model.safetensors: expected"),
+        (["import", "out/plain", "runs/plain"], "expected a run without checkpoints, but there is one"),
+    ],
+)
+def test_mistakes_end_in_one_line(folder, words, complaint):
+    from safetensors.torch import load_file, save_file
+
+    (folder / "other_model").mkdir(exist_ok=True)
+    (folder / "other_model" / "config.json").write_text('{"model_type": "llama"}')
+    if not (folder / "out" / "plain").exists():
+        program(folder, "export", "runs/plain", "out/plain")
+    damaged = folder / "damaged"
+    damaged.mkdir(exist_ok=True)
+    (damaged / "config.json").write_text((folder / "out" / "plain" / "config.json").read_text())
+    weights = load_file(folder / "out" / "plain" / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, damaged / "model.safetensors")
+    done = program(folder, *words, check=False)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and complaint in last
