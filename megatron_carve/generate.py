@@ -14,6 +14,8 @@ from megatron_carve.program import exit_status
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megatron_carve.generation import Sampling
+    from megatron_carve.tokenizer import Tokenizer
     from megatron_carve.trained import Trained
 
 
@@ -22,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_carve.generate",
         description="Continues texts with the model of a run. The continuation of one prompt is printed as it comes, "
-        "those of several at the end, one after another. Speed is reported on standard error.",
+        "those of several at the end, one after another. An empty prompt begins a document. Speed is reported on "
+        "standard error.",
     )
     parser.add_argument("run", help="folder of the run, with recipe.yaml and checkpoints/ in it")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="can be given several times")
@@ -32,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token (default: 1)")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that make up P")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; likewise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the newest)")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
@@ -59,18 +63,21 @@ def _generate(chosen: argparse.Namespace) -> None:
         if texts and trained.tokenizer is None:
             raise ValueError("--prompt: the run was trained on generated tokens, which are no text; use --prompt-ids")
         if trained.tokenizer is not None:
-            lists = [trained.tokenizer.encode(text).tolist() for text in texts] + lists
+            # documents are divided by eod, so one begins after it
+            lists = [trained.tokenizer.encode(text).tolist() or [trained.tokenizer.eod] for text in texts] + lists
         for ids in lists:
             if not ids or min(ids) < 0 or max(ids) >= trained.vocab_size:
                 wanted = f"expected at least one token id, each from 0 to {trained.vocab_size - 1}"
                 raise ValueError(f"a prompt: {wanted}, got {ids[:20] or 'none'}")
-        _run(trained, [torch.tensor(ids) for ids in lists], sampling, chosen.max_new_tokens)
+        writers = [Writer(trained.tokenizer, live=len(lists) == 1, stop=chosen.stop) for _ in lists]
+        _run(trained, [torch.tensor(ids) for ids in lists], sampling, chosen.max_new_tokens, writers)
 
 
-def _run(trained: Trained, prompts: list[Tensor], sampling, max_new_tokens: int) -> None:
+def _run(
+    trained: Trained, prompts: list[Tensor], sampling: Sampling, max_new_tokens: int, writers: list[Writer]
+) -> None:
     from megatron_carve.generation import generate
 
-    writers = [Writer(trained.tokenizer, live=len(prompts) == 1) for _ in prompts]
     start = time.monotonic()
     first = start
     count = 0
@@ -97,39 +104,46 @@ def _run(trained: Trained, prompts: list[Tensor], sampling, max_new_tokens: int)
 
 
 class Writer:
-    """Prints one sequence's generated tokens as text, up to the one that ends a document.
+    """Prints one sequence's generated tokens as text, up to what ends it: a document's end, or a text to stop before.
 
     Args:
         tokenizer: None to print token ids.
-        live: print as they come.
+        live: print as they come, all but what may still turn out to be the beginning of a `stop`.
+        stop: texts.
     """
 
-    def __init__(self, tokenizer, live: bool) -> None:
-        self.tokenizer, self.live = tokenizer, live
+    def __init__(self, tokenizer: Tokenizer | None, live: bool, stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.live, self.stop = tokenizer, live, tuple(filter(None, stop))
         self.ids: list[int] = []
+        self.text = ""
         self.ended = False
         self._printed = 0
 
     def add(self, token: int) -> None:
+        """Take the next token, which counts no more once the text has ended."""
         if self.ended:
             return
         if self.tokenizer is not None and token == self.tokenizer.eod:
             self.ended = True
             return
         self.ids.append(token)
+        text = " ".join(map(str, self.ids)) if self.tokenizer is None else self.tokenizer.decode(self.ids)
+        found = [text.find(stop) for stop in self.stop if stop in text]
+        self.ended = bool(found)
+        self.text = text[: min(found, default=len(text))]
         if self.live:
-            self._print(self.text.rstrip("\ufffd"))  # the last character may lack bytes that are still to come
+            # the last character may lack bytes that are still to come
+            self._print(self.text if self.ended else self.text[: len(self.text) - self._open()].rstrip("\ufffd"))
 
     def finish(self) -> None:
         """Print what is left, and end the line."""
         self._print(self.text)
         print(flush=True)
 
-    @property
-    def text(self) -> str:
-        if self.tokenizer is None:
-            return " ".join(map(str, self.ids))
-        return self.tokenizer.decode(self.ids)
+    def _open(self) -> int:
+        """Characters at the end of the text with which a `stop` begins."""
+        ends = (n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
+        return max(ends, default=0)
 
     def _print(self, text: str) -> None:
         print(text[self._printed :], end="", flush=True)

@@ -22,13 +22,23 @@ if TYPE_CHECKING:
 
 
 def exit_status(work: Callable[[], object]) -> int:
-    """Do the work of a program: 0, or 2 where it ends in a user's mistake, said in one line on stderr."""
+    """Do the work of a program: 0, or 2 where it ends in a user's mistake, said in one line on stderr.
+
+    Interrupted from the keyboard it is 130, and 141 where nobody reads the output any more, as a shell would say.
+    """
     try:
         _configure_log(sys.stderr)  # standard output is for the answer
         logging.getLogger("megatron").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Megatron warns of every optional package, which our log says once
             work()
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(flush=True)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush fails too
+        return 141
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

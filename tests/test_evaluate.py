@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from support.models import hybrid_model, one_process, token_losses
+from support.programs import assert_complaints, program
 from support.train import train
 
 from megatron_carve import needles
@@ -233,22 +232,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def evaluate_cli(folder, *words):
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_carve.evaluate", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def test_perplexity_and_needles_of_a_run(folder):
-    done = evaluate_cli(
-        folder, "runs/cats", "--tasks", "perplexity,single_1,multikey_1", "--text", "cats.txt", "--haystack", "hay.txt",
-        "--needle-lengths", "600,1200", "--samples", "2", "--batch", "2", "--out", "out",
+    done = program(
+        folder, "evaluate", "runs/cats", "--tasks", "perplexity,single_1,multikey_1", "--text", "cats.txt",
+        "--haystack", "hay.txt", "--needle-lengths", "600,1200", "--samples", "2", "--batch", "2", "--out", "out",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     results = json.loads((folder / "out" / "results.json").read_text())
     found = results["perplexity"]
     assert results["step"] == 60 and found["tokens"] == len(CATS) - 1 and found["length"] == 64
@@ -269,8 +257,8 @@ def test_perplexity_and_needles_of_a_run(folder):
 
 def test_tasks_of_the_harness_on_data_made_here(folder):
     names = "cats_choice,cats_perplexity,cats_generate"
-    done = evaluate_cli(folder, "runs/cats", "--tasks", names, "--include-path", "tasks", "--batch", "2", "--out", "h")
-    assert done.returncode == 0, done.stderr
+    words = ["--tasks", names, "--include-path", "tasks", "--batch", "2", "--out", "h"]
+    done = program(folder, "evaluate", "runs/cats", *words)
     results = json.loads((folder / "h" / "results.json").read_text())["harness"]
     assert results["cats_choice"]["acc,none"] == 1.0
     assert 0 < results["cats_perplexity"]["bits_per_byte,none"] < 5
@@ -278,24 +266,18 @@ def test_tasks_of_the_harness_on_data_made_here(folder):
     assert "cats_choice" in done.stdout and "bits_per_byte" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("words", "complaint"),
-    [
-        (["runs/cats", "--tasks", "perplexity"], "--text: perplexity needs a text file, got none"),
-        (["runs/cats", "--tasks", "needles"], "--haystack: single_2, single_3, multikey_1 hide needles in a text file"),
-        (
-            ["runs/cats", "--tasks", "lambda_openai"],
-            "there is no task 'lambda_openai' here or in lm-evaluation-harness",
-        ),
-        (["runs/cats", "--tasks", "single_1", "--needle-lengths", "1k"], "--needle-lengths: expected numbers"),
-        (["runs/cats", "--tasks", "single_1", "--samples", "0"], "--samples: expected at least 1, got 0"),
-        (["runs/recall", "--tasks", "single_1"], "was trained on generated tokens, which are no text"),
-        (["runs/cats", "--tasks", "single_1", "--needle-lengths", "20"], "length: expected at least"),
-        (["runs/none", "--tasks", "single_1"], "runs/none: expected the folder of a run"),
-    ],
-)
-def test_mistakes_end_in_one_line(folder, words, complaint):
-    done = evaluate_cli(folder, *words)
-    assert done.returncode == 2 and not done.stdout
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and complaint in last
+def test_mistakes_end_in_one_line(folder):
+    cats, single = "runs/cats", ["--tasks", "single_1"]
+    cases = [
+        ([cats, "--tasks", "perplexity"], "--text: perplexity needs a text file, got none"),
+        ([cats, "--tasks", "needles"], "--haystack: single_2, single_3, multikey_1 hide needles in a text file"),
+        ([cats, "--tasks", "lambda_openai"], "there is no task 'lambda_openai' here or in lm-evaluation-harness; did"),
+        ([cats, *single, "--needle-lengths", "1k"], "--needle-lengths: expected numbers with commas between, got '1k'"),
+        ([cats, *single, "--samples", "0"], "--samples: expected at least 1, got 0"),
+        (["runs/none", *single], "runs/none: expected the folder of a run"),
+        (["runs/recall", *single], "was trained on generated tokens, which are no text"),
+    ]
+    assert_complaints(folder, "evaluate", cases)
+    too_short = program(folder, "evaluate", cats, *single, "--needle-lengths", "20", check=False)
+    assert too_short.returncode == 2
+    assert "error: length: expected at least" in too_short.stderr

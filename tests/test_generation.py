@@ -1,5 +1,6 @@
 """Drawing tokens, and generating with models built here; the program that does it with a checkpoint."""
 
+import signal
 import subprocess
 import sys
 
@@ -7,7 +8,10 @@ import pytest
 import torch
 from support.models import hybrid_model, one_process
 from support.parallel import launch
+from support.programs import assert_complaints, program
 from support.train import train
+
+from megatron_carve.tokenizer import load_tokenizer
 
 VOCAB = 60  # of a model padded to 64
 
@@ -49,6 +53,19 @@ def test_greedy_tokens_are_those_of_the_whole_model(model, prefill_tokens):
             # of nearly equal logits either may be the largest
             assert logits[token] >= logits.max() - 1e-4
             text = torch.cat([text, token[None]])
+
+
+def test_500_greedy_tokens_are_those_of_the_whole_model(model):
+    from megatron_carve.generation import Sampling, generate
+
+    prompt = torch.randint(VOCAB, (75,))
+    sampling = Sampling(temperature=0)
+    found = torch.cat(list(generate(model, [prompt], max_new_tokens=500, sampling=sampling, vocab_size=VOCAB)))
+    text = torch.cat([prompt, found])[None]
+    with torch.no_grad():
+        logits = model(text, torch.arange(575)[None], None)[0, 74:-1, :VOCAB]
+    assert (logits.gather(1, found[:, None])[:, 0] >= logits.max(1).values - 1e-4).all()
+    assert (logits.argmax(1) == found).float().mean() > 0.99  # but for ties within rounding
 
 
 def test_a_seed_gives_one_text_and_another_another(model):
@@ -148,54 +165,101 @@ def folder(tmp_path_factory):
     return folder
 
 
-def generate_cli(folder, *words):
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_carve.generate", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-
-
 def test_the_program_continues_texts(folder):
     words = ["runs/one", "--prompt", "the cat", "--max-new-tokens", "40", "--seed", "3", "--temperature", "0.5"]
-    first = generate_cli(folder, *words)
+    first = program(folder, "generate", *words)
     assert first.returncode == 0, first.stderr
     assert len(first.stdout) > 20 and first.stdout.endswith("\n")
     assert "step 60: 7 tokens read in " in first.stderr and "40 generated for each of 1" in first.stderr
-    assert generate_cli(folder, *words).stdout == first.stdout
-    assert generate_cli(folder, *words, "--step", "20").stdout != first.stdout
+    assert program(folder, "generate", *words).stdout == first.stdout
+    assert program(folder, "generate", *words, "--step", "20").stdout != first.stdout
     (folder / "prompt.txt").write_text("on the")
-    several = generate_cli(folder, *words, "--prompt-file", "prompt.txt", "--prompt-ids", "116 104")
+    several = program(folder, "generate", *words, "--prompt-file", "prompt.txt", "--prompt-ids", "116 104")
     assert [line for line in several.stdout.splitlines() if line.startswith("---")] == ["--- 1", "--- 2", "--- 3"]
 
 
+@pytest.mark.long  # exporting takes such a run too, in every test run
 def test_a_run_of_two_processes_generates_what_one_would(folder):
     """From one checkpoint, continued in another layout for no step at all, the same text comes."""
     launch(2, ["-m", "megatron_carve.train", "tiny.yaml", "run.name=two", "checkpoint.load=runs/one",
                "training.steps=61", "training.lr=1e-12", "parallel.tensor=2"], cwd=folder)  # fmt: skip
     words = ["--prompt", "the", "--max-new-tokens", "60", "--temperature", "0"]
-    assert generate_cli(folder, "runs/two", *words).stdout == generate_cli(folder, "runs/one", *words).stdout
+    assert (
+        program(folder, "generate", "runs/two", *words).stdout == program(folder, "generate", "runs/one", *words).stdout
+    )
 
 
-@pytest.mark.parametrize(
-    ("words", "complaint"),
-    [
-        (["runs/one"], "expected a --prompt, --prompt-file or --prompt-ids, got none"),
-        (["runs/one", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens: expected at least 1, got 0"),
-        (["runs/one", "--prompt", "a", "--top-p", "2"], "top_p: expected a number above 0 and at most 1, got 2.0"),
-        (["runs/one", "--prompt-ids", "1 b"], "--prompt-ids: expected numbers with spaces between, got '1 b'"),
-        (["runs/one", "--prompt-ids", "257"], "expected at least one token id, each from 0 to 256, got [257]"),
-        (["runs/one", "--prompt", ""], "expected at least one token id, each from 0 to 256, got none"),
+def test_texts_end_at_a_stop_and_empty_prompts_begin_documents(folder):
+    words = ["runs/one", "--temperature", "0.5", "--max-new-tokens", "60"]
+    whole = program(folder, "generate", *words, "--prompt", "the cat").stdout
+    stop = whole[10:12]
+    ended = program(folder, "generate", *words, "--prompt", "the cat", "--stop", stop, "--stop", "not there").stdout
+    assert ended == whole[: whole.index(stop)] + "\n"
+    assert len(program(folder, "generate", *words, "--prompt", "").stdout) > 20
+    long = program(folder, "generate", *words, "--prompt", "the cat sat on the mat. " * 40)  # trained on 64 tokens
+    assert "960 tokens read" in long.stderr and len(long.stdout) > 20
+
+
+def test_a_stream_can_be_interrupted_or_cut_off(folder):
+    command = [sys.executable, "-m", "megatron_carve.generate", "runs/one", "--prompt", "the", "--max-new-tokens"]
+    run = subprocess.Popen([*command, "100000"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert run.stdout is not None and run.stderr is not None
+    run.stdout.read(5)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=60) == 130
+    assert b"Traceback" not in run.stderr.read()
+    run = subprocess.Popen([*command, "100000"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert run.stdout is not None and run.stderr is not None
+    run.stdout.read(5)
+    run.stdout.close()
+    assert run.wait(timeout=60) == 141
+    assert b"Traceback" not in run.stderr.read()
+
+
+class TestWriter:
+    def written(self, text, capsys, **options):
+        from megatron_carve.generate import Writer
+
+        tokenizer = load_tokenizer("bytes")
+        writer = Writer(tokenizer, **options)
+        live = []
+        for token in [*tokenizer.encode(text).tolist(), tokenizer.eod, 65]:
+            writer.add(token)
+            live.append(capsys.readouterr().out)
+        writer.finish()
+        return live, capsys.readouterr().out
+
+    def test_texts_come_as_soon_as_they_are_sure(self, capsys):
+        live, rest = self.written("aü€b", capsys, live=True)
+        assert live == ["a", "", "ü", "", "", "€", "b", "", ""]
+        assert rest == "\n"
+
+    def test_what_may_be_a_stop_waits(self, capsys):
+        live, rest = self.written("one END two ENDING", capsys, live=True, stop=["ENDI", "zz"])
+        assert "".join(live) + rest == "one END two \n"
+        assert live[4:8] == ["", "", "", "END "]
+
+    def test_an_open_stop_is_printed_at_the_end(self, capsys):
+        live, rest = self.written("so EN", capsys, live=True, stop=["END"])
+        assert ("".join(live), rest) == ("so ", "EN\n")
+
+    def test_several_wait_for_their_turn(self, capsys):
+        live, rest = self.written("one", capsys, live=False)
+        assert ("".join(live), rest) == ("", "one\n")
+
+
+def test_mistakes_end_in_one_line(folder):
+    one = "runs/one"
+    cases = [
+        ([one], "expected a --prompt, --prompt-file or --prompt-ids, got none"),
+        ([one, "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens: expected at least 1, got 0"),
+        ([one, "--prompt", "a", "--top-p", "2"], "top_p: expected a number above 0 and at most 1, got 2.0"),
+        ([one, "--prompt-ids", "1 b"], "--prompt-ids: expected numbers with spaces between, got '1 b'"),
+        ([one, "--prompt", "a", "--step", "5"], "expected a step with a checkpoint (20, 40, 60), got 5"),
+        ([one, "--prompt-file", "none.txt"], "none.txt"),
+        ([one, "--prompt", "a", "--device", "cuda"], "run.device: expected a GPU for cuda"),
         (["runs/none", "--prompt", "a"], "runs/none: expected the folder of a run"),
-        (["runs/one", "--prompt", "a", "--step", "5"], "expected a step with a checkpoint (20, 40, 60), got 5"),
-        (["runs/one", "--prompt-file", "none.txt"], "none.txt"),
-        (["runs/one", "--prompt", "a", "--device", "cuda"], "run.device: expected a GPU for cuda"),
-    ],
-)
-def test_mistakes_end_in_one_line(folder, words, complaint):
-    done = generate_cli(folder, *words)
-    assert done.returncode == 2 and not done.stdout
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and complaint in last
+        # last, as this is found when Megatron has begun
+        ([one, "--prompt-ids", "257"], "expected at least one token id, each from 0 to 256, got [257]"),
+    ]
+    assert_complaints(folder, "generate", cases)

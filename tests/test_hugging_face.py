@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from support.parallel import launch
+from support.programs import assert_complaints, program
 from support.train import losses, train
 
 TINY = """
@@ -71,18 +72,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-def program(folder, name, *words, check=True):
-    done = subprocess.run(
-        [sys.executable, "-m", f"megatron_carve.{name}", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert not check or done.returncode == 0, done.stderr
-    return done
-
-
 def results(folder, place, run):
     done = subprocess.run(
         [sys.executable, "-c", COMPARE, place, run], cwd=folder, capture_output=True, text=True, timeout=200
@@ -91,11 +80,18 @@ def results(folder, place, run):
     return json.loads(done.stdout[done.stdout.index("{") :])
 
 
+@pytest.fixture(scope="module")
+def exported(folder):
+    """Run -> its exported folder."""
+    for name in ("plain", "other"):
+        done = program(folder, "export", f"runs/{name}", f"out/{name}")
+        assert f"out/{name}: step 30, " in done.stdout
+    return {name: f"out/{name}" for name in ("plain", "other")}
+
+
 @pytest.mark.parametrize("name", ["plain", "other"])
-def test_transformers_computes_and_generates_the_same(folder, name):
-    exported = program(folder, "export", f"runs/{name}", f"out/{name}")
-    assert f"out/{name}: step 30, " in exported.stdout
-    theirs, ours = results(folder, f"out/{name}", "theirs"), results(folder, f"runs/{name}", "ours")
+def test_transformers_computes_and_generates_the_same(folder, exported, name):
+    theirs, ours = results(folder, exported[name], "theirs"), results(folder, f"runs/{name}", "ours")
     expected = torch.tensor(ours["logits"])
     for key in ("logits", "parts"):
         torch.testing.assert_close(torch.tensor(theirs[key]), expected, rtol=1e-4, atol=2e-4)
@@ -105,10 +101,8 @@ def test_transformers_computes_and_generates_the_same(folder, name):
 
 
 @pytest.mark.parametrize("name", ["plain", "other"])
-def test_import_goes_back_to_the_same_weights(folder, name):
-    if not (folder / "out" / name).exists():
-        program(folder, "export", f"runs/{name}", f"out/{name}")
-    program(folder, "import", f"out/{name}", f"back/{name}")
+def test_import_goes_back_to_the_same_weights(folder, exported, name):
+    program(folder, "import", exported[name], f"back/{name}")
     program(folder, "export", f"back/{name}", f"again/{name}")
     from safetensors.torch import load_file
 
@@ -119,23 +113,21 @@ def test_import_goes_back_to_the_same_weights(folder, name):
     assert configs[0] == configs[1]
 
 
-def test_an_imported_run_can_be_trained_on(folder):
-    program(folder, "export", "runs/plain", "out/go_on")
-    program(folder, "import", "out/go_on", "runs/imported")
+def test_an_imported_run_can_be_trained_on(folder, exported):
+    program(folder, "import", exported["plain"], "runs/imported")
     words = ["tiny.yaml", "checkpoint.weights_only=true", "training.steps=2", "training.lr=1e-9", "run.log_interval=1"]
     train(folder, *words, "run.name=from_import", "checkpoint.load=runs/imported")
     train(folder, *words, "run.name=from_run", "checkpoint.load=runs/plain")
     assert losses(folder, "from_import") == losses(folder, "from_run")
 
 
-def test_a_run_of_two_processes_exports_the_same(folder):
+def test_a_run_of_two_processes_exports_the_same(folder, exported):
     launch(2, ["-m", "megatron_carve.train", "tiny.yaml", "run.name=two", "checkpoint.load=runs/plain",
                "training.steps=31", "training.lr=1e-12", "parallel.tensor=2"], cwd=folder)  # fmt: skip
     from safetensors.torch import load_file
 
     program(folder, "export", "runs/two", "out/two")
-    program(folder, "export", "runs/plain", "out/one")
-    two, one = (load_file(folder / "out" / name / "model.safetensors") for name in ("two", "one"))
+    two, one = (load_file(folder / "out" / name / "model.safetensors") for name in ("two", "plain"))
     for name, expected in one.items():
         torch.testing.assert_close(two[name], expected, rtol=1e-6, atol=1e-9, msg=name)
 
@@ -151,34 +143,26 @@ def test_a_bfloat16_run_keeps_its_decay_in_float32(folder):
     assert results(folder, "out/half", "theirs")["dtype"] == "torch.bfloat16"
 
 
-@pytest.mark.parametrize(
-    ("words", "complaint"),
-    [
-        (["export", "runs/none", "out/none"], "runs/none: expected the folder of a run"),
-        (["export", "runs/plain", "."], ".: expected a new or empty folder"),
-        (["import", "runs/plain", "back/none"], "config.json"),
-        (
-            ["import", "other_model", "back/none"],
-            "expected a folder that megatron_carve.export wrote, got model_type 'llama'",
-        ),
-        (["import", "damaged", "back/none"], "model.safetensors: expected"),
-        (["import", "out/plain", "runs/plain"], "expected a run without checkpoints, but there is one"),
-    ],
-)
-def test_mistakes_end_in_one_line(folder, words, complaint):
+def test_mistakes_end_in_one_line(folder, exported):
     from safetensors.torch import load_file, save_file
 
-    (folder / "other_model").mkdir(exist_ok=True)
-    (folder / "other_model" / "config.json").write_text('{"model_type": "llama"}')
-    if not (folder / "out" / "plain").exists():
-        program(folder, "export", "runs/plain", "out/plain")
-    damaged = folder / "damaged"
-    damaged.mkdir(exist_ok=True)
-    (damaged / "config.json").write_text((folder / "out" / "plain" / "config.json").read_text())
-    weights = load_file(folder / "out" / "plain" / "model.safetensors")
+    other, damaged = folder / "other_model", folder / "damaged"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "llama"}')
+    damaged.mkdir()
+    (damaged / "config.json").write_text((folder / exported["plain"] / "config.json").read_text())
+    weights = load_file(folder / exported["plain"] / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, damaged / "model.safetensors")
-    done = program(folder, *words, check=False)
-    assert done.returncode == 2
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and complaint in last
+    exports = [
+        (["runs/none", "out/none"], "runs/none: expected the folder of a run"),
+        (["runs/plain", "."], ".: expected a new or empty folder"),
+    ]
+    assert_complaints(folder, "export", exports)
+    imports = [
+        (["runs/plain", "back/none"], "config.json"),
+        (["other_model", "back/none"], "expected a folder that megatron_carve.export wrote, got model_type 'llama'"),
+        (["damaged", "back/none"], "model.safetensors: expected 54 tensors, but model.norm.weight is missing"),
+        ([exported["plain"], "runs/plain"], "expected a run without checkpoints, but there is one"),
+    ]
+    assert_complaints(folder, "import", imports)

@@ -72,6 +72,18 @@ def test_any_split_of_a_sequence_into_calls_computes_what_one_call_computes(name
     assert torch.equal(again, found)
 
 
+def test_a_prompt_of_any_length_goes_on_as_one_sequence():
+    """Every place to divide a sequence, among them the ends of CARVE's chunks and of attention's window."""
+    model = perturbed("C-2*-", window_size=(16, 0))
+    tokens = torch.randint(VOCAB, (1, LENGTH))
+    expected = whole(model, tokens)
+    memory = context(batch=1)
+    for split in range(1, LENGTH - 2):
+        memory.reset()
+        found = torch.cat([advance(model, memory, x) for x in tokens[:, : split + 2].split([split, 1, 1], 1)], 1)
+        torch.testing.assert_close(found, expected[:, : split + 2], rtol=1e-4, atol=2e-5, msg=f"after {split} tokens")
+
+
 def test_triton_continues_sequences_as_torch_does():
     """A prompt by the chunk kernels, tokens by the recurrent ones; on the CPU in the interpreter."""
     from support import interpreter

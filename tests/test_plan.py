@@ -1,6 +1,8 @@
 """The plan: its arithmetic against models that are built, and what a user sees."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,3 +149,21 @@ def test_mistakes_end_in_one_line(words, message, capsys):
 def test_too_much_for_a_gpu_is_said(capsys):
     assert plan.main(["carve_1p3b_hybrid", "training.micro_batch_size=16"]) == 0
     assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+MEASURED = json.loads((Path(__file__).parent / "benchmarks/results/2026-11-25-h200-models.json").read_text())
+FULL_RECOMPUTE = [
+    "megatron.recompute_granularity=full", "megatron.recompute_method=uniform", "megatron.recompute_num_layers=1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("run", [r for r in MEASURED if not r["case"].startswith("peer")], ids=lambda r: r["case"])
+def test_memory_is_what_runs_took(run):
+    """Of tensors at the peak of whole training steps on a GPU; the estimate may be 3 % off."""
+    kind = "carve" if run["case"].startswith("carve") else "gdn2"
+    shape = "hybrid" if "*" in run["pattern"] else "recurrent"
+    sizes = [f"training.{key}={run[key]}" for key in ("micro_batch_size", "global_batch_size", "seq_length")]
+    recipe = load_recipe(f"{kind}_1p3b_{shape}", sizes + (FULL_RECOMPUTE if "full" in run["case"] else []))
+    assert recipe.model.pattern == run["pattern"]
+    assert sum(estimate.parameters(recipe, 32000).values()) == run["parameters"]
+    assert sum(estimate.memory(recipe, 32000, 1).values()) == pytest.approx(run["peak_allocated_bytes"], rel=0.03)
