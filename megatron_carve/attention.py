@@ -57,11 +57,15 @@ class WindowedSelfAttention(SelfAttention):
 
     def _check_inference(self) -> None:
         c = self.config
-        if c.attention_output_gate or c.apply_query_key_layer_scaling or c.softmax_type != "vanilla" or c.no_rope_freq:
-            raise NotImplementedError(
-                "WindowedSelfAttention: attention_output_gate, apply_query_key_layer_scaling, softmax_type and "
-                "no_rope_freq with an inference_context"
-            )
+        unknown = {
+            "attention_output_gate": c.attention_output_gate,
+            "apply_query_key_layer_scaling": c.apply_query_key_layer_scaling,
+            "softmax_type": c.softmax_type != "vanilla",
+            "no_rope_freq": c.no_rope_freq,
+            "flash_decode": c.flash_decode,
+        }
+        if chosen := [name for name, value in unknown.items() if value]:
+            raise NotImplementedError(f"WindowedSelfAttention: {', '.join(chosen)} with an inference_context")
 
     def _cache(self, context: Any, key: Tensor) -> KeyValueCache:
         batch = key.shape[1]
@@ -104,9 +108,7 @@ class WindowedSelfAttention(SelfAttention):
         """One token of every sequence: query [1, B, heads, D], key and value [1, B, groups, D] -> [1, B, heads * D]."""
         if rotary is not None:
             angles = rotary[cache.position]  # every sequence has its own: sequences take the place of time
-            query, key = (
-                apply_rotary_pos_emb(x.transpose(0, 1), angles, self.config).transpose(0, 1) for x in (query, key)
-            )
+            query, key = (self._rotate(x.transpose(0, 1), angles).transpose(0, 1) for x in (query, key))
         slot = (cache.position % cache.slots)[:, None, None, None].expand(-1, key.shape[2], 1, key.shape[3])
         cache.keys.scatter_(2, slot, key.permute(1, 2, 0, 3))
         cache.values.scatter_(2, slot, value.permute(1, 2, 0, 3))
@@ -125,7 +127,7 @@ class WindowedSelfAttention(SelfAttention):
         tokens = query.shape[0]
         if rotary is not None:
             angles = rotary[position : position + tokens]
-            query, key = (apply_rotary_pos_emb(x, angles, self.config) for x in (query, key))
+            query, key = self._rotate(query, angles), self._rotate(key, angles)
         before = min(position, cache.slots - 1)
         if before:
             slots = torch.arange(position - before, position, device=key.device) % cache.slots
@@ -142,6 +144,9 @@ class WindowedSelfAttention(SelfAttention):
             query.contiguous(), key.contiguous(), value.contiguous(), None, attn_mask_type=self.attn_mask_type
         )
         return out[before:]
+
+    def _rotate(self, x: Tensor, angles: Tensor) -> Tensor:
+        return apply_rotary_pos_emb(x, angles, self.config, mscale=self._yarn_concentration_factor)
 
     def _scale(self) -> float:
         return self.config.softmax_scale or self.hidden_size_per_attention_head**-0.5

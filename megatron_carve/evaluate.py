@@ -52,9 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _evaluate(chosen: argparse.Namespace) -> None:
     tasks = [name.strip() for name in chosen.tasks.split(",") if name.strip()]
-    hidden = [
-        task for name in tasks for task in (needles.TASKS if name == "needles" else [name]) if task in needles.TASKS
-    ]
+    if not tasks:
+        raise ValueError(f"--tasks: expected at least one, got {chosen.tasks!r}")
+    wanted = dict.fromkeys(task for name in tasks for task in (needles.TASKS if name == "needles" else [name]))
+    hidden = [task for task in wanted if task in needles.TASKS]
     harness = [name for name in tasks if name not in ("perplexity", "needles", *needles.TASKS)]
     lengths = _lengths(chosen.needle_lengths)
     for name in ("samples", "batch"):
@@ -105,7 +106,7 @@ def _perplexity(trained: Trained, text: str, chosen: argparse.Namespace) -> dict
     from megatron_carve.perplexity import text_perplexity
 
     assert trained.tokenizer is not None
-    length = chosen.length or trained.recipe.training.seq_length
+    length = trained.recipe.training.seq_length if chosen.length is None else chosen.length
     found = text_perplexity(
         trained.model, trained.tokenizer.encode(text).tolist(), length=length, stride=chosen.stride, batch=chosen.batch,
         text_bytes=len(text.encode()),
@@ -113,7 +114,7 @@ def _perplexity(trained: Trained, text: str, chosen: argparse.Namespace) -> dict
     return {
         "file": str(chosen.text),
         "length": length,
-        "stride": chosen.stride or length,
+        "stride": length if chosen.stride is None else chosen.stride,
         "tokens": found.tokens,
         "nats_per_token": found.nats_per_token,
         "perplexity": found.perplexity,

@@ -6,9 +6,11 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_carve.continuation import Continuation
 from megatron_carve.program import exit_status
 
 if TYPE_CHECKING:
@@ -28,14 +30,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "standard error.",
     )
     parser.add_argument("run", help="folder of the run, with recipe.yaml and checkpoints/ in it")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="can be given several times")
-    parser.add_argument("--prompt-file", action="append", default=[], type=Path, metavar="FILE", help="likewise")
-    parser.add_argument("--prompt-ids", action="append", default=[], metavar="'N N ...'", help="likewise")
+    for name, metavar, what in (
+        ("--prompt", "TEXT", "can be given several times, as can the next two"),
+        ("--prompt-file", "FILE", "a text"),
+        ("--prompt-ids", "'N N ...'", "token ids"),
+    ):
+        kind = partial(_prompt, name)
+        parser.add_argument(name, action="append", dest="prompts", type=kind, metavar=metavar, help=what)
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of each prompt (default: 128)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token (default: 1)")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that make up P")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; likewise")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; can be repeated")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the newest)")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
@@ -44,12 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _generate(chosen: argparse.Namespace) -> None:
-    texts = [*chosen.prompt, *(path.read_text(encoding="utf-8") for path in chosen.prompt_file)]
-    lists = [_numbers(words) for words in chosen.prompt_ids]
-    if not texts and not lists:
+    if not chosen.prompts:
         raise ValueError("expected a --prompt, --prompt-file or --prompt-ids, got none")
     if chosen.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens: expected at least 1, got {chosen.max_new_tokens}")
+    prompts = [_read(kind, value) for kind, value in chosen.prompts]
     # Here because torch and Megatron take seconds to import; a typing mistake need not wait.
     import torch
 
@@ -60,15 +65,7 @@ def _generate(chosen: argparse.Namespace) -> None:
         temperature=chosen.temperature, top_k=chosen.top_k, top_p=chosen.top_p, seed=chosen.seed
     )  # fmt: skip
     with trained_model(chosen.run, device=chosen.device, step=chosen.step) as trained:
-        if texts and trained.tokenizer is None:
-            raise ValueError("--prompt: the run was trained on generated tokens, which are no text; use --prompt-ids")
-        if trained.tokenizer is not None:
-            # documents are divided by eod, so one begins after it
-            lists = [trained.tokenizer.encode(text).tolist() or [trained.tokenizer.eod] for text in texts] + lists
-        for ids in lists:
-            if not ids or min(ids) < 0 or max(ids) >= trained.vocab_size:
-                wanted = f"expected at least one token id, each from 0 to {trained.vocab_size - 1}"
-                raise ValueError(f"a prompt: {wanted}, got {ids[:20] or 'none'}")
+        lists = [_ids(trained, prompt) for prompt in prompts]
         writers = [Writer(trained.tokenizer, live=len(lists) == 1, stop=chosen.stop) for _ in lists]
         _run(trained, [torch.tensor(ids) for ids in lists], sampling, chosen.max_new_tokens, writers)
 
@@ -104,57 +101,66 @@ def _run(
 
 
 class Writer:
-    """Prints one sequence's generated tokens as text, up to what ends it: a document's end, or a text to stop before.
+    """Prints one sequence's continuation.
 
     Args:
         tokenizer: None to print token ids.
-        live: print as they come, all but what may still turn out to be the beginning of a `stop`.
-        stop: texts.
+        live: print as it comes, all but what may still turn out to be the beginning of a `stop`.
+        stop: texts to stop before.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, live: bool, stop: Sequence[str] = ()) -> None:
-        self.tokenizer, self.live, self.stop = tokenizer, live, tuple(filter(None, stop))
-        self.ids: list[int] = []
-        self.text = ""
-        self.ended = False
+        self.continuation, self.live = Continuation(tokenizer, stop), live
         self._printed = 0
 
+    @property
+    def ended(self) -> bool:
+        return self.continuation.ended
+
     def add(self, token: int) -> None:
-        """Take the next token, which counts no more once the text has ended."""
-        if self.ended:
-            return
-        if self.tokenizer is not None and token == self.tokenizer.eod:
-            self.ended = True
-            return
-        self.ids.append(token)
-        text = " ".join(map(str, self.ids)) if self.tokenizer is None else self.tokenizer.decode(self.ids)
-        found = [text.find(stop) for stop in self.stop if stop in text]
-        self.ended = bool(found)
-        self.text = text[: min(found, default=len(text))]
+        """Take the next token."""
+        self.continuation.add(token)
         if self.live:
-            # the last character may lack bytes that are still to come
-            self._print(self.text if self.ended else self.text[: len(self.text) - self._open()].rstrip("\ufffd"))
+            self._print(self.continuation.sure)
 
     def finish(self) -> None:
         """Print what is left, and end the line."""
-        self._print(self.text)
+        self._print(len(self.continuation.finish()))
         print(flush=True)
 
-    def _open(self) -> int:
-        """Characters at the end of the text with which a `stop` begins."""
-        ends = (n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
-        return max(ends, default=0)
-
-    def _print(self, text: str) -> None:
-        print(text[self._printed :], end="", flush=True)
-        self._printed = max(self._printed, len(text))
+    def _print(self, end: int) -> None:
+        if end > self._printed:
+            print(self.continuation.text[self._printed : end], end="", flush=True)
+            self._printed = end
 
 
-def _numbers(words: str) -> list[int]:
+def _prompt(kind: str, value: str) -> tuple[str, str]:
+    """A prompt as given; prompts of all kinds stay in their order."""
+    return kind, value
+
+
+def _read(kind: str, value: str) -> str | list[int]:
+    """A text, or token ids."""
+    if kind == "--prompt-file":
+        return Path(value).read_text(encoding="utf-8")
+    if kind == "--prompt":
+        return value
     try:
-        return [int(word) for word in words.split()]
+        return [int(word) for word in value.split()]
     except ValueError:
-        raise ValueError(f"--prompt-ids: expected numbers with spaces between, got {words!r}") from None
+        raise ValueError(f"--prompt-ids: expected numbers with spaces between, got {value!r}") from None
+
+
+def _ids(trained: Trained, prompt: str | list[int]) -> list[int]:
+    if isinstance(prompt, str):
+        if trained.tokenizer is None:
+            raise ValueError("--prompt: the run was trained on generated tokens, which are no text; use --prompt-ids")
+        # documents are divided by eod, so one begins after it
+        return trained.tokenizer.encode(prompt).tolist() or [trained.tokenizer.eod]
+    if not prompt or min(prompt) < 0 or max(prompt) >= trained.vocab_size:
+        wanted = f"expected at least one token id, each from 0 to {trained.vocab_size - 1}"
+        raise ValueError(f"--prompt-ids: {wanted}, got {prompt[:20] or 'none'}")
+    return prompt
 
 
 if __name__ == "__main__":

@@ -11,8 +11,12 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
 from torch import Tensor, nn
 
-# Tokens of a prompt that are read at once; bounds the memory that a long one takes.
+# Tokens of a prompt that are read at once; bounds the memory that a long one takes. Attention over all earlier tokens,
+# without a window, computes their queries again in every piece.
 PREFILL_TOKENS = 4096
+# Layers that go on from a static inference context as they should; of Megatron's others Mamba's forget which sequence
+# of a batch is which.
+LETTERS = "C2*-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +71,17 @@ class Memory:
         max_length: tokens, prompt and generated together, that a sequence can get.
         vocab_size: logits that count; the model's may be padded.
         cuda_graph: replay the step of one token as a CUDA graph; None for whether there is a GPU.
+
+    Raises:
+        NotImplementedError: layers of other letters than LETTERS.
     """
 
     def __init__(
         self, model: nn.Module, sequences: int, max_length: int, *, vocab_size: int, cuda_graph: bool | None = None
     ) -> None:
+        others = sorted(set(model.decoder.layer_type_list) - set(LETTERS))  # type: ignore[union-attr,arg-type]
+        if others:
+            raise NotImplementedError(f"generation: expected layers of {', '.join(LETTERS)}, got {', '.join(others)}")
         self.model, self.sequences, self.max_length, self.vocab_size = model, sequences, max_length, vocab_size
         self.device = next(model.parameters()).device
         self.context = StaticInferenceContext(sequences, max_length)
@@ -104,6 +114,8 @@ class Memory:
     def step(self, tokens: Tensor) -> Tensor:
         """Add one token, int64 [B], to every sequence. Returns the logits of the next, [B, V] float32.
 
+        With a CUDA graph the next call writes over what this one returned.
+
         Raises:
             ValueError: a sequence has max_length tokens already.
         """
@@ -132,16 +144,16 @@ class Memory:
         return logits[:, -1, : self.vocab_size].float()
 
     def _capture(self) -> None:
-        """Record the step as a graph. Trying it out first changes the memory, which is put back."""
-        kept = {id(x): (x, x.clone()) for x in self._tensors()}
+        """Record the step as a graph. Trying it out first changes the memory, which is put back each time."""
+        kept = [(x, x.clone()) for x in self._tensors()]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):
+            for _ in range(2):
                 self._forward(self._token)
+                for memory, before in kept:
+                    memory.copy_(before)
         torch.cuda.current_stream().wait_stream(stream)
-        for memory, before in kept.values():
-            memory.copy_(before)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._logits = self._forward(self._token)

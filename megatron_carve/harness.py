@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,12 @@ def language_model(trained: Trained, batch: int = 1) -> Any:
             return totals
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            return [continue_until(trained, context, dict(options)) for context, options in (r.args for r in requests)]
+            texts: list[str] = []
+            for options, group in itertools.groupby((r.args for r in requests), key=lambda args: args[1]):
+                contexts = [context for context, _ in group]
+                for some in (contexts[i : i + batch] for i in range(0, len(contexts), batch)):
+                    texts += continue_until(trained, some, dict(options))
+            return texts
 
     return TrainedLM()
 
@@ -105,7 +111,8 @@ def language_model(trained: Trained, batch: int = 1) -> Any:
 def score(trained: Trained, pairs: Sequence[tuple[list[int], list[int]]], batch: int = 1) -> list[tuple[float, bool]]:
     """(log-probability of the continuation, whether it is what greedy decoding gives) of (context, continuation) pairs.
 
-    Texts of a batch are filled up at their ends, which no earlier token sees.
+    Texts of a batch are filled up at their ends, which no earlier token sees. The logits of all their tokens are in
+    memory at once.
     """
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
@@ -125,31 +132,29 @@ def score(trained: Trained, pairs: Sequence[tuple[list[int], list[int]]], batch:
     return found
 
 
-def continue_until(trained: Trained, context: str, options: dict[str, Any]) -> str:
-    """The continuation of a text up to the first of options["until"], by the harness's names for the rest."""
+def continue_until(trained: Trained, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
+    """Continuations of texts up to the first of options["until"], by the harness's names for the rest."""
+    from megatron_carve.continuation import Continuation
     from megatron_carve.generation import Sampling, generate
 
     tokenizer = trained.tokenizer
     assert tokenizer is not None
-    stops = options.get("until") or []
-    stops = [stops] if isinstance(stops, str) else list(stops)
-    drawn = options.get("do_sample", False)
-    sampling = Sampling(
-        temperature=float(options.get("temperature", 1.0)) if drawn else 0.0,
-        top_k=options.get("top_k"), top_p=options.get("top_p"),
-    )  # fmt: skip
-    ids: list[int] = []
-    text = ""
+    until = options.get("until") or []
+    found = [Continuation(tokenizer, [until] if isinstance(until, str) else until) for _ in contexts]
+    if options.get("do_sample", False):
+        sampling = Sampling(
+            temperature=float(options.get("temperature", 1.0)), top_k=options.get("top_k") or None,
+            top_p=options.get("top_p"),
+        )  # fmt: skip
+    else:
+        sampling = Sampling(temperature=0.0)
     for tokens in generate(
-        trained.model, [torch.tensor(tokenizer.encode(context).tolist() or [tokenizer.eod])],
+        trained.model, [torch.tensor(tokenizer.encode(text).tolist() or [tokenizer.eod]) for text in contexts],
         max_new_tokens=int(options.get("max_gen_toks", MOST_NEW_TOKENS)), sampling=sampling,
         vocab_size=trained.vocab_size,
     ):  # fmt: skip
-        token = int(tokens[0])
-        if token == tokenizer.eod:
+        for continuation, token in zip(found, tokens.tolist(), strict=True):
+            continuation.add(token)
+        if all(continuation.ended for continuation in found):
             break
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if any(stop in text for stop in stops):
-            break
-    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+    return [continuation.finish() for continuation in found]

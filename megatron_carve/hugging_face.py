@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from megatron_carve.tokenizer import Tokenizer
 
 MODELING = Path(__file__).with_name("modeling_carve.py")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Sections of a recipe that say what the model is, from which it can be built again.
-KEPT_SECTIONS = ("model", "mixer", "data")
+KEPT_SECTIONS = ("model", "mixer")
 
 
 @dataclass(frozen=True)
@@ -160,12 +161,12 @@ def configuration(recipe: Recipe, padded_vocab: int, eod: int | None, step: int)
     values = recipe.to_dict()
     kept = {section: values[section] for section in KEPT_SECTIONS}
     kept["model"]["pattern"] = m.pattern.replace("|", "")
+    kept["data"] = _data(recipe)
     kept["training"] = {"precision": recipe.training.precision, "seq_length": recipe.training.seq_length}
     return {
         "architectures": ["CarveForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{MODELING.stem}.CarveConfig",
-            "AutoModel": f"{MODELING.stem}.CarveModel",
             "AutoModelForCausalLM": f"{MODELING.stem}.CarveForCausalLM",
         },
         "model_type": "megatron_carve",
@@ -187,6 +188,32 @@ def configuration(recipe: Recipe, padded_vocab: int, eod: int | None, step: int)
         "recipe": kept,
         "step": step,
     }
+
+
+def _data(recipe: Recipe) -> dict[str, Any]:
+    """What kind of tokens it was trained on; of files their names alone."""
+    d = recipe.data
+    if d.source == "recall":
+        return {"recall": asdict(d.recall)}
+    names = [Path(str(place)).name for place in ([d.text] if d.text is not None else d.indexed or [])]
+    return {"tokenizer": d.tokenizer, "text": ", ".join(names)}
+
+
+def tokenizer_of(folder: Path, spec: str, run: Path) -> str:
+    """The tokenizer that a spec names; where it is not where the spec says, that of the folder, copied into the run."""
+    kind, _, value = spec.partition(":")
+    is_path = kind != "huggingface" or value.startswith(("/", ".", "~"))
+    if kind == "bytes" or not is_path or Path(value).expanduser().exists():
+        return spec
+    names = TOKENIZER_FILES if kind == "huggingface" else (Path(value).name,)
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        return spec
+    place = run / "tokenizer"
+    place.mkdir(parents=True, exist_ok=True)
+    for file in found:
+        shutil.copy(file, place)
+    return f"{kind}:{place.resolve() if kind == 'huggingface' else place.resolve() / Path(value).name}"
 
 
 def write_folder(

@@ -16,6 +16,7 @@ import yaml
 
 from megatron_carve.program import exit_status
 from megatron_carve.recipe import Recipe, load_recipe
+from megatron_carve.run_folder import RunFolder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +39,10 @@ def _import(folder: Path, run: Path) -> None:
     kind = config.get("model_type")
     if kind != "megatron_carve" or not isinstance(config.get("recipe"), dict):
         raise ValueError(f"{folder}: expected a folder that megatron_carve.export wrote, got model_type {kind!r}")
+    RunFolder(run).require_no_checkpoint()
+    data = config["recipe"]["data"]
+    if "tokenizer" in data:
+        data["tokenizer"] = hugging_face.tokenizer_of(folder, data["tokenizer"], run)
     recipe = _recipe(config["recipe"], run)
     # Here because torch and Megatron take seconds to import; a typing mistake need not wait.
     from safetensors.torch import load_file

@@ -127,13 +127,10 @@ class Attention(nn.Module):
         if memory is not None:
             if memory:
                 k, v = torch.cat([memory["k"], k], 2), torch.cat([memory["v"], v], 2)
-            kept = k.shape[2] if c.attention_window is None else c.attention_window - 1
-            memory.update(
-                k=k[:, :, k.shape[2] - min(kept, k.shape[2]) :], v=v[:, :, v.shape[2] - min(kept, v.shape[2]) :]
-            )
-        age = torch.arange(k.shape[2] - T, k.shape[2], device=x.device)[:, None] - torch.arange(
-            k.shape[2], device=x.device
-        )
+            first = 0 if c.attention_window is None else max(0, k.shape[2] - c.attention_window + 1)
+            memory.update(k=k[:, :, first:].clone(), v=v[:, :, first:].clone())  # views would keep the whole prompt
+        places = torch.arange(k.shape[2], device=x.device)
+        age = places[-T:, None] - places
         seen = age >= 0 if c.attention_window is None else (age >= 0) & (age < c.attention_window)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(out.transpose(1, 2).flatten(-2))
@@ -189,7 +186,7 @@ class Mixer(nn.Module):
         gate = gate if self.gate_up is None else self.gate_up(gate)
         rate = -self.A_log.float().exp()[:, None]
         g = rate * F.softplus(decay.float().unflatten(-1, (-1, K)) + self.dt_bias.float().unflatten(0, (-1, K)))
-        erase, write = self.erase_proj(x).unflatten(-1, (-1, K)), self.write_proj(x).sigmoid()
+        erase, write = self.erase_proj(x).unflatten(-1, (-1, K)), self.write_proj(x)
         v = v.unflatten(-1, (-1, V))
         if self.kind == "gdn2":
             write = write.unflatten(-1, (-1, V))
@@ -208,7 +205,7 @@ class Mixer(nn.Module):
         earlier = None if memory is None else memory.get("tokens")
         wide = F.pad(x, (0, 0, before, 0)) if earlier is None else torch.cat([earlier, x], 1)
         if memory is not None:
-            memory["tokens"] = wide[:, wide.shape[1] - before :]
+            memory["tokens"] = wide[:, wide.shape[1] - before :].clone()
         y = F.conv1d(
             wide.transpose(1, 2), self.conv_weight[:, None], self.conv_bias, groups=wide.shape[2]
         ).transpose(1, 2)  # fmt: skip
@@ -220,18 +217,22 @@ class Mixer(nn.Module):
     def _recurrence(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, erase: Tensor, write: Tensor, state: Any
     ) -> tuple[Tensor, Any]:
-        """[B, T, heads, ...] -> o, and the state to go on from: S, and CARVE's mean, partial sum and count."""
-        scale = 2.0 if self.m["negative_eigenvalues"] else 1.0
-        content = (self.content_down, self.content_up) if self.kind == "carve" else ()
+        """[B, T, heads, ...] -> o, and the state to go on from: S, and CARVE's mean, partial sum and count.
+
+        erase and write are logits of the gates.
+        """
+        m, carve = self.m, self.kind == "carve"
+        scale = 2.0 if m["negative_eigenvalues"] else 1.0
+        content = (self.content_down, self.content_up) if carve else ()
+        detached = m["content_grad"] == "detached"
         if kernels is not None and q.is_cuda:
-            options = {"initial_state": state, "output_final_state": True}
-            if self.kind == "gdn2":
-                return kernels.chunk_gdn2(q, k, v, g, (scale * erase.float().sigmoid()).to(q.dtype), write, **options)
+            options: dict[str, Any] = {"gate_logits": True, "erase_scale": scale, "output_final_state": True}
+            if not carve:
+                return kernels.chunk_gdn2(q, k, v, g, erase, write, initial_state=state, **options)
+            options |= {"content_chunk": m["content_chunk"], "content_grad": m["content_grad"]}
             state = None if state is None else kernels.CarveState(*state)
-            return kernels.chunk_carve(
-                q, k, v, g, erase, write, *content, content_chunk=self.m["content_chunk"], erase_scale=scale, **options
-            )
-        return recurrence(q, k, v, g, erase, write, scale, content, self.m["content_chunk"], state)
+            return kernels.chunk_carve(q, k, v, g, erase, write, *content, initial_state=state, **options)
+        return recurrence(q, k, v, g, erase, write, scale, content, m["content_chunk"], detached, state)
 
 
 def unit_heads(x: Tensor, D: int) -> Tensor:
@@ -241,7 +242,7 @@ def unit_heads(x: Tensor, D: int) -> Tensor:
 
 def recurrence(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, erase: Tensor, write: Tensor, scale: float,
-    content: tuple[Tensor, ...], content_chunk: int, state: Any,
+    content: tuple[Tensor, ...], content_chunk: int, detached: bool, state: Any,
 ) -> tuple[Tensor, Any]:  # fmt: skip
     """Both mixers in plain torch, float32, in chunks that end where content chunks do.
 
@@ -253,8 +254,8 @@ def recurrence(
     q, k, g, erase = (
         x.float().repeat_interleave(HV // H, 2).transpose(1, 2) for x in (q, k, g, erase)
     )  # fmt: skip
-    write = write.float() if write.ndim == 4 else write.float()[..., None]
-    z = (write * v.float()).transpose(1, 2)
+    write = write.float().sigmoid()
+    z = ((write if write.ndim == 4 else write[..., None]) * v.float()).transpose(1, 2)
     q = q * K**-0.5
     zeros = v.new_zeros(B, HV, V, dtype=torch.float32)
     if state is None:
@@ -273,7 +274,8 @@ def recurrence(
         part = slice(start, end)
         logits = erase[:, :, part]
         if content:
-            logits = logits + torch.einsum("hkr,hrv,bhv->bhk", up, down, mean)[:, :, None]
+            seen = mean.detach() if detached else mean
+            logits = logits + torch.einsum("hkr,hrv,bhv->bhk", up, down, seen)[:, :, None]
         o, S = chunk(q[:, :, part], k[:, :, part], z[:, :, part], g[:, :, part], scale * logits.sigmoid(), S)
         outputs.append(o)
         filled, start = filled + end - start, end
@@ -359,6 +361,8 @@ class CarveModel(CarvePreTrainedModel):
 
 
 class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
+    # The loss is a mean over the batch, whatever a trainer says about its size.
+    accepts_loss_kwargs = False
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: CarveConfig) -> None:

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 NOISE = "Rain fell on the roof. The kettle began to sing. A cat slept by the door. Later the clouds moved on. "
 # A key is one word of each.
-ADJECTIVES = "amber brave calm dusty eager faint gentle hollow icy jolly keen lofty mellow narrow old pale quiet"
-NOUNS = "anchor barrel candle dragon engine forest garden harbor island jacket kettle ladder mirror orchard river"
+ADJECTIVES = ["amber", "brave", "calm", "dusty", "eager", "faint", "gentle", "hollow", "icy", "jolly", "keen", "lofty"]
+NOUNS = ["anchor", "barrel", "candle", "dragon", "engine", "forest", "garden", "harbor", "island", "jacket", "river"]
 INTRODUCTION = "Some codes are written in the text that follows. Remember them, for one will be asked.\n\n"
 QUESTION = "\n\nWhich code belongs to the {key}? As the text says, the code of the {key} is"
 NEEDLE = "The code of the {key} is {value}."
@@ -101,9 +101,8 @@ def make_sample(
             raise ValueError(f"haystack: expected a text with sentences for {task}, got none")
         first = draw.randrange(len(sentences))
         sentences = sentences[first:] + sentences[:first]
-    keys = [
-        f"{a} {n}" for a, n in zip(draw.sample(ADJECTIVES, kind.needles), draw.sample(NOUNS, kind.needles), strict=True)
-    ]
+    chosen = (draw.sample(words, kind.needles) for words in (ADJECTIVES, NOUNS))
+    keys = [" ".join(pair) for pair in zip(*chosen, strict=True)]
     values = [_value(draw, kind.uuids) for _ in keys]
     depths = [depth, *(draw.random() for _ in keys[1:])]
 

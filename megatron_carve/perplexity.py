@@ -59,6 +59,8 @@ def text_perplexity(
 ) -> Perplexity:  # fmt: skip
     """Perplexity of a text under a model in evaluation mode.
 
+    The logits of batch * length tokens are in memory at once, in the model's dtype and in float32.
+
     Args:
         model: a HybridModel on the device where it is to run.
         ids: token ids of the whole text.

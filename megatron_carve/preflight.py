@@ -221,11 +221,11 @@ def _argv(recipe: Recipe, start: Start, layers: LayerImplementation, device: str
         argv.append(f"--load={start.load_from}")
         argv += ["--no-load-rng"] if start.new_random_state else []
         argv += ["--finetune"] if recipe.checkpoint.weights_only and not start.resumes else []
-    _try_in_megatron(argv, recipe, layers)
+    try_in_megatron(argv, recipe, layers)
     return argv
 
 
-def _try_in_megatron(argv: list[str], recipe: Recipe, layers: LayerImplementation) -> None:
+def try_in_megatron(argv: list[str], recipe: Recipe, layers: LayerImplementation) -> None:
     """Let Megatron check its arguments and build its configuration, which it does with assertions.
 
     Raises:

@@ -39,7 +39,11 @@ def exit_status(work: Callable[[], object]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush fails too
         return 141
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        from megatron_carve.patches import PatchError
+
+        if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError | PatchError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -103,6 +103,11 @@ class RunFolder:
         """Steps of all checkpoints that were begun here, whole or not."""
         return sorted(int(path.name.removeprefix("iter_")) for path in self.checkpoints.glob("iter_*[0-9]"))
 
+    def require_no_checkpoint(self) -> None:
+        """Raise CheckpointError if one was begun here."""
+        if self.checkpoint_steps():
+            raise CheckpointError(f"{self.checkpoints}: expected a run without checkpoints, but there is one")
+
     def saved_recipe(self) -> Recipe:
         """The recipe that the checkpoint here was trained with.
 

@@ -15,12 +15,12 @@ import torch
 
 from megatron_carve.config import LayerImplementation
 from megatron_carve.launch import join_processes, use_device, world_size
-from megatron_carve.patches import cpu_mode, dataset_helpers, layer_symbols
+from megatron_carve.patches import cpu_mode, dataset_helpers, layer_symbols, mtp_stack
 from megatron_carve.plan import vocab_size
-from megatron_carve.preflight import check_backend, choose_layers, megatron_arguments
+from megatron_carve.preflight import check_backend, choose_layers, megatron_arguments, try_in_megatron
 from megatron_carve.recipe import Recipe
 from megatron_carve.recipe_schema import Checkpoint, Parallel
-from megatron_carve.run_folder import CheckpointError, RunFolder
+from megatron_carve.run_folder import SAME_MODEL, CheckpointError, RunFolder
 from megatron_carve.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -83,22 +83,16 @@ def trained_model(
         cpu_mode.apply()  # before Megatron is imported, so that it does not pick GPU libraries
     chosen = choose_layers(recipe, found)
     argv = [
-        *megatron_arguments(recipe, vocab_size=vocab, layers=chosen, device=found),
+        *_arguments(recipe, vocab, chosen, found),
         f"--load={run.checkpoints}", f"--ckpt-step={step}", "--finetune", "--no-load-optim", "--no-load-rng",
     ]  # fmt: skip
-    store, _, _ = join_processes()
-    # Megatron reports its arguments and progress on standard output, where the answer is to come.
-    with contextlib.redirect_stdout(io.StringIO()):
-        models = _build(argv, recipe, chosen, store)
+    with _built(argv, recipe, chosen) as models:
         from megatron.core.utils import unwrap_model
         from megatron.training.checkpointing import load_checkpoint
 
-        load_checkpoint(models, None, None)
-    model = unwrap_model(models)[0].eval()
-    try:
-        yield Trained(model, recipe, step, vocab, torch.device(found), tokenizer)
-    finally:
-        torch.distributed.destroy_process_group()
+        with contextlib.redirect_stdout(io.StringIO()):
+            load_checkpoint(models, None, None)
+        yield Trained(unwrap_model(models)[0].eval(), recipe, step, vocab, torch.device(found), tokenizer)
 
 
 def save_run(recipe: Recipe, weights: Mapping[str, torch.Tensor], step: int) -> Path:
@@ -110,39 +104,37 @@ def save_run(recipe: Recipe, weights: Mapping[str, torch.Tensor], step: int) -> 
         step: of the checkpoint, at least 1.
 
     Raises:
-        ValueError: weights of other shapes. FileExistsError: the run has a checkpoint already.
+        ValueError: weights of other shapes. CheckpointError: the run has a checkpoint already.
     """
     run = RunFolder(recipe.run.path)
-    if run.checkpoint_steps():
-        raise FileExistsError(f"{run.checkpoints}: expected a run without checkpoints, but there is one")
-    recipe = _for_one_process(recipe, "cpu", "local", "torch")
+    run.require_no_checkpoint()
+    built = _for_one_process(recipe, "cpu", "local", "torch")
     cpu_mode.apply()
-    argv = [
-        *megatron_arguments(recipe, vocab_size=vocab_size(recipe), layers="local", device="cpu"),
-        f"--save={run.checkpoints}", "--no-save-optim", "--no-save-rng",
-    ]  # fmt: skip
-    store, _, _ = join_processes()
-    with contextlib.redirect_stdout(io.StringIO()):
-        models = _build(argv, recipe, "local", store)
-        try:
-            from megatron.core.utils import unwrap_model
-            from megatron.training.checkpointing import save_checkpoint
+    argv = _arguments(built, vocab_size(built), "local", "cpu")
+    argv += [f"--save={run.checkpoints}", "--no-save-optim", "--no-save-rng"]
+    with _built(argv, built, "local") as models:
+        from megatron.core.utils import unwrap_model
+        from megatron.training.checkpointing import save_checkpoint
 
-            own = {name: x for name, x in unwrap_model(models)[0].state_dict().items() if x is not None}
-            for name, x in own.items():
-                if name not in weights or weights[name].shape != x.shape:
-                    found = tuple(weights[name].shape) if name in weights else "nothing"
-                    raise ValueError(f"weights: expected {name} of shape {tuple(x.shape)}, got {found}")
-                x.copy_(weights[name])
-            run.save_recipe(recipe)
+        own = {name: x for name, x in unwrap_model(models)[0].state_dict().items() if x is not None}
+        for name, x in own.items():
+            if name not in weights or weights[name].shape != x.shape:
+                found = tuple(weights[name].shape) if name in weights else "nothing"
+                raise ValueError(f"weights: expected {name} of shape {tuple(x.shape)}, got {found}")
+            x.copy_(weights[name])
+        run.save_recipe(recipe)
+        with contextlib.redirect_stdout(io.StringIO()):
             save_checkpoint(step, models, None, None, 0)
-        finally:
-            torch.distributed.destroy_process_group()
     return run.path
 
 
 def _for_one_process(recipe: Recipe, device: Any, layers: Any, backend: Any) -> Recipe:
-    without_recompute = {k: v for k, v in recipe.megatron.items() if not k.startswith("recompute_")}
+    """Without what only training needs, or several processes."""
+    megatron = {
+        key: value
+        for key, value in recipe.megatron.items()
+        if not key.startswith(tuple(SAME_MODEL)) and not key.endswith("_parallel_size")
+    }
     return dataclasses.replace(
         recipe,
         model=dataclasses.replace(recipe.model, layers=layers, mixer_backend=backend),
@@ -150,30 +142,51 @@ def _for_one_process(recipe: Recipe, device: Any, layers: Any, backend: Any) -> 
         checkpoint=Checkpoint(),
         training=dataclasses.replace(recipe.training, global_batch_size=recipe.training.micro_batch_size),
         run=dataclasses.replace(recipe.run, device=device),
-        megatron=without_recompute,
+        megatron=megatron,
     )
 
 
-def _build(argv: list[str], recipe: Recipe, layers: LayerImplementation, store: Any) -> list[torch.nn.Module]:
-    """Megatron's state for one process, and its wrapped model with fresh weights."""
+def _arguments(recipe: Recipe, vocab: int, layers: LayerImplementation, device: str) -> list[str]:
+    """Megatron's command line, without what writes into the run's folder."""
+    argv = megatron_arguments(recipe, vocab_size=vocab, layers=layers, device=device)
+    return [word for word in argv if not word.startswith(("--save=", "--tensorboard-dir="))]
+
+
+@contextlib.contextmanager
+def _built(argv: list[str], recipe: Recipe, layers: LayerImplementation) -> Iterator[list[torch.nn.Module]]:
+    """Megatron's state for one process, and its wrapped model with fresh weights; undone at the end.
+
+    Raises:
+        ValueError: what Megatron objects to in its arguments.
+    """
+    try_in_megatron(argv, recipe, layers)
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.arguments import parse_and_validate_args
     from megatron.training.initialize import initialize_megatron
     from megatron.training.models.hybrid import HybridModelBuilder
 
     from megatron_carve.pretraining import model_config
+    from megatron_carve.stack import MixerStack
 
-    layer_symbols.apply()
-    dataset_helpers.apply()
-    words, sys.argv = sys.argv, [sys.argv[0], *argv]
+    for patch in (layer_symbols, dataset_helpers, mtp_stack(MixerStack)):
+        patch.apply()
+    store, _, _ = join_processes()
     try:
-        args = parse_and_validate_args()
+        # Megatron reports its arguments and progress on standard output, where an answer is to come.
+        with contextlib.redirect_stdout(io.StringIO()):
+            words, sys.argv = sys.argv, [sys.argv[0], *argv]
+            try:
+                args = parse_and_validate_args()
+            finally:
+                sys.argv = words
+            initialize_megatron(
+                allow_no_cuda=recipe.run.device == "cpu", store=torch.distributed.PrefixStore("megatron", store)
+            )
+            builder = HybridModelBuilder(model_config(args, recipe, layers))
+            models = builder.build_distributed_models(
+                pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+            )
+        yield models
     finally:
-        sys.argv = words
-    initialize_megatron(
-        allow_no_cuda=recipe.run.device == "cpu", store=torch.distributed.PrefixStore("megatron", store)
-    )
-    builder = HybridModelBuilder(model_config(args, recipe, layers))
-    return builder.build_distributed_models(
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
-    )
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,20 +33,20 @@ class TestPerplexity:
     @pytest.mark.parametrize("batch", [1, 3])
     @pytest.mark.parametrize(("length", "stride"), [(50, None), (50, 20), (50, 1), (200, None), (7, 3)])
     def test_every_token_is_predicted_once_from_enough_before_it(self, model, length, stride, batch):
-        from megatron_carve.perplexity import text_perplexity
+        from megatron_carve.perplexity import text_perplexity, windows
 
         text = torch.randint(VOCAB, (121,))
         found = text_perplexity(model, text, length=length, stride=stride, text_bytes=240, batch=batch)
-        # one token at a time: window i begins where the rule says
-        nats, predicted = 0.0, 1
-        step = stride or length
-        while predicted < len(text):
-            end = min(length + 1 if predicted == 1 else predicted + step, len(text))
-            start = max(0, end - 1 - length)
+        nats, predicted = 0.0, []
+        for start, end, first in windows(len(text), length, stride or length):
+            assert 0 <= start < first < end and end - 1 - start <= length
+            predicted += range(first, end)
+            # as much before it as the stride leaves, or all there is
+            assert first - start >= min(first, length - (stride or length) + 1)
             with torch.no_grad():
                 losses = token_losses(model, text[None, start:end])[0]
-            nats += losses[predicted - start - 1 :].double().sum().item()
-            predicted = end
+            nats += losses[first - start - 1 :].double().sum().item()
+        assert predicted == list(range(1, len(text)))
         assert found.tokens == 120
         assert found.nats == pytest.approx(nats, rel=1e-6)
         assert found.perplexity == pytest.approx(math.exp(nats / 120))
@@ -92,7 +93,9 @@ class TestNeedles:
             # the key that is asked for is the one beside the answer
             key = question.removeprefix("Which code belongs to the ").partition("?")[0]
             assert f"The code of the {key} is {sample.answer}." in hay
-            assert hay.count("The code of the") == needles.TASKS[task].needles
+            keys = re.findall(r"The code of the (\w+ \w+) is ", hay)
+            assert len(keys) == len(set(keys)) == needles.TASKS[task].needles
+            assert all(a in needles.ADJECTIVES and n in needles.NOUNS for a, n in (k.split() for k in keys))
             assert question.endswith(f"the code of the {key} is")
 
     def test_values_are_what_the_task_says(self):
@@ -125,6 +128,31 @@ class TestNeedles:
             needles.make_sample(**options, seed=1, count_tokens=count)
 
 
+def test_answers_are_put_to_their_questions(monkeypatch):
+    """A model that reads finds every needle; one that is asked about texts as long and as many as it should be."""
+    from megatron_carve import evaluate, generation
+
+    tokenizer = load_tokenizer("bytes")
+    asked = []
+
+    def generate(model, prompts, *, max_new_tokens, **options):
+        texts = [tokenizer.decode(prompt.numpy()) for prompt in prompts]
+        asked.extend(len(prompt) for prompt in prompts)
+        answers = []
+        for text in texts:
+            key = text.rpartition("the code of the ")[2].removesuffix(" is")
+            answers.append(re.search(rf"The code of the {key} is (\S+)\.", text)[1])
+        rows = [tokenizer.encode(f" {answer}. and so on".ljust(max_new_tokens)) for answer in answers]
+        yield from torch.from_numpy(np.stack(rows).T[:max_new_tokens].copy())
+
+    monkeypatch.setattr(generation, "generate", generate)
+    trained = SimpleNamespace(model=None, tokenizer=tokenizer, vocab_size=257)
+    chosen = SimpleNamespace(samples=3, batch=2, seed=0)
+    rows = evaluate._needles(trained, ["single_3", "multikey_1"], [700, 1500], TEXT, chosen)
+    assert [row["accuracy"] for row in rows] == [1.0] * 20
+    assert len(asked) == 60 and max(asked) <= 1500 and sum(580 < n <= 700 for n in asked) == 30
+
+
 class TestHarness:
     @pytest.mark.parametrize("batch", [1, 3])
     def test_scores_are_the_models_losses(self, model, batch):
@@ -147,7 +175,7 @@ class TestHarness:
 
     @pytest.mark.parametrize(
         ("until", "expected"),
-        [(["."], "on the mat"), (["mat", "the"], "on "), ([], "on the mat. then"), ("zz", "on the mat. then")],
+        [([".", ""], "on the mat"), (["mat", "the"], "on "), ([], "on the mat. then"), ("zz", "on the mat. then")],
     )
     def test_texts_end_before_what_ends_them(self, monkeypatch, until, expected):
         from megatron_carve import generation, harness
@@ -162,7 +190,7 @@ class TestHarness:
 
         monkeypatch.setattr(generation, "generate", generate)
         trained = SimpleNamespace(model=None, tokenizer=tokenizer, vocab_size=257)
-        assert harness.continue_until(trained, "sat ", {"until": until, "max_gen_toks": 30}) == expected
+        assert harness.continue_until(trained, ["sat "], {"until": until, "max_gen_toks": 30}) == [expected]
         assert asked["max_new_tokens"] == 30 and asked["sampling"].temperature == 0
 
 
@@ -273,6 +301,7 @@ def test_mistakes_end_in_one_line(folder):
         ([cats, "--tasks", "needles"], "--haystack: single_2, single_3, multikey_1 hide needles in a text file"),
         ([cats, "--tasks", "lambda_openai"], "there is no task 'lambda_openai' here or in lm-evaluation-harness; did"),
         ([cats, *single, "--needle-lengths", "1k"], "--needle-lengths: expected numbers with commas between, got '1k'"),
+        ([cats, "--tasks", " ,"], "--tasks: expected at least one, got ' ,'"),
         ([cats, *single, "--samples", "0"], "--samples: expected at least 1, got 0"),
         (["runs/none", *single], "runs/none: expected the folder of a run"),
         (["runs/recall", *single], "was trained on generated tokens, which are no text"),

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,6 +133,14 @@ def test_values_out_of_range_are_refused(wrong, complaint):
         Sampling(**wrong)
 
 
+def test_layers_that_lose_their_place_are_refused():
+    from megatron_carve.generation import Memory
+
+    model = SimpleNamespace(decoder=SimpleNamespace(layer_type_list=["C", "M", "-", "G"]))
+    with pytest.raises(NotImplementedError, match="expected layers of C, 2, \\*, -, got G, M"):
+        Memory(model, 1, 4, vocab_size=VOCAB)
+
+
 def test_a_memory_that_is_full_says_so(model):
     from megatron_carve.generation import Memory
 
@@ -167,8 +176,9 @@ def folder(tmp_path_factory):
 
 def test_the_program_continues_texts(folder):
     words = ["runs/one", "--prompt", "the cat", "--max-new-tokens", "40", "--seed", "3", "--temperature", "0.5"]
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     first = program(folder, "generate", *words)
-    assert first.returncode == 0, first.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before  # it reads alone
     assert len(first.stdout) > 20 and first.stdout.endswith("\n")
     assert "step 60: 7 tokens read in " in first.stderr and "40 generated for each of 1" in first.stderr
     assert program(folder, "generate", *words).stdout == first.stdout
@@ -200,6 +210,14 @@ def test_texts_end_at_a_stop_and_empty_prompts_begin_documents(folder):
     assert "960 tokens read" in long.stderr and len(long.stdout) > 20
 
 
+def test_heads_for_further_tokens_are_no_hindrance(folder):
+    """Nor what the run asked of Megatron for training alone."""
+    options = ["model.pattern=C-*-/C-", "megatron.recompute_granularity=selective", "training.steps=20"]
+    train(folder, "tiny.yaml", "run.name=heads", *options)
+    words = ["runs/heads", "--prompt", "the cat", "--temperature", "0"]
+    assert len(program(folder, "generate", *words).stdout) > 20
+
+
 def test_a_stream_can_be_interrupted_or_cut_off(folder):
     command = [sys.executable, "-m", "megatron_carve.generate", "runs/one", "--prompt", "the", "--max-new-tokens"]
     run = subprocess.Popen([*command, "100000"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -216,14 +234,24 @@ def test_a_stream_can_be_interrupted_or_cut_off(folder):
     assert b"Traceback" not in run.stderr.read()
 
 
+class Pieces:
+    """A tokenizer whose tokens are pieces of text, a space in front of each word but the first."""
+
+    vocab_size, eod = 100, 99
+
+    def decode(self, ids):
+        return " ".join(f"w{i}" for i in ids if i != self.eod)
+
+
 class TestWriter:
-    def written(self, text, capsys, **options):
+    def written(self, text, capsys, tokenizer=None, **options):
         from megatron_carve.generate import Writer
 
-        tokenizer = load_tokenizer("bytes")
+        tokenizer = tokenizer or load_tokenizer("bytes")
         writer = Writer(tokenizer, **options)
         live = []
-        for token in [*tokenizer.encode(text).tolist(), tokenizer.eod, 65]:
+        ids = text if isinstance(text, list) else tokenizer.encode(text).tolist()
+        for token in [*ids, tokenizer.eod, 65]:
             writer.add(token)
             live.append(capsys.readouterr().out)
         writer.finish()
@@ -234,6 +262,15 @@ class TestWriter:
         assert live == ["a", "", "ü", "", "", "€", "b", "", ""]
         assert rest == "\n"
 
+    def test_words_keep_their_spaces(self, capsys):
+        live, rest = self.written([1, 2, 3], capsys, Pieces(), live=True)
+        assert (live, rest) == (["w1", " w2", " w3", "", ""], "\n")
+
+    def test_bytes_that_are_no_characters_come_too(self, capsys):
+        live, rest = self.written([0xFF] * 30 + [65, 0xC3], capsys, live=True)
+        assert "".join(live) + rest == "\ufffd" * 30 + "A\ufffd\n"
+        assert live[8] == "\ufffd" * 9
+
     def test_what_may_be_a_stop_waits(self, capsys):
         live, rest = self.written("one END two ENDING", capsys, live=True, stop=["ENDI", "zz"])
         assert "".join(live) + rest == "one END two \n"
@@ -241,11 +278,20 @@ class TestWriter:
 
     def test_an_open_stop_is_printed_at_the_end(self, capsys):
         live, rest = self.written("so EN", capsys, live=True, stop=["END"])
-        assert ("".join(live), rest) == ("so ", "EN\n")
+        assert ("".join(live[:5]), "".join(live[5:]) + rest) == ("so ", "EN\n")
 
     def test_several_wait_for_their_turn(self, capsys):
         live, rest = self.written("one", capsys, live=False)
         assert ("".join(live), rest) == ("", "one\n")
+
+    def test_ids_where_there_is_no_text(self, capsys):
+        from megatron_carve.generate import Writer
+
+        writer = Writer(None, live=True)
+        for token in (5, 60, 7):
+            writer.add(token)
+        writer.finish()
+        assert capsys.readouterr().out == "5 60 7\n"
 
 
 def test_mistakes_end_in_one_line(folder):

@@ -47,6 +47,9 @@ if run == "theirs":
     text = "the ünïcode cat\\n sat"
     result = {"dtype": str(next(model.parameters()).dtype), "text": tokenizer.decode(greedy),
               "ids": tokenizer(text).input_ids, "round": tokenizer.decode(tokenizer(text).input_ids) == text,
+              "float32": sorted(n for n, p in model.named_parameters() if p.dtype == torch.float32),
+              "stored": max(x.untyped_storage().nbytes() / x.nbytes for layer in cache.layers for x in
+                            (x for v in layer.values() for x in (v if isinstance(v, tuple) else [v]))),
               "logits": logits.tolist(), "parts": torch.cat(parts, 1).tolist()}
 else:
     from megatron_carve.generation import Sampling, generate
@@ -66,7 +69,7 @@ json.dump(result, sys.stdout)
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hugging_face")
     (folder / "tiny.yaml").write_text(TINY)
-    (folder / "cats.txt").write_text("the cat sat on the mat. " * 400)
+    (folder / "cats.txt").write_text("the cat sat on the mat. " * 800)
     train(folder, "tiny.yaml", "run.name=plain")
     train(folder, "tiny.yaml", "run.name=other", "training.steps=30", *OTHER)
     return folder
@@ -98,6 +101,7 @@ def test_transformers_computes_and_generates_the_same(folder, exported, name):
     assert theirs["text"] == ours["text"] and len(ours["text"]) > 20
     assert theirs["ids"] == ours["ids"] and theirs["round"]
     assert theirs["dtype"] == "torch.float32"
+    assert theirs["stored"] == 1  # the memory holds what it needs and nothing around it
 
 
 @pytest.mark.parametrize("name", ["plain", "other"])
@@ -140,7 +144,36 @@ def test_a_bfloat16_run_keeps_its_decay_in_float32(folder):
     kinds = {name: w.dtype for name, w in load_file(folder / "out" / "half" / "model.safetensors").items()}
     in_float32 = {name for name, kind in kinds.items() if kind == torch.float32}
     assert in_float32 == {name for name in kinds if name.endswith(("A_log", "dt_bias"))}
-    assert results(folder, "out/half", "theirs")["dtype"] == "torch.bfloat16"
+    theirs, ours = results(folder, "out/half", "theirs"), results(folder, "runs/half", "ours")
+    assert theirs["dtype"] == "torch.bfloat16"
+    assert theirs["float32"] == sorted(in_float32)
+    theirs, ours = torch.tensor(theirs["logits"]), torch.tensor(ours["logits"])
+    assert (theirs - ours).norm() < 0.02 * ours.norm()  # two orders of rounding
+
+
+def test_a_hugging_face_tokenizer_goes_along(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {w: i for i, w in enumerate(["<unk>", "the", "cat", "sat", "on", "mat", ".", "<end>"])}
+    fast = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<end>", unk_token="<unk>").save_pretrained(
+        folder / "words"
+    )
+    options = ["data.tokenizer=huggingface:./words", "training.steps=2", "checkpoint.interval=2"]
+    train(folder, "tiny.yaml", "run.name=words", *options)
+    program(folder, "export", "runs/words", "out/words")
+    config = json.loads((folder / "out" / "words" / "config.json").read_text())
+    assert config["recipe"]["data"] == {"tokenizer": "huggingface:./words", "text": "cats.txt"}
+    assert (folder / "out" / "words" / "tokenizer.json").exists()
+    (folder / "words").rename(folder / "gone")  # as on another machine
+    program(folder, "import", "out/words", "runs/words_back")
+    recipe = (folder / "runs" / "words_back" / "recipe.yaml").read_text()
+    assert (
+        f"tokenizer: huggingface:{folder / 'runs' / 'words_back' / 'tokenizer'}" in recipe and "device: auto" in recipe
+    )
+    assert program(folder, "generate", "runs/words_back", "--prompt", "the cat", "--max-new-tokens", "3").stdout.strip()
 
 
 def test_mistakes_end_in_one_line(folder, exported):

@@ -50,14 +50,13 @@ PATTERNS = {
     "window": ("*-*-", {"window_size": (16, 0)}),
     "hybrid": ("C-2*-", {"window_size": (16, 0), "num_query_groups": 2}),
     "conv bias": ("C2", {"mixer": {"conv_bias": True, "content_chunk": 128, "negative_eigenvalues": True}}),
+    "window of one": ("*-", {"window_size": (0, 0)}),
     "short convolution": ("2C", {"linear_conv_kernel_dim": 1}),
 }
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-@pytest.mark.parametrize(
-    "pieces", [[LENGTH], [1] * 20, [70, 1, 1, 1], [3, 64, 5, 1, 20, 1, 56], [140, *[1] * 10]], ids=str
-)
+@pytest.mark.parametrize("pieces", SPLITS, ids=str)
 def test_any_split_of_a_sequence_into_calls_computes_what_one_call_computes(name, pieces):
     pattern, changes = PATTERNS[name]
     model = perturbed(pattern, **changes)
@@ -101,7 +100,7 @@ def test_triton_continues_sequences_as_torch_does():
 
 def test_sequences_of_different_lengths_go_on_together():
     """Prompts are read one by one, each at its own place in the batch; then all get a token at a time."""
-    model = perturbed("C-2*-", window_size=(16, 0))
+    model = perturbed("C-2*-", window_size=(16, 0), num_query_groups=2)
     prompts = [torch.randint(VOCAB, (1, n)) for n in (1, 70, 23)]
     rest = torch.randint(VOCAB, (3, 30))
     memory = context(batch=3)

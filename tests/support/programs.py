@@ -15,7 +15,10 @@ results = []
 for words in json.loads(sys.argv[2]):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main(words)
+        try:
+            status = main(words)
+        except BaseException as error:
+            raise RuntimeError(f"{words}: {err.getvalue()}") from error
     results.append((status, out.getvalue(), err.getvalue()))
 print(json.dumps(results))
 """
@@ -45,7 +48,7 @@ def in_turn(folder: Path, name: str, cases: Sequence[Sequence[str]]) -> list[Don
         cwd=folder, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     if run.returncode:
-        raise AssertionError(run.stderr[-4000:])
+        raise AssertionError(f"{run.stdout[-2000:]}\n{run.stderr[-4000:]}")
     return [Done(*result) for result in json.loads(run.stdout.splitlines()[-1])]
 
 
