@@ -11,6 +11,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from megatron_carve.mixer_cache import sequences_of_call
+
 
 class KeyValueCache(NamedTuple):
     """The keys and values that later tokens attend to; the token at position p is in slot p % W.
@@ -68,12 +70,7 @@ class WindowedSelfAttention(SelfAttention):
             raise NotImplementedError(f"WindowedSelfAttention: {', '.join(chosen)} with an inference_context")
 
     def _cache(self, context: Any, key: Tensor) -> KeyValueCache:
-        batch = key.shape[1]
-        first, last = context.batch_size_offset, context.batch_size_offset + batch
-        if last > context.max_batch_size:
-            raise ValueError(
-                f"inference_context: expected at most max_batch_size={context.max_batch_size} sequences, got {last}"
-            )
+        sequences = sequences_of_call(context, key.shape[1])
         end = context.sequence_len_offset + key.shape[0]
         if end > context.max_sequence_length:
             raise ValueError(
@@ -90,7 +87,7 @@ class WindowedSelfAttention(SelfAttention):
                 torch.zeros(context.max_batch_size, dtype=torch.int64, device=key.device),
             )
             context.key_value_memory_dict[self.layer_number] = kept
-        cache = KeyValueCache(*(x[first:last] for x in kept))
+        cache = KeyValueCache(*(x[sequences] for x in kept))
         if context.sequence_len_offset == 0:
             cache.position.zero_()
         return cache

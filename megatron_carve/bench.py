@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
+import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="[torchrun ... -m | python -m] megatron_carve.bench",
         description="Measures whole training steps of a recipe: time, use of the GPU, memory, and where the time goes. "
         "Nothing is saved; the recipe's steps, checkpoints and run folder do not count. Without data in the recipe, "
-        "generated tokens are used.",
+        "generated tokens are used. torchrun can start several processes, on one machine.",
     )
     parser.add_argument("recipe", help=f"a YAML file or one of: {', '.join(recipe_names())}")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -42,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peak-tflops", type=float, metavar="N", help="of one GPU; measured if not given")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     chosen = parser.parse_intermixed_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="megatron_carve_bench_") as scratch:
+    with _scratch() as scratch:
         plan = plan_or_complain(lambda: _recipe(chosen, scratch))
         if plan is None:
             return 2
@@ -56,7 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _recipe(chosen: argparse.Namespace, scratch: str) -> Recipe:
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for what a run writes, one for all processes of this machine; it is gone at the end."""
+    job = os.getppid() if "RANK" in os.environ else os.getpid()  # torchrun is the parent of all
+    folder = Path(tempfile.gettempdir()) / f"megatron_carve_bench_{job}"
+    try:
+        yield folder
+    finally:
+        if os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _recipe(chosen: argparse.Namespace, scratch: Path) -> Recipe:
     for name in ("warmup", "steps"):
         if getattr(chosen, name) < 1:
             raise ValueError(f"--{name}: expected at least 1, got {getattr(chosen, name)}")

@@ -145,7 +145,7 @@ class Memory:
 
     def _capture(self) -> None:
         """Record the step as a graph. Trying it out first changes the memory, which is put back each time."""
-        kept = [(x, x.clone()) for x in self._tensors()]
+        kept = [(x, x.clone()) for layer in self.context.key_value_memory_dict.values() for x in layer]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -157,14 +157,6 @@ class Memory:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._logits = self._forward(self._token)
-
-    def _tensors(self) -> list[Tensor]:
-        return [x for layer in self.context.key_value_memory_dict.values() for x in layer]
-
-    @property
-    def bytes(self) -> int:
-        """What the memory takes."""
-        return sum(x.nbytes for x in self._tensors())
 
 
 def generate(

@@ -22,6 +22,20 @@ class MixerCache(NamedTuple):
     state: tuple[Tensor, ...]
 
 
+def sequences_of_call(context: Any, batch: int) -> slice:
+    """Where a call's sequences are among those of a static inference context.
+
+    Raises:
+        ValueError: more sequences than the context has room for.
+    """
+    first, last = context.batch_size_offset, context.batch_size_offset + batch
+    if last > context.max_batch_size:
+        raise ValueError(
+            f"inference_context: expected at most max_batch_size={context.max_batch_size} sequences, got {last}"
+        )
+    return slice(first, last)
+
+
 def mixer_cache(
     context: Any, layer_number: int, batch: int, tokens: tuple[tuple[int, ...], torch.dtype],
     state: Sequence[tuple[tuple[int, ...], torch.dtype]], device: torch.device,
@@ -40,11 +54,7 @@ def mixer_cache(
     """
     if not context.is_static_batching():
         raise NotImplementedError("inference_context: the mixers support static batching only, got dynamic batching")
-    first, last = context.batch_size_offset, context.batch_size_offset + batch
-    if last > context.max_batch_size:
-        raise ValueError(
-            f"inference_context: expected at most max_batch_size={context.max_batch_size} sequences, got {last}"
-        )
+    sequences = sequences_of_call(context, batch)
     kept = context.key_value_memory_dict.get(layer_number)
     if kept is None:
         # A plain tuple: Megatron compares the addresses of all tensors in it.
@@ -52,7 +62,7 @@ def mixer_cache(
             torch.zeros(context.max_batch_size, *shape, dtype=dtype, device=device) for shape, dtype in (tokens, *state)
         )
         context.key_value_memory_dict[layer_number] = kept
-    mine = [x[first:last] for x in kept]
+    mine = [x[sequences] for x in kept]
     if context.sequence_len_offset == 0:
         for x in mine:
             x.zero_()

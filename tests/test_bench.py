@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from support.parallel import launch
 
 from megatron_carve import bench, estimate
 from megatron_carve.breakdown import PARTS
@@ -42,6 +43,17 @@ def test_a_measured_step_of_the_debug_recipe(tmp_path):
     for expected in (f"{numbers['parameters']:,} parameters", "tokens/s", "mixer op", "optimizer"):
         assert expected in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["n.json"]  # nothing else is left
+
+
+def test_two_processes_measure_one_step_of_a_text(tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 400)
+    words = ["debug", "data.text=text.txt", "parallel.tensor=2", "--warmup", "1", "--steps", "1", "--json", "n.json"]
+    launch(2, ["-m", "megatron_carve.bench", *words], cwd=tmp_path)
+    numbers = json.loads((tmp_path / "n.json").read_text())
+    assert numbers["gpus"] == 2 and len(numbers["losses"]) == 3
+    speed = numbers["tokens_per_step"] / numbers["seconds_per_step"]
+    assert numbers["tokens_per_second_and_gpu"] == pytest.approx(speed / 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["n.json", "text.txt"]
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ import torch
 out, run = sys.argv[1:]
 ids = torch.randint(257, (2, 200), generator=torch.Generator().manual_seed(1))
 if run == "theirs":
+    sys.modules["megatron_carve"] = None  # as where it is not installed
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(out)

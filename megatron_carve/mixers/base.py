@@ -217,8 +217,9 @@ class LinearAttentionMixer(MegatronModule):
     def _recurrence_from(self, cache: MixerCache, span: Span, *pieces: Tensor) -> Tensor:
         """As _recurrence, of tokens that follow those in the cache, which then holds these too."""
         inputs = self._op_inputs(pieces, span, cache.tokens)
-        kept = torch.cat([cache.tokens, pieces[0].transpose(0, 1)], 1)[:, pieces[0].shape[0] :]
-        cache.tokens.copy_(kept)
+        tokens, kept = pieces[0].shape[0], cache.tokens.shape[1]
+        newest = pieces[0][max(0, tokens - kept) :].transpose(0, 1)
+        cache.tokens.copy_(torch.cat([cache.tokens, newest], 1)[:, newest.shape[1] :])
         return self.mix_from(inputs, cache.state)
 
     def _cache(self, context: Any, convolved: Tensor) -> MixerCache:
