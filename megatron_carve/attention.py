@@ -10,6 +10,7 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from megatron_carve.mixer_cache import sequences_of_call
 
@@ -125,6 +126,8 @@ class WindowedSelfAttention(SelfAttention):
         if rotary is not None:
             angles = rotary[position : position + tokens]
             query, key = self._rotate(query, angles), self._rotate(key, angles)
+        if self._window() is None:
+            return self._all_so_far(cache, query, key, value, position)
         before = min(position, cache.slots - 1)
         if before:
             slots = torch.arange(position - before, position, device=key.device) % cache.slots
@@ -141,6 +144,19 @@ class WindowedSelfAttention(SelfAttention):
             query.contiguous(), key.contiguous(), value.contiguous(), None, attn_mask_type=self.attn_mask_type
         )
         return out[before:]
+
+    def _all_so_far(self, cache: KeyValueCache, query: Tensor, key: Tensor, value: Tensor, position: int) -> Tensor:
+        """_next_tokens, rotated, that attend to every earlier token."""
+        end = position + query.shape[0]
+        cache.keys[:, :, position:end] = key.permute(1, 2, 0, 3)
+        cache.values[:, :, position:end] = value.permute(1, 2, 0, 3)
+        cache.position.fill_(end)
+        out = F.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3), cache.keys[:, :, :end], cache.values[:, :, :end],
+            causal_lower_right(query.shape[0], end), scale=self._scale(),
+            enable_gqa=query.shape[2] != key.shape[2],
+        )  # fmt: skip
+        return out.permute(2, 0, 1, 3).flatten(2)
 
     def _rotate(self, x: Tensor, angles: Tensor) -> Tensor:
         return apply_rotary_pos_emb(x, angles, self.config, mscale=self._yarn_concentration_factor)

@@ -11,8 +11,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
 from torch import Tensor, nn
 
-# Tokens of a prompt that are read at once; bounds the memory that a long one takes. Attention over all earlier tokens,
-# without a window, computes their queries again in every piece.
+# Tokens of a prompt that are read at once; bounds the memory that a long one takes.
 PREFILL_TOKENS = 4096
 # Layers that go on from a static inference context as they should; of Megatron's others Mamba's forget which sequence
 # of a batch is which.

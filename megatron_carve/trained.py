@@ -76,23 +76,44 @@ def trained_model(
         run.check_whole(step)
     found = use_device(device)
     recipe = _for_one_process(run.saved_recipe(), found, layers, backend)
-    check_backend(recipe, found)
-    vocab = vocab_size(recipe)
-    tokenizer = None if recipe.data.source == "recall" else load_tokenizer(recipe.data.tokenizer)
-    if found == "cpu":
-        cpu_mode.apply()  # before Megatron is imported, so that it does not pick GPU libraries
-    chosen = choose_layers(recipe, found)
-    argv = [
-        *_arguments(recipe, vocab, chosen, found),
+    weights = [
         f"--load={run.checkpoints}", f"--ckpt-step={step}", "--finetune", "--no-load-optim", "--no-load-rng",
     ]  # fmt: skip
-    with _built(argv, recipe, chosen) as models:
-        from megatron.core.utils import unwrap_model
+    with _usable(recipe, found, weights) as (trained, models):
         from megatron.training.checkpointing import load_checkpoint
 
         with contextlib.redirect_stdout(io.StringIO()):
             load_checkpoint(models, None, None)
-        yield Trained(unwrap_model(models)[0].eval(), recipe, step, vocab, torch.device(found), tokenizer)
+        yield dataclasses.replace(trained, step=step)
+
+
+@contextlib.contextmanager
+def untrained_model(
+    recipe: Recipe, *, device: str = "auto", layers: LayerImplementation | Literal["auto"] = "auto",
+    backend: str = "auto",
+) -> Iterator[Trained]:  # fmt: skip
+    """A recipe's model with the weights that training begins with; its step is 0. For the rest see trained_model."""
+    found = use_device(device)
+    with _usable(_for_one_process(recipe, found, layers, backend), found, []) as (trained, _):
+        yield trained
+
+
+@contextlib.contextmanager
+def _usable(
+    recipe: Recipe, device: Any, more_arguments: list[str]
+) -> Iterator[tuple[Trained, list[torch.nn.Module]]]:
+    """The model of a recipe for one process, as it begins, and the list in which Megatron has it."""
+    check_backend(recipe, device)
+    vocab = vocab_size(recipe)
+    tokenizer = None if recipe.data.source == "recall" else load_tokenizer(recipe.data.tokenizer)
+    if device == "cpu":
+        cpu_mode.apply()  # before Megatron is imported, so that it does not pick GPU libraries
+    chosen = choose_layers(recipe, device)
+    argv = [*_arguments(recipe, vocab, chosen, device), *more_arguments]
+    with _built(argv, recipe, chosen) as models:
+        from megatron.core.utils import unwrap_model
+
+        yield Trained(unwrap_model(models)[0].eval(), recipe, 0, vocab, torch.device(device), tokenizer), models
 
 
 def save_run(recipe: Recipe, weights: Mapping[str, torch.Tensor], step: int) -> Path:
