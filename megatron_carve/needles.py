@@ -13,6 +13,7 @@ words. Everything is drawn from a seed; nothing is downloaded.
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 import uuid
@@ -139,6 +140,7 @@ def _most(fits: Callable[[int], bool]) -> int:
     return low
 
 
+@functools.lru_cache(maxsize=2)
 def _sentences(text: str) -> list[str]:
     return [s for s in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if s]
 

@@ -99,9 +99,7 @@ def untrained_model(
 
 
 @contextlib.contextmanager
-def _usable(
-    recipe: Recipe, device: Any, more_arguments: list[str]
-) -> Iterator[tuple[Trained, list[torch.nn.Module]]]:
+def _usable(recipe: Recipe, device: Any, more_arguments: list[str]) -> Iterator[tuple[Trained, list[torch.nn.Module]]]:
     """The model of a recipe for one process, as it begins, and the list in which Megatron has it."""
     check_backend(recipe, device)
     vocab = vocab_size(recipe)
