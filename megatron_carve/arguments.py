@@ -135,6 +135,8 @@ def default_settings(recipe: Recipe, *, layers: LayerImplementation, device: str
         "data_cache_path": str(recipe.run.path / "data" / "index"),
         "enable_one_logger": False,
     }
+    if recipe.parallel.context > 1 and recipe.model.attention_window is not None:
+        settings["cp_comm_type"] = ["all_gather"]  # Megatron's choice, p2p, knows no windows
     if layers == "local":
         settings |= {"no_persist_layer_norm": True, "masked_softmax_fusion": False, "apply_rope_fusion": False}
     if device == "cpu":

@@ -157,6 +157,14 @@ class TestParsedBack:
                 {"sequence_parallel": True, "make_vocab_size_divisible_by": 32, "tensor_model_parallel_size": 4},
             ),
             (["parallel.tensor=4", "parallel.sequence=false"], {}, {"sequence_parallel": False}),
+            # Megatron's p2p knows no windows; without one it stays.
+            (["parallel.context=2", "model.attention_window=8"], {}, {"cp_comm_type": ["all_gather"]}),
+            (["parallel.context=2"], {}, {"context_parallel_size": 2, "cp_comm_type": ["p2p"]}),
+            (
+                ["parallel.context=2", "model.attention_window=8", "megatron.cp_comm_type=a2a"],
+                {},
+                {"cp_comm_type": ["a2a"]},
+            ),
             (["run.folder=some where", "run.name=7"], {}, {"save": "some where/7/checkpoints"}),
             ([], {"device": "cpu"}, {"distributed_backend": "gloo", "num_workers": 0, "bias_swiglu_fusion": False}),
             ([], {"device": "cuda"}, {"distributed_backend": "nccl", "num_workers": 2, "bias_swiglu_fusion": True}),
