@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_carve.preflight import Plan
+    from megatron_carve.recipe_schema import Training
 
 GIB = 2**30
 # A product of two square matrices this large runs at the most that a GPU reaches.
@@ -35,8 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="[torchrun ... -m | python -m] megatron_carve.bench",
         description="Measures whole training steps of a recipe: time, use of the GPU, memory, and where the time goes. "
-        "Nothing is saved; the recipe's steps, checkpoints and run folder do not count. Without data in the recipe, "
-        "generated tokens are used. torchrun can start several processes, on one machine.",
+        "They are the recipe's first, at its learning rates. Nothing is saved; its checkpoints and run folder do not "
+        "count. Without data in the recipe, generated tokens are used. torchrun can start several processes, on one "
+        "machine.",
     )
     parser.add_argument("recipe", help=f"a YAML file or one of: {', '.join(recipe_names())}")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -83,8 +85,23 @@ def _recipe(chosen: argparse.Namespace, scratch: Path) -> Recipe:
     fixed = [
         "training.tokens=null", f"training.steps={steps}", f"training.eval_interval={steps + 1}",
         "training.eval_iters=1", "checkpoint.interval=null", "checkpoint.load=null", f"run.folder={scratch}",
+        *_beginning(load_recipe(chosen.recipe, chosen.overrides).training, steps),
     ]  # fmt: skip
     return load_recipe(chosen.recipe, [*chosen.overrides, *fixed])
+
+
+def _beginning(training: Training, steps: int) -> list[str]:
+    """What makes `steps` steps the first ones of a longer run: learning rates as there.
+
+    A warm-up cut short would measure another model: it throws the weights about, and steep decays take longer.
+    """
+    warmup = training.warmup_fraction * training.total_steps
+    here = min(warmup, 0.99 * steps)
+    share = here / warmup if warmup else 1.0
+    return [
+        f"training.lr={training.lr * share}", "training.min_lr=null", "training.lr_schedule=constant",
+        f"training.warmup_fraction={here / steps}",
+    ]  # fmt: skip
 
 
 class StepTimer:

@@ -56,6 +56,22 @@ def test_two_processes_measure_one_step_of_a_text(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["n.json", "text.txt"]
 
 
+def test_measured_steps_are_the_first_of_the_recipe(tmp_path):
+    """Learning rates are those of the first steps of the whole run, within its warm-up or beyond."""
+
+    def rates(training, steps):
+        warmup = training.warmup_fraction * training.total_steps
+        return [training.lr * min(1, step / warmup) for step in range(1, steps + 1)]
+
+    for words in ([], ["training.warmup_fraction=2e-5"], ["training.tokens=1e8", "training.warmup_fraction=0.005"]):
+        whole = load_recipe("carve_1p3b_hybrid", words).training
+        overrides = ["training.tokens=null", "training.steps=20", *bench._beginning(whole, 20)]
+        found = load_recipe("carve_1p3b_hybrid", overrides).training
+        assert found.lr_schedule == "constant"
+        expected = rates(whole, 19)
+        assert rates(found, 19) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
