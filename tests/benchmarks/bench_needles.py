@@ -11,16 +11,19 @@ and the heat map needles.png. Recipe keys change the model or the training.
 import argparse
 import json
 import random
+import re
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from megatron_carve.needles import TASKS, make_sample
+from megatron_carve.needles import NEEDLE, QUESTION, TASKS, make_sample
 
-# Bytes, which are the tokens here, of a training document.
-SHORTEST, LONGEST = 256, 1000
+# Bytes, which are the tokens here, of a training document up to its first answer.
+SHORTEST, LONGEST = 360, 1000
+# Questions about needles of a document; answers are few among its bytes, and they alone teach to look back.
+QUESTIONS = 4
 RECIPE = [
     "debug", "model.pattern=C-C-C-C-", "model.hidden_size=512", "model.ffn_hidden_size=1408",
     "model.position_embedding=none", "model.attention_window=null", "model.layers=auto", "mixer.num_key_heads=8",
@@ -32,14 +35,18 @@ RECIPE = [
 
 
 def documents(count: int, haystack: str, seed: int) -> list[str]:
-    """JSON lines, each a question with its answer."""
+    """JSON lines, each a document of needles.py with its answer, and further questions about it with theirs."""
     draw = random.Random(seed)
     lines = []
     for number in range(count):
         task = draw.choice(list(TASKS))
-        length = draw.randint(SHORTEST if task == "single_1" else SHORTEST + 250, LONGEST)
+        length = round(SHORTEST * (LONGEST / SHORTEST) ** draw.random())
         sample = make_sample(task, length, draw.random(), seed * 10**6 + number, _bytes, haystack)
-        lines.append(json.dumps({"text": f"{sample.prompt} {sample.answer}."}))
+        text = f"{sample.prompt} {sample.answer}."
+        needles = re.findall(NEEDLE.format(key=r"(\w+ \w+)", value=r"([\w-]+)"), sample.prompt)
+        for key, value in draw.choices(needles, k=QUESTIONS - 1):
+            text += f"{QUESTION.format(key=key)} {value}."
+        lines.append(json.dumps({"text": text}))
     return lines
 
 
