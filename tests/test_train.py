@@ -285,6 +285,34 @@ def test_a_failure_ends_the_program_although_data_workers_run(folder):
     assert run.stderr.rstrip().endswith("RuntimeError: the loss fell off a cliff")
 
 
+NAN_IN_STEP_SIX = """
+import sys
+from megatron_carve import pretraining, train
+
+forward, calls = pretraining.Task.forward_step, []
+
+def poisoned(self, *args):
+    calls.append(None)
+    output, loss = forward(self, *args)
+    return output * (float("nan") if len(calls) > 10 else 1.0), loss
+
+pretraining.Task.forward_step = poisoned
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_gradients_that_are_no_numbers_end_a_run_before_they_are_saved(folder):
+    words = ["tiny.yaml", "run.name=poisoned", "checkpoint.interval=3"]
+    run = subprocess.run(
+        [sys.executable, "-c", NAN_IN_STEP_SIX, *words], cwd=folder, capture_output=True, text=True, timeout=100
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert "FloatingPointError: step 6: the norm of the gradients is nan" in run.stderr
+    checkpoints = folder / "runs" / "poisoned" / "checkpoints"
+    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "3"
+    assert list(losses(folder, "poisoned")) == [1, 2, 3, 4, 5]
+
+
 def test_torchrun_closes_with_the_error_of_the_rank_that_failed(folder):
     (folder / "fails.py").write_text(FAILS_IN_STEP_TWO)
     words = ["tiny.yaml", "run.name=one_fails", "parallel.tensor=2", "megatron.num_workers=1"]

@@ -27,6 +27,7 @@ from megatron_carve.trained import untrained_model
 
 PROMPTS, CONTEXTS, BATCHES = [4096, 65536, 524288], [4096, 65536], [1, 16, 128]
 STEPS = 32
+ONE_STEP = ["training.steps=1", "training.tokens=null"]
 MODELS = {
     "GDN-2 hybrid": "gdn2_1p3b_hybrid",
     "GDN-2 recurrent": "gdn2_1p3b_recurrent",
@@ -40,14 +41,14 @@ def recipe(model: str, named: str | None) -> Recipe:
     """The Transformer has attention over all tokens in the place of every mixer, and MLPs that make up the size."""
     name = named or MODELS[model]
     if model != "Transformer":
-        return load_recipe(name, ["training.steps=1"])
-    wanted = load_recipe(name, ["training.steps=1"])
+        return load_recipe(name, ONE_STEP)
+    wanted = load_recipe(name, ONE_STEP)
     size = sum(estimate.parameters(wanted, wanted.model.vocab_size or 256).values())
 
     def transformer(ffn: int) -> Recipe:
         pattern = "*-" * (wanted.model.num_layers // 2)
         words = [f"model.pattern={pattern}", f"model.ffn_hidden_size={ffn}", "model.attention_window=null"]
-        return load_recipe(name, [*words, "model.position_embedding=rope", "training.steps=1"])
+        return load_recipe(name, [*words, "model.position_embedding=rope", *ONE_STEP])
 
     def difference(ffn: int) -> int:
         return abs(sum(estimate.parameters(transformer(ffn), wanted.model.vocab_size or 256).values()) - size)
