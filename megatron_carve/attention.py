@@ -14,6 +14,9 @@ from torch.nn.attention.bias import causal_lower_right
 
 from megatron_carve.mixer_cache import sequences_of_call
 
+# Fewest rows of a block of queries.
+MIN_BLOCK = 128
+
 
 class KeyValueCache(NamedTuple):
     """The keys and values that later tokens attend to; the token at position p is in slot p % W.
@@ -112,51 +115,61 @@ class WindowedSelfAttention(SelfAttention):
         cache.values.scatter_(2, slot, value.permute(1, 2, 0, 3))
         filled = torch.arange(cache.slots, device=key.device) <= cache.position[:, None]
         cache.position.add_(1)
-        out = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3), cache.keys, cache.values, filled[:, None, None], scale=self._scale(),
-            enable_gqa=query.shape[2] != key.shape[2],
-        )  # fmt: skip
+        out = self._attend(query.permute(1, 2, 0, 3), cache.keys, cache.values, filled[:, None, None])
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _next_tokens(
         self, cache: KeyValueCache, query: Tensor, key: Tensor, value: Tensor, rotary: Tensor | None, position: int
     ) -> Tensor:
         """T tokens of every sequence, all of which stand at `position`: [T, B, ...] -> [T, B, heads * D]."""
-        tokens = query.shape[0]
-        if rotary is not None:
-            angles = rotary[position : position + tokens]
-            query, key = self._rotate(query, angles), self._rotate(key, angles)
-        if self._window() is None:
-            return self._all_so_far(cache, query, key, value, position)
-        before = min(position, cache.slots - 1)
-        if before:
-            slots = torch.arange(position - before, position, device=key.device) % cache.slots
-            key = torch.cat([cache.keys[:, :, slots].permute(2, 0, 1, 3), key])
-            value = torch.cat([cache.values[:, :, slots].permute(2, 0, 1, 3), value])
-            # As many queries that nobody asked for keep causal masks and windows what they are in training.
-            query = torch.cat([query.new_zeros(before, *query.shape[1:]), query])
-        last = min(tokens, cache.slots)
-        slots = torch.arange(position + tokens - last, position + tokens, device=key.device) % cache.slots
-        cache.keys[:, :, slots] = key[-last:].permute(1, 2, 0, 3)
-        cache.values[:, :, slots] = value[-last:].permute(1, 2, 0, 3)
-        cache.position.fill_(position + tokens)
-        out = self.core_attention(
-            query.contiguous(), key.contiguous(), value.contiguous(), None, attn_mask_type=self.attn_mask_type
-        )
-        return out[before:]
-
-    def _all_so_far(self, cache: KeyValueCache, query: Tensor, key: Tensor, value: Tensor, position: int) -> Tensor:
-        """_next_tokens, rotated, that attend to every earlier token."""
         end = position + query.shape[0]
-        cache.keys[:, :, position:end] = key.permute(1, 2, 0, 3)
-        cache.values[:, :, position:end] = value.permute(1, 2, 0, 3)
+        if rotary is not None:
+            angles = rotary[position:end]
+            query, key = self._rotate(query, angles), self._rotate(key, angles)
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        window = self._window()
+        if window is None:
+            cache.keys[:, :, position:end], cache.values[:, :, position:end] = key, value
+            mask = causal_lower_right(query.shape[2], end)
+            out = self._attend(query, cache.keys[:, :, :end], cache.values[:, :, :end], mask)
+        else:
+            earlier = torch.arange(max(0, position - cache.slots + 1), position, device=key.device) % cache.slots
+            keys = torch.cat([cache.keys[:, :, earlier], key], 2)
+            values = torch.cat([cache.values[:, :, earlier], value], 2)
+            kept = torch.arange(max(position, end - cache.slots), end, device=key.device) % cache.slots
+            cache.keys[:, :, kept], cache.values[:, :, kept] = keys[:, :, -len(kept) :], values[:, :, -len(kept) :]
+            out = self._attend_in_blocks(query, keys, values, window)
         cache.position.fill_(end)
-        out = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3), cache.keys[:, :, :end], cache.values[:, :, :end],
-            causal_lower_right(query.shape[0], end), scale=self._scale(),
-            enable_gqa=query.shape[2] != key.shape[2],
-        )  # fmt: skip
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend_in_blocks(self, query: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:
+        """The last T of the tokens that have keys attend to `window` of them each: memory and time are T * window.
+
+        A block of queries meets the keys of its rows and of the window before them: query [B, heads, T, D], keys and
+        values [B, groups, before + T, D] -> [B, heads, T, D].
+        """
+        T, before = query.shape[2], keys.shape[2] - query.shape[2]
+        rows = min(T, max(window, MIN_BLOCK))
+        blocks = -(-T // rows)
+        missing = window - 1 - before  # keys before the first, which nobody sees
+        keys, values = (F.pad(x, (0, 0, missing, blocks * rows - T)) for x in (keys, values))
+        row, column = (torch.arange(n, device=keys.device) for n in (rows, rows + window - 1))
+        seen = (row[:, None] <= column) & (column < row[:, None] + window)
+        there = torch.arange(blocks, device=keys.device)[:, None] * rows + column >= missing
+        mask = (seen & there[:, None]).repeat_interleave(query.shape[0], 0)
+
+        def divided(x: Tensor) -> Tensor:
+            """[B, heads, ..., D] -> [blocks * B, heads, rows or rows + window - 1, D]."""
+            return x.unfold(2, column.numel(), rows).permute(2, 0, 1, 4, 3).flatten(0, 1)
+
+        query = F.pad(query, (0, 0, 0, blocks * rows - T)).unflatten(2, (blocks, rows)).permute(2, 0, 1, 3, 4)
+        out = self._attend(query.flatten(0, 1), divided(keys), divided(values), mask[:, None])
+        return out.unflatten(0, (blocks, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :T]
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query, keys, values, mask, scale=self._scale(), enable_gqa=query.shape[1] != keys.shape[1]
+        )
 
     def _rotate(self, x: Tensor, angles: Tensor) -> Tensor:
         return apply_rotary_pos_emb(x, angles, self.config, mscale=self._yarn_concentration_factor)

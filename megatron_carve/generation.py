@@ -12,7 +12,7 @@ from megatron.core.inference.utils import InferenceMode
 from torch import Tensor, nn
 
 # Tokens of a prompt that are read at once; bounds the memory that a long one takes.
-PREFILL_TOKENS = 4096
+PREFILL_TOKENS = 16384
 # Layers that go on from a static inference context as they should; of Megatron's others Mamba's forget which sequence
 # of a batch is which.
 LETTERS = "C2*-"
@@ -104,7 +104,7 @@ class Memory:
         context.batch_size_offset = place
         logits = self._logits
         for part in tokens.to(self.device)[None].split(piece, 1):
-            logits = self._forward(part)
+            logits = self._forward(part, context)
             context.sequence_len_offset += part.shape[1]
         self.lengths[place] = tokens.numel()
         return logits[0]
@@ -125,37 +125,34 @@ class Memory:
         # Where a sequence stands its own layers count; here it only says that this is no beginning.
         self.context.batch_size_offset, self.context.sequence_len_offset = 0, 1
         if not self.cuda_graph:
-            return self._forward(self._token)
+            return self._forward(self._token, self.context)
         if self._graph is None:
             self._capture()
         assert self._graph is not None
         self._graph.replay()
         return self._logits
 
-    def _forward(self, tokens: Tensor) -> Tensor:
+    def _forward(self, tokens: Tensor, context: StaticInferenceContext) -> Tensor:
         """Logits of the last token, [B, V] float32."""
-        first = self.context.sequence_len_offset
+        first = context.sequence_len_offset
         positions = torch.arange(first, first + tokens.shape[1], device=self.device).expand(tokens.shape[0], -1)
         with InferenceMode.active():
-            logits = self.model(
-                tokens, positions, None, inference_context=self.context, runtime_gather_output=True
-            )  # fmt: skip
+            logits = self.model(tokens, positions, None, inference_context=context, runtime_gather_output=True)
         return logits[:, -1, : self.vocab_size].float()
 
     def _capture(self) -> None:
-        """Record the step as a graph. Trying it out first changes the memory, which is put back each time."""
-        kept = [(x, x.clone()) for layer in self.context.key_value_memory_dict.values() for x in layer]
+        """Record the step as a graph, after trying it out on a small memory of its own."""
+        other = StaticInferenceContext(self.sequences, 2)
+        other.sequence_len_offset = 1
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._forward(self._token)
-                for memory, before in kept:
-                    memory.copy_(before)
+                self._forward(self._token, other)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._logits = self._forward(self._token)
+            self._logits = self._forward(self._token, self.context)
 
 
 def generate(
