@@ -14,6 +14,7 @@ words. Everything is drawn from a seed; nothing is downloaded.
 from __future__ import annotations
 
 import functools
+import math
 import random
 import re
 import uuid
@@ -118,25 +119,32 @@ def make_sample(
             hay.insert(place, needle)
         return INTRODUCTION + " ".join(hay) + QUESTION.format(key=keys[0])
 
-    count = _most(lambda n: count_tokens(prompt(n)) <= length)
-    if count < 0:
-        least = count_tokens(prompt(0))
+    least = count_tokens(prompt(0))
+    if least > length:
         raise ValueError(f"length: expected at least {least} tokens, which the question of {task} takes, got {length}")
+    count = _most(lambda n: count_tokens(prompt(n)), least, length)
     text = prompt(count)
     return Sample(text, values[0], depth, count_tokens(text))
 
 
-def _most(fits: Callable[[int], bool]) -> int:
-    """The largest number that fits, where all smaller ones do; -1 if 0 does not."""
-    if not fits(0):
-        return -1
-    step = 1
-    while fits(step):
-        step *= 2
-    low, high = step // 2, step
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+def _most(size: Callable[[int], int], smallest: int, limit: int) -> int:
+    """An n of which size(n) is within the limit and not 1 % below it, or the largest within it.
+
+    size grows, from size(0) = smallest. Guesses in proportion, for sizes of long texts take time to find.
+    """
+    low, size_low, high, size_high = 0, smallest, 1, size(1)
+    while size_high <= limit:
+        rate = (size_high - smallest) / high
+        low, size_low = high, size_high
+        high = max(high + 1, min(8 * high, high + math.ceil(1.1 * (limit - size_high) / max(rate, 1 / limit))))
+        size_high = size(high)
+    while high - low > 1 and limit - size_low > limit // 100:
+        guess = low + round((high - low) * (limit - size_low) / (size_high - size_low))
+        guess = min(max(guess, low + 1), high - 1)
+        if (found := size(guess)) <= limit:
+            low, size_low = guess, found
+        else:
+            high, size_high = guess, found
     return low
 
 
