@@ -46,7 +46,7 @@ def _complete_groups(saved: list[dict[str, Any]], current: list[dict[str, Any]])
             group.update({key: value for key, value in own[0].items() if key not in group and key != "params"})
         if len(own) == 1:
             group.update({key: own[0].get(key) for key in _RATES})
-        if group.get("step") is not None:  # torch's Adam counts in float32, a fused one's kernel takes nothing but an int
+        if group.get("step") is not None:  # torch's Adam counts in float32; a fused one's kernel takes an int alone
             group["step"] = int(group["step"])
 
 
