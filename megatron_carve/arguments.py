@@ -127,8 +127,8 @@ def default_settings(recipe: Recipe, *, layers: LayerImplementation, device: str
         "hidden_dropout": 0.0,
         "create_attention_mask_in_dataloader": False,
         "calculate_per_token_loss": True,  # tokens that count weigh alike, however they are spread over ranks
-        # It waits for the GPU at every bucket of gradients; our loop looks at their norm, where there is one.
-        "check_for_nan_in_loss_and_grad": recipe.training.clip_grad == 0,
+        # It waits for the GPU at every bucket of gradients; our loop looks at their norm, where Megatron tells it.
+        "check_for_nan_in_loss_and_grad": recipe.training.clip_grad == 0 or "loss_scale" in recipe.megatron,
         "gradient_accumulation_fusion": False,  # Megatron's own output layer needs NVIDIA apex for it
         "dist_ckpt_optim_fully_reshardable": recipe.parallel.distributed_optimizer,
         "override_opt_param_scheduler": True,  # the recipe decides, also when a run is resumed

@@ -14,7 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from megatron_carve.mixer_cache import sequences_of_call
 
-# Fewest rows of a block of queries.
+# Queries that attend together at least, where there are as many: smaller blocks leave a GPU's matrix units idle.
 MIN_BLOCK = 128
 
 
@@ -143,11 +143,12 @@ class WindowedSelfAttention(SelfAttention):
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _attend_in_blocks(self, query: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:
-        """The last T of the tokens that have keys attend to `window` of them each: memory and time are T * window.
+        """The last T of the tokens that have keys attend to `window` of them each; time and memory grow with both.
 
         A block of queries meets the keys of its rows and of the window before them: query [B, heads, T, D], keys and
         values [B, groups, before + T, D] -> [B, heads, T, D].
         """
+        window = min(window, keys.shape[2])
         T, before = query.shape[2], keys.shape[2] - query.shape[2]
         rows = min(T, max(window, MIN_BLOCK))
         blocks = -(-T // rows)

@@ -91,7 +91,7 @@ def _recipe(chosen: argparse.Namespace, scratch: Path) -> Recipe:
 
 
 def _beginning(training: Training, steps: int) -> list[str]:
-    """What makes `steps` steps the first ones of a longer run: learning rates as there.
+    """What makes `steps` steps the first ones of a longer run: its warm-up, and after that its learning rate.
 
     A warm-up cut short would measure another model: it throws the weights about, and steep decays take longer.
     """

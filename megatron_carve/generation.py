@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 # Tokens of a prompt that are read at once; bounds the memory that a long one takes.
 PREFILL_TOKENS = 16384
+# Steps before one is recorded as a CUDA graph.
+TRIALS = 2
 # Layers that go on from a static inference context as they should; of Megatron's others Mamba's forget which sequence
 # of a batch is which.
 LETTERS = "C2*-"
@@ -116,8 +118,10 @@ class Memory:
         With a CUDA graph the next call writes over what this one returned.
 
         Raises:
-            ValueError: a sequence has max_length tokens already.
+            ValueError: a sequence has no prompt yet, or max_length tokens already.
         """
+        if min(self.lengths) == 0:
+            raise ValueError(f"step: expected a prompt of every sequence to be read first, got {self.lengths} tokens")
         if max(self.lengths) >= self.max_length:
             raise ValueError(f"max_length: expected room for another token, got {self.max_length} tokens already")
         self.lengths = [length + 1 for length in self.lengths]
@@ -141,13 +145,16 @@ class Memory:
         return logits[:, -1, : self.vocab_size].float()
 
     def _capture(self) -> None:
-        """Record the step as a graph, after trying it out on a small memory of its own."""
-        other = StaticInferenceContext(self.sequences, 2)
+        """Record the step as a graph, after trying it out on a memory of its own: compiling cannot be recorded.
+
+        That memory is as short as can be; the kernels that are compiled do not depend on the length.
+        """
+        other = StaticInferenceContext(self.sequences, TRIALS)
         other.sequence_len_offset = 1
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):
+            for _ in range(TRIALS):
                 self._forward(self._token, other)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()

@@ -20,9 +20,11 @@ try:
     from megatron_carve import kernels
 except ImportError:
     kernels = None
-try:
-    from fla.ops.gdn2 import chunk_gdn2 as peer_gdn2
-except ImportError:
+    try:
+        from fla.ops.gdn2 import chunk_gdn2 as peer_gdn2
+    except ImportError:
+        peer_gdn2 = None
+else:
     peer_gdn2 = None
 
 CHUNK = 64
@@ -237,7 +239,7 @@ class Mixer(nn.Module):
             options |= {"content_chunk": m["content_chunk"], "content_grad": m["content_grad"]}
             state = None if state is None else kernels.CarveState(*state)
             return kernels.chunk_carve(q, k, v, g, erase, write, *content, initial_state=state, **options)
-        if peer_gdn2 is not None and q.is_cuda and q.dtype != torch.float32 and not carve:
+        if peer_gdn2 is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not carve:
             q, k, g, b = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k, g, scale * erase.sigmoid()))
             return peer_gdn2(q, k, v, g, b, write.sigmoid(), initial_state=state, output_final_state=True)
         return recurrence(q, k, v, g, erase, write, scale, content, m["content_chunk"], detached, state)

@@ -122,15 +122,15 @@ def make_sample(
     least = count_tokens(prompt(0))
     if least > length:
         raise ValueError(f"length: expected at least {least} tokens, which the question of {task} takes, got {length}")
-    count = _most(lambda n: count_tokens(prompt(n)), least, length)
-    text = prompt(count)
-    return Sample(text, values[0], depth, count_tokens(text))
+    count, tokens = _most(lambda n: count_tokens(prompt(n)), least, length)
+    return Sample(prompt(count), values[0], depth, tokens)
 
 
-def _most(size: Callable[[int], int], smallest: int, limit: int) -> int:
-    """An n of which size(n) is within the limit and not 1 % below it, or the largest within it.
+def _most(size: Callable[[int], int], smallest: int, limit: int) -> tuple[int, int]:
+    """(n, size(n)) within the limit and not 1 % below it, or the largest n within it.
 
-    size grows, from size(0) = smallest. Guesses in proportion, for sizes of long texts take time to find.
+    size grows, from size(0) = smallest. Sizes of long texts take time to find: guesses in proportion, and halves
+    where a guess was a bad one.
     """
     low, size_low, high, size_high = 0, smallest, 1, size(1)
     while size_high <= limit:
@@ -138,14 +138,17 @@ def _most(size: Callable[[int], int], smallest: int, limit: int) -> int:
         low, size_low = high, size_high
         high = max(high + 1, min(8 * high, high + math.ceil(1.1 * (limit - size_high) / max(rate, 1 / limit))))
         size_high = size(high)
+    halve = False
     while high - low > 1 and limit - size_low > limit // 100:
-        guess = low + round((high - low) * (limit - size_low) / (size_high - size_low))
+        width = high - low
+        guess = low + (width // 2 if halve else round(width * (limit - size_low) / (size_high - size_low)))
         guess = min(max(guess, low + 1), high - 1)
         if (found := size(guess)) <= limit:
             low, size_low = guess, found
         else:
             high, size_high = guess, found
-    return low
+        halve = not halve and high - low > width // 2
+    return low, size_low
 
 
 @functools.lru_cache(maxsize=2)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_carve.recipe import Recipe
 
@@ -142,6 +143,25 @@ def _kill_data_workers() -> None:
         worker.kill()
 
 
+class FiniteGradients:
+    """A listener that ends training at a step whose gradients are no numbers, and else passes on what it is told.
+
+    That step has changed the weights already; it is not saved.
+    """
+
+    def __init__(self, listener: TrainingListener) -> None:
+        self.listener = listener
+        self.on_evaluation = listener.on_evaluation
+
+    def on_step(self, iteration: int, losses: dict[str, Any], learning_rate: float | None, grad_norm: Any) -> None:
+        if grad_norm is not None and not math.isfinite(grad_norm):  # None where a loss scaler has skipped the step
+            raise FloatingPointError(
+                f"step {iteration}: expected a finite norm of the gradients, got {grad_norm}; checkpoints of earlier "
+                "steps are whole"
+            )
+        self.listener.on_step(iteration, losses, learning_rate, grad_norm)
+
+
 def _apply_patches(listener: TrainingListener) -> None:
     from megatron_carve import patches
     from megatron_carve.config import MIXER_LETTERS
@@ -156,7 +176,7 @@ def _apply_patches(listener: TrainingListener) -> None:
         patches.mixed_precision_groups,
         patches.mtp_stack(MixerStack),
         patches.flops(mixer_flops, MIXER_LETTERS),
-        patches.training_events(listener),
+        patches.training_events(FiniteGradients(listener)),
     ):
         patch.apply()
     say_once(f"patches to Megatron-Core: {', '.join(patches.applied_patches())}")

@@ -50,11 +50,6 @@ class Progress:
         print(line, file=self.console, flush=True)
 
     def on_step(self, iteration: int, losses: dict[str, Any], learning_rate: float | None, grad_norm: Any) -> None:
-        if grad_norm is not None and not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"step {iteration}: the norm of the gradients is {grad_norm}, the weights are lost; checkpoints of "
-                "earlier steps are not"
-            )
         self.step = iteration
         self._ends.append(time.monotonic())
         self.writes = LOSS in losses and _is_last_process()

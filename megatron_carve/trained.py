@@ -26,12 +26,12 @@ from megatron_carve.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with the weights of a checkpoint.
+    """A model to use, with the weights of a checkpoint or those that training begins with.
 
     Attributes:
         model: Megatron's HybridModel, in evaluation mode, in the run's precision.
         recipe: of the run, for one process.
-        step: of the checkpoint.
+        step: of the checkpoint; 0 without one.
         vocab_size: token ids that mean something; the model's logits may be more.
         tokenizer: None for a run on the generated recall task, whose tokens are no text.
     """
@@ -62,8 +62,7 @@ def trained_model(
         CheckpointError: there is no such checkpoint, or it is damaged.
         ValueError, ImportError, NotImplementedError: what does not fit this machine.
     """
-    if world_size() != 1:
-        raise ValueError(f"a trained model is used by one process, expected WORLD_SIZE 1, got {world_size()}")
+    _require_one_process()
     run = RunFolder(Path(folder))
     if step is None:
         step = run.checkpoint_step()
@@ -79,7 +78,7 @@ def trained_model(
     weights = [
         f"--load={run.checkpoints}", f"--ckpt-step={step}", "--finetune", "--no-load-optim", "--no-load-rng",
     ]  # fmt: skip
-    with _usable(recipe, found, weights) as (trained, models):
+    with _in_evaluation(recipe, found, weights) as (trained, models):
         from megatron.training.checkpointing import load_checkpoint
 
         with contextlib.redirect_stdout(io.StringIO()):
@@ -92,14 +91,22 @@ def untrained_model(
     recipe: Recipe, *, device: str = "auto", layers: LayerImplementation | Literal["auto"] = "auto",
     backend: str = "auto",
 ) -> Iterator[Trained]:  # fmt: skip
-    """A recipe's model with the weights that training begins with; its step is 0. For the rest see trained_model."""
+    """A recipe's model with the weights that one process begins to train with. For the rest see trained_model."""
+    _require_one_process()
     found = use_device(device)
-    with _usable(_for_one_process(recipe, found, layers, backend), found, []) as (trained, _):
+    with _in_evaluation(_for_one_process(recipe, found, layers, backend), found, []) as (trained, _):
         yield trained
 
 
+def _require_one_process() -> None:
+    if world_size() != 1:
+        raise ValueError(f"a trained model is used by one process, expected WORLD_SIZE 1, got {world_size()}")
+
+
 @contextlib.contextmanager
-def _usable(recipe: Recipe, device: Any, more_arguments: list[str]) -> Iterator[tuple[Trained, list[torch.nn.Module]]]:
+def _in_evaluation(
+    recipe: Recipe, device: Any, more_arguments: list[str]
+) -> Iterator[tuple[Trained, list[torch.nn.Module]]]:
     """The model of a recipe for one process, as it begins, and the list in which Megatron has it."""
     check_backend(recipe, device)
     vocab = vocab_size(recipe)

@@ -31,7 +31,7 @@ def _with_step(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _complete_groups(saved: list[dict[str, Any]], current: list[dict[str, Any]]) -> None:
-    """Give saved groups the options of this Adam that another did not save, and this run's learning rates.
+    """Give saved groups this Adam's options that another did not save, this run's learning rates, and whole steps.
 
     Upstream tells groups apart by their rates too, so that it finds none when those have changed.
     """

@@ -166,7 +166,9 @@ class TestParsedBack:
                 {"cp_comm_type": ["a2a"]},
             ),
             ([], {}, {"check_for_nan_in_loss_and_grad": False}),
-            (["training.clip_grad=0"], {}, {"check_for_nan_in_loss_and_grad": True}),  # then there is no norm
+            # Where there is no norm, or steps of no numbers are skipped, Megatron looks itself.
+            (["training.clip_grad=0"], {}, {"check_for_nan_in_loss_and_grad": True}),
+            (["megatron.loss_scale=8", "training.precision=fp16"], {}, {"check_for_nan_in_loss_and_grad": True}),
             (["run.folder=some where", "run.name=7"], {}, {"save": "some where/7/checkpoints"}),
             ([], {"device": "cpu"}, {"distributed_backend": "gloo", "num_workers": 0, "bias_swiglu_fusion": False}),
             ([], {"device": "cuda"}, {"distributed_backend": "nccl", "num_workers": 2, "bias_swiglu_fusion": True}),

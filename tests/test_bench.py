@@ -56,8 +56,8 @@ def test_two_processes_measure_one_step_of_a_text(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["n.json", "text.txt"]
 
 
-def test_measured_steps_are_the_first_of_the_recipe(tmp_path):
-    """Learning rates are those of the first steps of the whole run, within its warm-up or beyond."""
+def test_measured_steps_warm_up_as_the_recipe_does():
+    """Learning rates rise as in the whole run, and stay at its highest afterwards."""
 
     def rates(training, steps):
         warmup = training.warmup_fraction * training.total_steps

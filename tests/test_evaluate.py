@@ -78,6 +78,21 @@ def count(text):
 
 
 class TestNeedles:
+    @pytest.mark.parametrize("limit", [7, 1000, 32_000])
+    def test_sizes_are_guessed_in_few_trials_and_nearly_fill_the_limit(self, limit):
+        """Sentences of like lengths, and one among them that is longer than all others together."""
+        for outsized in (0, 10**6):
+            trials = []
+
+            def size(n, outsized=outsized, trials=trials):
+                trials.append(n)
+                return 5 + 20 * n + (outsized if n > 300 else 0)
+
+            found, tokens = needles._most(size, 5, limit)
+            assert tokens == size(found) <= limit
+            assert tokens >= limit - limit // 100 or size(found + 1) > limit
+            assert len(trials) < 28
+
     @pytest.mark.parametrize("task", needles.TASKS)
     @pytest.mark.parametrize("length", [1000, 4096])
     def test_a_prompt_hides_the_answer_where_it_says(self, task, length):

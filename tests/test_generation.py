@@ -149,6 +149,8 @@ def test_a_memory_that_is_full_says_so(model):
         memory.read(0, torch.arange(5))
     with pytest.raises(ValueError, match="prompt: expected 1 to 4 tokens, got 0"):
         memory.read(0, torch.arange(0))
+    with pytest.raises(ValueError, match=r"expected a prompt of every sequence to be read first, got \[0\] tokens"):
+        memory.step(torch.tensor([1]))
     memory.read(0, torch.arange(3))
     memory.step(torch.tensor([1]))
     with pytest.raises(ValueError, match="expected room for another token, got 4 tokens already"):

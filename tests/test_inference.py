@@ -98,6 +98,18 @@ def test_triton_continues_sequences_as_torch_does():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-5)
 
 
+@pytest.mark.parametrize("window", [3, 16, 40])
+def test_attention_in_many_blocks_after_earlier_tokens(monkeypatch, window):
+    """Blocks of fewer queries than there are, windows of less and of more than a block."""
+    monkeypatch.setattr("megatron_carve.attention.MIN_BLOCK", 8)
+    model = perturbed("*-*-", window_size=(window - 1, 0), num_query_groups=2)
+    for pieces in ([LENGTH], [70, 60, 20], [5, 90, 1, 54], [1, 149]):
+        tokens = torch.randint(VOCAB, (2, LENGTH))
+        memory = context()
+        found = torch.cat([advance(model, memory, piece) for piece in tokens.split(pieces, 1)], 1)
+        torch.testing.assert_close(found, whole(model, tokens), rtol=1e-4, atol=2e-5, msg=str(pieces))
+
+
 def test_sequences_of_different_lengths_go_on_together():
     """Prompts are read one by one, each at its own place in the batch; then all get a token at a time."""
     model = perturbed("C-2*-", window_size=(16, 0), num_query_groups=2)

@@ -108,8 +108,6 @@ def decode(trained: Any, context: int, batch: int) -> dict[str, float]:
 
 def measure(model: str, chosen: argparse.Namespace) -> dict[str, Any]:
     """All numbers of one model, in this process."""
-    from megatron_carve.kernels import chunk_gdn2  # noqa: F401  the ops are there before anything is timed
-
     with untrained_model(recipe(model, chosen.recipe)) as trained:
         device = trained.device
         found: dict[str, Any] = {
@@ -165,7 +163,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Prefill speed and memory against length, and decoding speed against the batch at every context."""
+    """Prefill speed against length, and decoding speed against the batch at every context."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

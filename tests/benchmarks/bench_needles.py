@@ -105,7 +105,7 @@ def main() -> None:
     text, tokenizer, run = (chosen.out / name for name in ("needles.jsonl", "tokenizer", "runs"))
     hay = chosen.train_text.read_text(encoding="utf-8")
     with ProcessPoolExecutor(chosen.processes) as pool:
-        make = partial(documents, chosen.documents // chosen.processes, hay)
+        make = partial(documents, -(-chosen.documents // chosen.processes), hay)
         lines = [line for part in pool.map(make, range(1, 1 + chosen.processes)) for line in part]
     text.write_text("\n".join(lines) + "\n")
     save_tokenizer((json.loads(line)["text"] for line in lines[:20_000]), tokenizer)

@@ -30,6 +30,22 @@ def test_values_and_gradients(op: str, case: str) -> None:
     check(op, options)
 
 
+@pytest.mark.parametrize("decay", ["ordinary", "steep"])
+@pytest.mark.parametrize("op", ["gdn2", "carve"])
+def test_gradients_of_small_losses_are_small_and_else_the_same(op: str, decay: str) -> None:
+    """A mean over many tokens gives outputs gradients that factors of decays must not push out of float32's range."""
+    inputs = make_inputs(op, B=1, T=70, H=1, K=32, V=32, decay=decay, dtype=torch.float32)
+
+    def gradients(scale: float) -> list[torch.Tensor]:
+        leaves = [x.detach().to(DEVICE).requires_grad_() for x in inputs.tensors.values()]
+        o, _ = OPS[op](*leaves, backend="triton", **inputs.options)
+        weights = torch.randn(o.shape, generator=torch.Generator().manual_seed(2)).to(o)
+        return [x / scale for x in torch.autograd.grad(o, leaves, scale * weights)]
+
+    for name, found, expected in zip(inputs.tensors, gradients(2.0**-36), gradients(1.0), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item(), msg=name)
+
+
 @pytest.mark.parametrize("content_grad", ["full", "detached"])
 def test_content_chunks_across_calls(content_grad: str) -> None:
     check("carve", {
