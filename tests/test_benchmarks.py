@@ -1,0 +1,62 @@
+"""The benchmarks that a CPU can try."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+
+
+@pytest.fixture
+def needles_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench_needles
+
+    return bench_needles
+
+
+def test_generation_beside_a_transformer(tmp_path):
+    words = [
+        "--models",
+        "CARVE hybrid",
+        "Transformer",
+        "--recipe",
+        "debug",
+        "--prompts",
+        "40",
+        "--contexts",
+        "64",
+        "128",
+    ]
+    subprocess.run(
+        [sys.executable, BENCHMARKS / "bench_generation.py", tmp_path, *words, "--batches", "1", "2"],
+        check=True, capture_output=True, timeout=200,
+    )  # fmt: skip
+    results = json.loads((tmp_path / "results.json").read_text())
+    hybrid, transformer = results["CARVE hybrid"], results["Transformer"]
+    # the nearest width of its MLPs, in steps of 64
+    assert abs(transformer["parameters"] - hybrid["parameters"]) <= 3 * 3 * 128 * 32
+    kept = {
+        name: [r["decode"][f"{length} 1"]["bytes_per_sequence"] for length in (64, 128)] for name, r in results.items()
+    }
+    assert kept["CARVE hybrid"][0] == kept["CARVE hybrid"][1]
+    assert kept["Transformer"][1] > 1.5 * kept["Transformer"][0]
+    assert all(r["prefill"]["40"]["tokens_per_second"] > 0 for r in results.values())
+    assert (tmp_path / "table.md").read_text().count("| Transformer ") == 3
+    assert (tmp_path / "generation.png").stat().st_size > 1000
+
+
+def test_every_answer_of_a_training_document_is_in_it_before(needles_benchmark):
+    hay = " ".join(f"Sentence {i} says nothing." for i in range(500))
+    texts = [json.loads(line)["text"] for line in needles_benchmark.documents(40, hay, seed=1)]
+    assert len(texts) == len(set(texts)) == 40
+    for text in texts:
+        codes = dict(re.findall(r"The code of the (\w+ \w+) is ([\w-]+)\.", text))
+        answers = re.findall(r"the code of the (\w+ \w+) is ([\w-]+)\.", text)
+        assert len(answers) in (needles_benchmark.QUESTIONS, needles_benchmark.ANSWERS)
+        assert all(codes[key] == answer for key, answer in answers)
+        assert text.index(answers[0][1]) < text.index("the code of the")
