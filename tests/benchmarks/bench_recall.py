@@ -4,17 +4,19 @@
 
 Keys are assigned values, some again and again, and the last value must be returned (megatron_carve/recall.py). Every
 model has two mixer layers with the same recurrent state and, by the width of its MLPs, the same number of parameters;
-all else is one recipe. OUT gets results.json, a table and a plot. GDN is Megatron's and needs flash-linear-attention
-and a GPU; without them it is left out, and the table says so.
+all else is one recipe. OUT gets results.json, after every run, and a table and a plot; started again it goes on with
+the runs that are missing. GDN is Megatron's and needs flash-linear-attention and a GPU; without them it is left out,
+and the table says so.
 """
 
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +82,17 @@ def run(out: Path, variant: str, level: tuple[int, int], seed: int, steps: int) 
     """Train one model in a process of its own; returns its accuracy on unseen sequences."""
     chosen = words(variant, level, seed, steps)
     done = subprocess.run(
-        [sys.executable, __file__, "--child", variant, *chosen], cwd=out, capture_output=True, text=True
+        [sys.executable, Path(__file__).resolve(), "--child", variant, *chosen],
+        cwd=out, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{variant}, {level}, seed {seed}: {done.stderr[-2000:]}")
     folder = out / "runs" / f"{variant}-{level[0]}-{level[1]}-{seed}"
     accuracy = [r["accuracy"] for r in read_metrics(folder / "metrics.jsonl") if "accuracy" in r][-1]
     size = parameters(variant, load_recipe(chosen[0], chosen[1:]))
-    row = {"variant": variant, "level": list(level), "seed": seed, "accuracy": accuracy, "parameters": size}
+    row = {
+        "variant": variant, "level": list(level), "seed": seed, "steps": steps, "accuracy": accuracy, "parameters": size
+    }  # fmt: skip
     print(json.dumps(row), flush=True)
     return row
 
@@ -158,12 +163,19 @@ def main() -> None:
         variants.remove("GDN")
         print("without GDN, which needs flash-linear-attention and a GPU")
     chosen.out.mkdir(parents=True, exist_ok=True)
-    jobs = [(v, level, 1 + s) for level in levels for s in range(chosen.seeds) for v in variants]
+    results = chosen.out / "results.json"
+    rows: list[dict[str, Any]] = json.loads(results.read_text()) if results.exists() else []
+    there = {(r["variant"], tuple(r["level"]), r["seed"], r["steps"]) for r in rows}
+    jobs = [(v, level, 1 + s, chosen.steps) for level in levels for s in range(chosen.seeds) for v in variants]
     with ThreadPoolExecutor(chosen.jobs) as pool:
-        rows = list(pool.map(lambda job: run(chosen.out, *job, chosen.steps), jobs))
-    (chosen.out / "results.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    print("\n".join(table(rows)))
-    draw(chosen.out / "recall.png", rows)
+        runs = [pool.submit(run, chosen.out, *job) for job in jobs if job not in there]
+        for done in as_completed(runs):
+            rows.append(done.result())
+            results.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    wanted = [r for r in rows if (r["variant"], tuple(r["level"]), r["seed"], r["steps"]) in set(jobs)]
+    (chosen.out / "table.md").write_text("\n".join(table(wanted)) + "\n")
+    print("\n".join(table(wanted)))
+    draw(chosen.out / "recall.png", wanted)
 
 
 if __name__ == "__main__":
