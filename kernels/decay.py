@@ -7,8 +7,8 @@ between two rows:
 
 The decay from row s to a later row r is left_r * right_s. SHIFT centres their exponents in the range that float32 and
 bfloat16 share; a power of two rounds nothing, and a constant one tells a row nothing about later rows. Rows that have
-decayed below 2^STEEPEST in some channel are steep: all from the first such row on take the path of steep.py. Whether a
-row does depends on its past alone.
+decayed below 2^(-2 SHIFT) in some channel, where left is below UNSHIFT, are steep: all from the first such row on take
+the path of steep.py. Whether a row does depends on its past alone.
 """
 
 import triton
@@ -22,7 +22,6 @@ STEEPEST_LOG2_DECAY = tl.constexpr(-256.0)
 # left and right of rows that are not steep stay within 2^-90 and 2^90. What is left up to the ends 2^-126 and 2^127 is
 # for what they multiply: gradients of the outputs may be as small as 2^-36 at no loss.
 SHIFT = tl.constexpr(90.0)
-STEEPEST = tl.constexpr(-180.0)
 UNSHIFT = tl.constexpr(2.0**-90)
 
 
@@ -62,17 +61,15 @@ def sum_rows(m_pairs, b_x, CT: tl.constexpr):
 
 @triton.jit
 def left_factor(b_g, o_r, CT: tl.constexpr):
-    """(sums of b_g from the chunk's start, to the whole number in float32; left), [64, BK] each."""
+    """left of rows with these log2-decays per step, [64, BK]."""
     m_until = o_r[None, :] <= o_r[:, None]
     if tl.bfloat16 == CT:
-        b_G = sum_rows(m_until, b_g, CT)
-        b_left = tl.exp2(b_G + SHIFT)
+        b_left = tl.exp2(sum_rows(m_until, b_g, CT) + SHIFT)
     else:
         # a float32 sum near -100 is coarser than the factor; the small parts of the steps, summed apart, are not
         b_whole = tl.floor(b_g + 0.5)
-        b_G = sum_rows(m_until, b_whole, CT)
-        b_left = tl.exp2(sum_rows(m_until, b_g - b_whole, CT)) * tl.exp2(b_G + SHIFT)
-    return b_G, b_left
+        b_left = tl.exp2(sum_rows(m_until, b_g - b_whole, CT)) * tl.exp2(sum_rows(m_until, b_whole, CT) + SHIFT)
+    return b_left
 
 
 @triton.jit
@@ -118,15 +115,15 @@ def decay_kernel(
     start, low, high = chunk_rows(table, i_c)
     o_r = tl.arange(0, 64)
     m_r = (o_r >= low) & (o_r < high)
-    b_least = tl.zeros([64], tl.float32)
+    b_least = tl.full([64], 1.0, tl.float32)
     for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
-        b_G, b_left = left_factor(b_g, o_r, CT)
-        b_least = tl.minimum(b_least, tl.min(b_G, 1))
+        b_left = left_factor(b_g, o_r, CT)
+        b_least = tl.minimum(b_least, tl.min(b_left, 1))
         store_tile(left, i_ch, o_r, K, o_k, b_left)
         tl.store(last + i_ch * K + o_k, tl.sum(tl.where(o_r[:, None] == 63, b_left, 0.0), 0))
-    first_steep = tl.min(tl.where(b_least < STEEPEST, o_r, 64), 0)
+    first_steep = tl.min(tl.where(b_least < UNSHIFT, o_r, 64), 0)
     tl.store(steep_from + i_ch, first_steep)
     if first_steep < 64:
         for i_k in range(K // BK):

@@ -1,5 +1,6 @@
 """The Triton chunk ops against the float64 oracle, in Triton's interpreter or on a GPU."""
 
+import math
 from typing import Any
 
 import pytest
@@ -28,6 +29,16 @@ CASES: dict[str, dict[str, Any]] = {
 def test_values_and_gradients(op: str, case: str) -> None:
     options = CASES[case] | ({"short_w": False} if op == "gdn2" else {})
     check(op, options)
+
+
+@pytest.mark.parametrize("op", ["gdn2", "carve"])
+def test_rows_turn_steep_where_their_factors_end(op: str) -> None:
+    """Steps whose nearest whole numbers, which float32 sums up apart, add up to far less than they do."""
+    inputs = make_inputs(op, B=1, T=64, H=1, K=32, V=32, dtype=torch.float32)
+    tensors = inputs.tensors | {"g": torch.full_like(inputs.tensors["g"], -3.49 * math.log(2))}
+    found, _ = OPS[op](*(x.to(DEVICE) for x in tensors.values()), backend="triton", **inputs.options)
+    expected, _ = OPS[op](*(x.double() for x in tensors.values()), backend="torch", **in_float64(inputs).options)
+    assert error(found.cpu(), expected) < TOLERANCES["float32"].o
 
 
 @pytest.mark.parametrize("decay", ["ordinary", "steep"])
