@@ -14,7 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from megatron_carve.mixer_cache import sequences_of_call
 
-# Queries that attend together at least, where there are as many: smaller blocks leave a GPU's matrix units idle.
+# Queries that attend together at least, where there are as many: a narrow window makes no crowd of tiny products.
 MIN_BLOCK = 128
 
 
