@@ -15,7 +15,7 @@ train: $(INSTALLED)
 	$(VENV_PYTHON) -m megatron_carve.train $(RECIPE) $(foreach word,$(OVERRIDES),'$(word)')
 
 test: lint
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

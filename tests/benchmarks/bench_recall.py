@@ -4,9 +4,9 @@
 
 Keys are assigned values, some again and again, and the last value must be returned (megatron_carve/recall.py). Every
 model has two mixer layers with the same recurrent state and, by the width of its MLPs, the same number of parameters;
-all else is one recipe. OUT gets results.json, after every run, and a table and a plot; started again it goes on with
-the runs that are missing. GDN is Megatron's and needs flash-linear-attention and a GPU; without them it is left out,
-and the table says so.
+all else is one recipe. The runs divide the GPUs that are there. OUT gets results.json, after every run, and a table and
+a plot; started again it goes on with the runs that are missing. GDN is Megatron's and needs flash-linear-attention and
+a GPU; without them it is left out, and the table says so.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -78,13 +79,18 @@ def words(variant: str, level: tuple[int, int], seed: int, steps: int) -> list[s
     return of(variant, min(range(FFN - 200, FFN + 400, 4), key=lambda ffn: abs(size(variant, ffn) - wanted)))
 
 
-def run(out: Path, variant: str, level: tuple[int, int], seed: int, steps: int) -> dict[str, Any]:
-    """Train one model in a process of its own; returns its accuracy on unseen sequences."""
+def run(
+    out: Path, gpus: SimpleQueue[int], variant: str, level: tuple[int, int], seed: int, steps: int
+) -> dict[str, Any]:
+    """Train one model in a process of its own, on a GPU that is free; returns its accuracy on unseen sequences."""
     chosen = words(variant, level, seed, steps)
+    gpu = gpus.get()
     done = subprocess.run(
         [sys.executable, Path(__file__).resolve(), "--child", variant, *chosen],
-        cwd=out, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=out, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": str(gpu)},
     )  # fmt: skip
+    gpus.put(gpu)
     if done.returncode:
         raise RuntimeError(f"{variant}, {level}, seed {seed}: {done.stderr[-2000:]}")
     folder = out / "runs" / f"{variant}-{level[0]}-{level[1]}-{seed}"
@@ -167,8 +173,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(results.read_text()) if results.exists() else []
     there = {(r["variant"], tuple(r["level"]), r["seed"], r["steps"]) for r in rows}
     jobs = [(v, level, 1 + s, chosen.steps) for level in levels for s in range(chosen.seeds) for v in variants]
+    gpus: SimpleQueue[int] = SimpleQueue()
+    for i in range(chosen.jobs):
+        gpus.put(i % max(torch.cuda.device_count(), 1))
     with ThreadPoolExecutor(chosen.jobs) as pool:
-        runs = [pool.submit(run, chosen.out, *job) for job in jobs if job not in there]
+        runs = [pool.submit(run, chosen.out, gpus, *job) for job in jobs if job not in there]
         for done in as_completed(runs):
             rows.append(done.result())
             results.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
