@@ -36,8 +36,8 @@ RECIPE = [
     "debug", "model.hidden_size=128", "model.layers=auto", "mixer.num_key_heads=2", "mixer.num_value_heads=2",
     "mixer.key_head_dim=32", "mixer.value_head_dim=32", "mixer.content_rank=16", "data.recall.num_keys=128",
     "data.recall.num_values=64", "training.seq_length=384", "training.micro_batch_size=32",
-    "training.global_batch_size=32", "training.lr=2e-3", "training.eval_iters=8", "checkpoint.interval=null",
-    "run.log_interval=50",
+    "training.global_batch_size=32", "training.lr=2e-3", "training.precision=bf16", "training.eval_iters=8",
+    "checkpoint.interval=null", "run.log_interval=50",
 ]  # fmt: skip
 PATTERNS = {"CARVE": "C-C-", "GDN-2, scalar write": "C-C-", "GDN-2": "2-2-", "GDN": "G-G-"}
 
@@ -67,8 +67,9 @@ def words(variant: str, level: tuple[int, int], seed: int, steps: int) -> list[s
     def of(variant: str, ffn: int) -> list[str]:
         return [
             *RECIPE, f"model.pattern={PATTERNS[variant]}", f"model.ffn_hidden_size={ffn}", f"training.steps={steps}",
-            f"training.eval_interval={steps}", f"training.seed={seed}", f"data.recall.num_pairs={level[0]}",
-            f"data.recall.num_overwrites={level[1]}", f"run.name={variant}-{level[0]}-{level[1]}-{seed}",
+            f"training.eval_interval={max(steps // 5, 1)}", f"training.seed={seed}",
+            f"data.recall.num_pairs={level[0]}", f"data.recall.num_overwrites={level[1]}",
+            f"run.name={variant}-{level[0]}-{level[1]}-{seed}",
         ]  # fmt: skip
 
     def size(variant: str, ffn: int) -> int:
@@ -82,7 +83,8 @@ def words(variant: str, level: tuple[int, int], seed: int, steps: int) -> list[s
 def run(
     out: Path, gpus: SimpleQueue[int], variant: str, level: tuple[int, int], seed: int, steps: int
 ) -> dict[str, Any]:
-    """Train one model in a process of its own, on a GPU that is free; returns its accuracy on unseen sequences."""
+    """Train one model in a process of its own, on a GPU that is free; returns its accuracy on unseen sequences, at the
+    end and after every fifth of the steps."""
     chosen = words(variant, level, seed, steps)
     gpu = gpus.get()
     done = subprocess.run(
@@ -94,10 +96,11 @@ def run(
     if done.returncode:
         raise RuntimeError(f"{variant}, {level}, seed {seed}: {done.stderr[-2000:]}")
     folder = out / "runs" / f"{variant}-{level[0]}-{level[1]}-{seed}"
-    accuracy = [r["accuracy"] for r in read_metrics(folder / "metrics.jsonl") if "accuracy" in r][-1]
+    curve = [(r["step"], r["accuracy"]) for r in read_metrics(folder / "metrics.jsonl") if "accuracy" in r]
     size = parameters(variant, load_recipe(chosen[0], chosen[1:]))
     row = {
-        "variant": variant, "level": list(level), "seed": seed, "steps": steps, "accuracy": accuracy, "parameters": size
+        "variant": variant, "level": list(level), "seed": seed, "steps": steps, "parameters": size,
+        "accuracy": curve[-1][1], "curve": curve,
     }  # fmt: skip
     print(json.dumps(row), flush=True)
     return row
