@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .carve_operands import SUM_ROWS
-from .decay import UNSHIFT, load_log2_decay, load_total_decay
+from .decay import UNSHIFT, halved_rows, load_late_factors, load_log2_decay, load_total_decay
 from .steep import HALVINGS, halved_scores, halving_factor
 from .tiles import (
     GATE_CONTENT,
@@ -29,16 +29,26 @@ from .tiles import (
     unit_triangular_inverse,
 )
 
+# Kinds of chunks by their rows (see decay.py). The loops have a copy for each kind, which begins with a sequence's
+# first chunk of it and takes the kinds before it too: what a kind's rows need costs registers, and a loop inside a loop
+# keeps loads from being asked for ahead.
+MILD = tl.constexpr(0)
+LATE = tl.constexpr(1)
+HALVED = tl.constexpr(2)
+
 
 @triton.jit
-def find_steep_chunk(steep_from, begin, end, i_h, H):
-    """The first of a sequence's chunks that has steep rows, or `end`."""
+def first_chunks_of_kinds(steep_from, halved_from, begin, end, i_h, H):
+    """A sequence's first chunk with steep rows and its first one with halved rows, or `end`."""
     o_c = tl.arange(0, 64)
-    found = end
+    steep, halved = end, end
     for i_c in range(begin, end, 64):
-        b_first = tl.load(steep_from + (i_c + o_c) * H + i_h, mask=i_c + o_c < end, other=64)
-        found = tl.minimum(found, tl.min(tl.where(b_first < 64, i_c + o_c, end), 0))
-    return found
+        o_ch, m_c = (i_c + o_c) * H + i_h, i_c + o_c < end
+        b_steep = tl.load(steep_from + o_ch, mask=m_c, other=64)
+        b_halved = tl.load(halved_from + o_ch, mask=m_c, other=64)
+        steep = tl.minimum(steep, tl.min(tl.where(b_steep < 64, i_c + o_c, end), 0))
+        halved = tl.minimum(halved, tl.min(tl.where((b_steep < 32) | (b_halved < 64), i_c + o_c, end), 0))
+    return steep, halved
 
 
 @triton.jit
@@ -51,7 +61,7 @@ def tile_rows(i_ch, i_chv, V: tl.constexpr):
 @triton.jit
 def carve_state_kernel(
     k, g, erase_logits, w, A_log, dt_bias, content_down, content_up, logits_rows, v_rows,
-    q_sum, P_sum, k_left, k_right, k_to_end, last, steep_from,
+    q_sum, P_sum, k_left, k_right, k_to_end, last, late, steep_from, halved_from,
     initial_S, initial_mean, initial_partial, initial_count,
     A, states, residuals, codes, content, means, final_S, final_mean, final_partial,
     table, first, content_chunk, erase_scale, H, HV,
@@ -86,10 +96,11 @@ def carve_state_kernel(
     b_content = tl.sum(b_up * b_code[None, :], 1)
     begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
     row_0, tokens_from, tokens_to = sequence_rows(table, begin, end)
-    first_steep_chunk = find_steep_chunk(steep_from, begin, end, i_h, H)
-    # Two copies of the loop: the code for steep rows takes registers that the other chunks go without.
-    for STEEP in tl.static_range(2):
-        for i_c in range(first_steep_chunk if STEEP else begin, end if STEEP else first_steep_chunk):
+    first_steep_chunk, first_halved_chunk = first_chunks_of_kinds(steep_from, halved_from, begin, end, i_h, H)
+    since = begin
+    for KIND in tl.static_range(MILD, HALVED + 1):
+        until = first_steep_chunk if KIND == MILD else first_halved_chunk if KIND == LATE else end
+        for i_c in range(since, until):
             start = row_0 + (i_c - begin) * 64
             m_r = (start + o_r >= tokens_from) & (start + o_r < tokens_to)
             i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
@@ -101,19 +112,29 @@ def carve_state_kernel(
 
             b_b = logits_rows.load([start.to(tl.int32), i_h * K]).to(tl.float32)
             b_b = erase_scale * tl.sigmoid(b_b + b_content[None, :])
-            b_bk = tl.trans((b_b * k_left.load([row_k, 0]).to(tl.float32)).to(CT))
-            # T and A are transposed too
-            b_T = matmul(k_right.load([row_k, 0]), b_bk, CT, PRECISION)
-            b_T = tl.where(o_r[None, :] > o_r[:, None], b_T, 0.0)
-            if STEEP:
+            # T and A are transposed, as are all scores here
+            if KIND != MILD:
                 first_steep = tl.load(steep_from + i_ch)
+                b_T_late = tl.zeros([64, 64], tl.float32)
                 if first_steep < 64:
+                    b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
+                    b_left, b_right = load_late_factors(late, i_ch, o_r, K, o_k)
+                    b_T_late = matmul(b_k * b_right, tl.trans((b_b * b_k * b_left).to(CT)), CT, PRECISION)
+            b_bk = tl.trans((b_b * k_left.load([row_k, 0]).to(tl.float32)).to(CT))
+            b_T = matmul(k_right.load([row_k, 0]), b_bk, CT, PRECISION)
+            if KIND != MILD:
+                b_T = tl.where((o_r < first_steep)[None, :], b_T, b_T_late)
+            if KIND == HALVED:
+                first_halved = tl.load(halved_from + i_ch)
+                if (first_steep < 32) | (first_halved < 64):
                     tl.debug_barrier()  # what other threads stored is visible from here on
-                    b_halved = halved_scores(
+                    b_T_halved = halved_scores(
                         k, erase_logits, content, k, g, A_log, dt_bias, start, o_r, m_r, i_h, H, i_chv, 1.0,
                         erase_scale, K, BK, True, GATE_CONTENT, RAW_DECAY, CT, PRECISION,
                     )  # fmt: skip
-                    b_T = tl.where((o_r < first_steep)[None, :], b_T, tl.trans(b_halved))
+                    m_halved = halved_rows(o_r, first_steep, first_halved)
+                    b_T = tl.where(m_halved[None, :], tl.trans(b_T_halved), b_T)
+            b_T = tl.where(o_r[None, :] > o_r[:, None], b_T, 0.0)
             b_A = unit_triangular_inverse(b_T, o_r, True, CT, PRECISION)
             b_Aw = (b_A * b_w).to(CT)
             b_A = b_A.to(CT)
@@ -137,6 +158,7 @@ def carve_state_kernel(
             residuals.store([row_v, 0], b_R)
             b_S *= load_total_decay(last, i_ch, K, o_k)[None, :]
             b_S += matmul(b_R, k_to_end.load([row_k, 0]), CT, PRECISION)
+        since = until
     if STORE_FINAL:
         store_matrix(final_S, i_nhv, o_v, o_k, V, K, True, b_S)
         store_columns(final_mean, i_nhv, V, o_v, b_mean)
@@ -144,12 +166,25 @@ def carve_state_kernel(
 
 
 @triton.jit
-def steep_content_gradient(
-    k, g, erase_logits, content, A_log, dt_bias, b_dT, start, o_r, m_r, i_h, i_chv, H, erase_scale, first_steep,
-    d_content,
+def late_content_gradient(
+    k, erase_logits, content, late, b_dT, start, o_r, m_r, i_h, H, i_ch, i_chv, erase_scale,
+    K: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a chunk's content term, [K], through the scores of its late rows, b_dT being transposed."""
+    o_k = tl.arange(0, K)
+    b_k = tl.trans(load_rows(k, start, o_r, m_r, i_h, H, K, o_k)).to(tl.float32)
+    b_left, b_right = load_late_factors(late, i_ch, o_r, K, o_k)
+    b_d_left = matmul(b_k * tl.trans(b_right), b_dT, CT, PRECISION)
+    b_b = load_erase_gate(erase_logits, content, start, o_r, m_r, i_h, H, i_chv, K, o_k, erase_scale, GATE_CONTENT)
+    return tl.sum(b_d_left * b_k * tl.trans(b_left * b_b * (1.0 - b_b / erase_scale)), 1)
+
+
+@triton.jit
+def halved_content_gradient(
+    k, g, erase_logits, content, A_log, dt_bias, b_dT, start, o_r, m_r, i_h, H, i_chv, erase_scale, d_content,
     K: tl.constexpr, BK: tl.constexpr, RAW_DECAY: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of a chunk's content term through the scores T of its steep rows."""
+    """Write the gradient of a chunk's content term through the scores of its halved rows."""
     for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
@@ -158,15 +193,15 @@ def steep_content_gradient(
         b_db = tl.zeros([64, BK], tl.float32)
         for step in range(HALVINGS):
             b_e = halving_factor(b_g, o_r, step, CT)
-            m_pairs = pairs_of_halves(o_r, step) & (o_r >= first_steep)[:, None]
-            b_db += b_e * matmul(tl.where(m_pairs, b_dT, 0.0), b_k * b_e, CT, PRECISION)
+            b_pairs = tl.where(pairs_of_halves(o_r, step), b_dT, 0.0)
+            b_db += b_e * matmul(b_pairs, b_k * b_e, CT, PRECISION)
         tl.store(d_content + i_chv * K + o_k, tl.sum(b_db * b_k * b_b * (1.0 - b_b / erase_scale), 0))
 
 
 @triton.jit
 def carve_state_gradient_kernel(
     k, g, erase_logits, A_log, dt_bias, content_down, content_up, content,
-    P, k_right, k_to_end, q_from_start, erasure, gate_slope, last, steep_from,
+    P, k_right, k_to_end, q_from_start, erasure, gate_slope, last, late, steep_from, halved_from,
     A, states, residuals, do_rows,
     d_final_S, d_final_mean, d_final_partial, initial_count,
     d_states, d_residuals, d_output_rows, d_content, d_initial_S, d_initial_mean, d_initial_partial,
@@ -190,7 +225,7 @@ def carve_state_gradient_kernel(
 
     begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
     row_0, tokens_from, tokens_to = sequence_rows(table, begin, end)
-    first_steep_chunk = find_steep_chunk(steep_from, begin, end, i_h, H)
+    first_steep_chunk, first_halved_chunk = first_chunks_of_kinds(steep_from, halved_from, begin, end, i_h, H)
     count = (end - begin) * 64
     if HAS_INITIAL:
         count += tl.load(initial_count + i_n) // 64 * 64
@@ -206,8 +241,10 @@ def carve_state_gradient_kernel(
         b_dS += load_matrix(d_final_S, i_nhv, o_v, o_k, V, K, True)
         b_d_row += load_columns(d_final_partial, i_nhv, V, o_v)
         b_d_final += load_columns(d_final_mean, i_nhv, V, o_v)
-    for MILD in tl.static_range(2):
-        for i_back in range(end - first_steep_chunk if MILD else 0, end - begin if MILD else end - first_steep_chunk):
+    since = end - end  # counted from behind, as chunks are here
+    for KIND in tl.static_range(HALVED, MILD - 1, -1):
+        until = end - (begin if KIND == MILD else first_steep_chunk if KIND == LATE else first_halved_chunk)
+        for i_back in range(since, until):
             i_c = end - 1 - i_back
             start = row_0 + (i_c - begin) * 64
             m_r = (start + o_r >= tokens_from) & (start + o_r < tokens_to)
@@ -246,22 +283,32 @@ def carve_state_gradient_kernel(
                     b_S = tl.trans(states.load([row_v, 0]))
                     b_d_left = matmul(b_S, b_dE, CT, PRECISION) * UNSHIFT
                     b_dT_mild = b_dT
-                    if not MILD:
-                        first_steep = tl.load(steep_from + i_ch)
-                        b_dT_mild = tl.where((o_r < first_steep)[None, :], b_dT, 0.0)
+                    if KIND != MILD:
+                        first_steep, first_halved = tl.load(steep_from + i_ch), tl.load(halved_from + i_ch)
+                        m_mild = (o_r < first_steep)[None, :]
+                        m_halved = halved_rows(o_r, first_steep, first_halved)[None, :]
+                        b_dT_mild = tl.where(m_mild, b_dT, 0.0)
                     b_d_left += matmul(tl.trans(k_right.load([row_k, 0])), b_dT_mild, CT, PRECISION)
                     b_d_chunk = tl.sum(b_d_left * b_slope.to(tl.float32), 1)
-                    if not MILD:  # noqa: SIM102  decided by the compiler
+                    if KIND != MILD:  # noqa: SIM102  decided by the compiler
                         if first_steep < 64:
-                            steep_content_gradient(
-                                k, g, erase_logits, content, A_log, dt_bias, tl.trans(b_dT), start, o_r, m_r,
-                                i_h, i_chv, H, erase_scale, first_steep, d_content, K, BK, RAW_DECAY, CT, PRECISION,
+                            b_d_chunk += late_content_gradient(
+                                k, erase_logits, content, late, tl.where(m_mild | m_halved, 0.0, b_dT),
+                                start, o_r, m_r, i_h, H, i_ch, i_chv, erase_scale, K, CT, PRECISION,
+                            )  # fmt: skip
+                    if KIND == HALVED:  # noqa: SIM102  decided by the compiler
+                        if (first_steep < 32) | (first_halved < 64):
+                            halved_content_gradient(
+                                k, g, erase_logits, content, A_log, dt_bias, tl.trans(tl.where(m_halved, b_dT, 0.0)),
+                                start, o_r, m_r, i_h, H, i_chv, erase_scale, d_content,
+                                K, BK, RAW_DECAY, CT, PRECISION,
                             )  # fmt: skip
                             tl.debug_barrier()  # what other threads stored is visible from here on
                             b_d_chunk += load_columns(d_content, i_chv, K, o_k)
                             tl.debug_barrier()
                     store_columns(d_content, i_chv, K, o_k, b_d_chunk)
                     b_d_content += b_d_chunk
+        since = until
     if HAS_INITIAL:
         b_d_code = tl.sum(b_up * b_d_content[:, None], 0)
         store_matrix(d_initial_S, i_nhv, o_v, o_k, V, K, True, b_dS)

@@ -8,7 +8,13 @@ between two rows:
 The decay from row s to a later row r is left_r * right_s. SHIFT centres their exponents in the range that float32 and
 bfloat16 share; a power of two rounds nothing, and a constant one tells a row nothing about later rows. Rows that have
 decayed below 2^(-2 SHIFT) in some channel, where left is below UNSHIFT, are steep: all from the first such row on take
-the path of steep.py. Whether a row does depends on its past alone.
+the path of steep.py. Of these are
+
+    late    rows of the chunk's second half that have not decayed as far since its middle: their factors, which count
+            from there, stand for all their decays. Decays from the first half below 2^(SHIFT - 126) become zero.
+    halved  the others.
+
+Which kind a row is depends on its past alone.
 """
 
 import triton
@@ -60,16 +66,24 @@ def sum_rows(m_pairs, b_x, CT: tl.constexpr):
 
 
 @triton.jit
-def left_factor(b_g, o_r, CT: tl.constexpr):
-    """left of rows with these log2-decays per step, [64, BK]."""
-    m_until = o_r[None, :] <= o_r[:, None]
+def shifted_decay(m_pairs, b_g, shift, CT: tl.constexpr):
+    """Row r: 2^shift times the decay over the rows s where m_pairs is true, [64, BK]."""
     if tl.bfloat16 == CT:
-        b_left = tl.exp2(sum_rows(m_until, b_g, CT) + SHIFT)
+        b_decay = tl.exp2(sum_rows(m_pairs, b_g, CT) + shift)
     else:
         # a float32 sum near -100 is coarser than the factor; the small parts of the steps, summed apart, are not
         b_whole = tl.floor(b_g + 0.5)
-        b_left = tl.exp2(sum_rows(m_until, b_g - b_whole, CT)) * tl.exp2(sum_rows(m_until, b_whole, CT) + SHIFT)
-    return b_left
+        b_decay = tl.exp2(sum_rows(m_pairs, b_g - b_whole, CT)) * tl.exp2(sum_rows(m_pairs, b_whole, CT) + shift)
+    return b_decay
+
+
+@triton.jit
+def late_factor(b_g, o_r, CT: tl.constexpr):
+    """left of the second half's rows and right of the first half's, counted from the chunk's middle, [64, BK]."""
+    o_s = o_r[None, :]
+    m_second = (o_r >= 32)[:, None]
+    m_between = tl.where(m_second, (o_s >= 32) & (o_s <= o_r[:, None]), (o_s > o_r[:, None]) & (o_s < 32))
+    return shifted_decay(m_between, b_g, tl.where(m_second, SHIFT, -SHIFT), CT)
 
 
 @triton.jit
@@ -84,9 +98,22 @@ def load_left(left, i_ch, o_r, K: tl.constexpr, o_k):
 
 
 @triton.jit
-def load_decay_to_end(b_left, last, rest, steep_from, i_ch, o_r, K: tl.constexpr, o_k):
+def load_late_factors(late, i_ch, o_r, K: tl.constexpr, o_k):
+    """left of late rows, and right of them and all before them, [64, BK] float32; something finite elsewhere."""
+    b_late = load_tile(late, i_ch, o_r, K, o_k).to(tl.float32)
+    return b_late, tl.where((o_r >= 32)[:, None], right_factor(b_late), b_late)
+
+
+@triton.jit
+def halved_rows(o_r, first_steep, first_halved):
+    """Which rows of a chunk are halved, [64]."""
+    return ((o_r >= first_steep) & (o_r < 32)) | (o_r >= first_halved)
+
+
+@triton.jit
+def load_decay_to_end(b_left, last, rest, first_steep, i_ch, o_r, K: tl.constexpr, o_k):
     """From after each row to the chunk's end, [64, BK] float32."""
-    if steep_from == 64:
+    if first_steep == 64:
         b_decay = right_factor(b_left) * load_columns(last, i_ch, K, o_k)[None, :]
     else:
         b_decay = load_tile(rest, i_ch, o_r, K, o_k).to(tl.float32)
@@ -101,14 +128,14 @@ def load_total_decay(last, i_ch, K: tl.constexpr, o_k):
 
 @triton.jit
 def decay_kernel(
-    g, A_log, dt_bias, left, last, rest, steep_from, table, H,
+    g, A_log, dt_bias, left, last, rest, late, steep_from, halved_from, table, H,
     K: tl.constexpr, BK: tl.constexpr, RAW_DECAY: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and key head.
 
-    Writes left [NC, H, C, K]; last [NC, H, K] float32, left's last row; steep_from [NC, H] int32, the first steep row,
-    64 if there is none; and, only for a chunk with steep rows, rest [NC, H, C, K], the decay from after each row to the
-    chunk's end.
+    Writes left [NC, H, C, K]; last [NC, H, K] float32, left's last row; [NC, H] int32, 64 if there is none: steep_from,
+    the first steep row, and halved_from, the first halved row of the second half; and, only for a chunk with steep
+    rows, [NC, H, C, K]: rest, the decay from after each row to the chunk's end, and late (see late_factor).
     """
     i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_ch = i_c * H + i_h
@@ -119,14 +146,19 @@ def decay_kernel(
     for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
-        b_left = left_factor(b_g, o_r, CT)
+        b_left = shifted_decay(o_r[None, :] <= o_r[:, None], b_g, SHIFT, CT)
         b_least = tl.minimum(b_least, tl.min(b_left, 1))
         store_tile(left, i_ch, o_r, K, o_k, b_left)
         tl.store(last + i_ch * K + o_k, tl.sum(tl.where(o_r[:, None] == 63, b_left, 0.0), 0))
     first_steep = tl.min(tl.where(b_least < UNSHIFT, o_r, 64), 0)
-    tl.store(steep_from + i_ch, first_steep)
+    b_least = tl.full([64], 1.0, tl.float32)
     if first_steep < 64:
         for i_k in range(K // BK):
             o_k = i_k * BK + tl.arange(0, BK)
             b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
             store_tile(rest, i_ch, o_r, K, o_k, tl.exp2(sum_rows(o_r[None, :] > o_r[:, None], b_g, CT)))
+            b_late = late_factor(b_g, o_r, CT)
+            b_least = tl.minimum(b_least, tl.min(b_late, 1))
+            store_tile(late, i_ch, o_r, K, o_k, b_late)
+    tl.store(steep_from + i_ch, first_steep)
+    tl.store(halved_from + i_ch, tl.min(tl.where((b_least < UNSHIFT) & (o_r >= 32), o_r, 64), 0))

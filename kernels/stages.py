@@ -89,7 +89,18 @@ class Factors(NamedTuple):
     left: Tensor
     last: Tensor
     rest: Tensor
+    late: Tensor
     steep_from: Tensor
+    halved_from: Tensor
+
+    @property
+    def of_rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the rows' and columns' products take."""
+        return self.left, self.last, self.rest, self.steep_from
+
+    @property
+    def of_steep_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.late, self.steep_from, self.halved_from
 
 
 class CarveOperands(NamedTuple):
@@ -188,9 +199,9 @@ def column_block(width: int, largest: int) -> int:
 
 def decay_factors(call: Call, x: Inputs) -> Factors:
     BK = call.key_block("decay")
-    steep_from = torch.empty(call.chunks.count, call.H, dtype=torch.int32, device=x.g.device)
-    left, rest = (call.tiles(x.g, call.H, 64, call.K) for _ in range(2))
-    factors = Factors(left, call.floats(x.g, call.H, call.K), rest, steep_from)
+    left, rest, late = (call.tiles(x.g, call.H, 64, call.K) for _ in range(3))
+    steep_from, halved_from = torch.empty(2, call.chunks.count, call.H, dtype=torch.int32, device=x.g.device)
+    factors = Factors(left, call.floats(x.g, call.H, call.K), rest, late, steep_from, halved_from)
     decay_kernel[(call.chunks.count, call.H)](
         x.g, x.A_log, x.dt_bias, *factors, call.chunks.table, call.H,
         K=call.K, BK=BK, RAW_DECAY=call.raw_decay, CT=call.arithmetic["CT"],
@@ -204,7 +215,7 @@ def steep_scores(call: Call, x: Inputs, factors: Factors, T: Tensor | None) -> T
     BK = call.key_block("steep")
     P = call.tiles(x.q, call.H, 64, 64)
     steep_scores_kernel[(triton.cdiv(call.chunks.count, GROUP.value), call.H)](
-        x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, factors.steep_from, T, P,
+        x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, *factors.of_steep_rows, T, P,
         call.chunks.table, call.scale, call.erase_scale, call.chunks.count, call.H,
         K=call.K, BK=BK, GATE=call.gate, RAW_DECAY=call.raw_decay, WITH_T=T is not None, **call.launch("steep", BK),
     )  # fmt: skip
@@ -219,7 +230,7 @@ def chunk_operands(call: Call, x: Inputs, factors: Factors) -> tuple[Tensor, ...
     operands = A, P, erasure, call.tiles(x.k, call.HV, 64, call.V), k_to_end, q_from_start
     BK, BV = call.key_block("chunk_operands"), call.value_block("chunk_operands")
     chunk_operands_kernel[(call.chunks.count, call.H)](
-        x.q, x.k, x.v, x.b, x.w, *factors, *operands,
+        x.q, x.k, x.v, x.b, x.w, *factors.of_rows, *operands,
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV,
         K=call.K, BK=BK, V=call.V, BV=BV, **call.gates, **call.launch("chunk_operands", BK, BV),
     )  # fmt: skip
@@ -268,7 +279,7 @@ def carve_operands(call: Call, x: Inputs, factors: Factors) -> CarveOperands:
     )  # fmt: skip
     BK = call.key_block("carve_operands")
     carve_operands_kernel[(call.chunks.count, call.H)](
-        x.q, x.k, *factors, *operands, call.chunks.table, call.scale, call.H,
+        x.q, x.k, *factors.of_rows, *operands, call.chunks.table, call.scale, call.H,
         K=call.K, BK=BK, **call.launch("carve_operands", BK),
     )  # fmt: skip
     return operands
@@ -304,7 +315,7 @@ def carve_state(
         descriptor(x.b.flatten(2), 64, K), descriptor(x.v.flatten(2), 64, V),
         descriptor(operands.q_sum, SUM_ROWS.value, K), descriptor(operands.P_sum, SUM_ROWS.value, 64),
         descriptor(operands.k_left, 64, K), descriptor(operands.k_right, 64, K), descriptor(operands.k_to_end, 64, K),
-        factors.last, factors.steep_from,
+        factors.last, *factors.of_steep_rows,
         *initial, A, descriptor(states, V, K), descriptor(residuals, V, 64), codes, content, means, *final,
         call.chunks.table, call.chunks.first, content_chunk, call.erase_scale, call.H, heads,
         **sizes, HAS_INITIAL=initial[0] is not None, STORE_FINAL=want_final,
@@ -338,7 +349,7 @@ def carve_state_gradient(
         x.k, x.g, x.b, x.A_log, x.dt_bias, down, up, x.content,
         descriptor(operands.P, 64, 64), descriptor(operands.k_right, 64, K), descriptor(operands.k_to_end, 64, K),
         descriptor(operands.q_from_start, 64, K), descriptor(operands.erasure, 64, K),
-        operands.gate_slope, factors.last, factors.steep_from,
+        operands.gate_slope, factors.last, *factors.of_steep_rows,
         descriptor(A, 64, 64), descriptor(states, V, K), descriptor(operands.residuals, V, 64),
         descriptor(do.flatten(2), 64, V),
         *d_final, count,
@@ -366,7 +377,7 @@ def gradient_operands(
     )  # fmt: skip
     BK = call.key_block("gradient_operands")
     gradient_operands_kernel[(call.chunks.count, call.HV)](
-        x.q, x.k, x.v, x.b, x.w, x.content, *factors, A, P, states, do,
+        x.q, x.k, x.v, x.b, x.w, x.content, *factors.of_rows, A, P, states, do,
         operands.erasure, operands.k_to_end, operands.q_from_start, operands.residuals, operands.d_residuals_here,
         operands.k_right, operands.gate_slope,
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV, gate_heads,
@@ -450,13 +461,13 @@ def chunk_gradient(
     steep_dk = torch.empty_like(dk)
     BK = call.key_block("steep")
     steep_gradient_kernel[(triton.cdiv(call.chunks.count, GROUP.value), call.HV)](
-        x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, x.content, factors.steep_from, dT, dP, dq, steep_dk, db,
+        x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, x.content, *factors.of_steep_rows, dT, dP, dq, steep_dk, db,
         call.chunks.table, call.scale, call.erase_scale, call.chunks.count, call.H, call.HV, call.erase_heads,
         K=call.K, BK=BK, GATE=call.gate, RAW_DECAY=call.raw_decay, **call.launch("steep", BK),
     )  # fmt: skip
     BK = call.key_block("chunk_key_gradient")
     chunk_key_gradient_kernel[(call.chunks.count * (call.K // BK), call.HV)](
-        x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, x.content, *factors,
+        x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, x.content, *factors.of_rows,
         states, d_states, do, d_output_rows, operands.residuals, d_written, dT, dP, dP_own, steep_dk,
         dq, dk, dg, db, d_content_share, dA_log, d_dt_bias,
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV, call.erase_heads,

@@ -1,20 +1,20 @@
 """Scores of steep rows, those whose decay from the chunk's start is beyond the range of a factor, and their gradient.
 
-The chunk is halved again and again instead (see decay.py for the factors of all other rows). At a step, rows of a lower
-half meet the columns of the upper half before it, and the decay splits at the upper half's last row: both factors are
-exponentials of sums of the steps in between alone, at most 1 for any decay. Kernels of their own do this, so that the
-others, for which steep rows are rare, need no registers for it.
+Late rows (see decay.py) have factors of their own. For halved rows the chunk is halved again and again instead. At a
+step, rows of a lower half meet the columns of the upper half before it, and the decay splits at the upper half's last
+row: both factors are exponentials of sums of the steps in between alone, at most 1 for any decay. Kernels of their own
+do this, so that the others, for which steep rows are rare, need no registers for it.
 """
 
 import triton
 import triton.language as tl
 
-from .decay import load_log2_decay, sum_rows
+from .decay import halved_rows, load_late_factors, load_log2_decay, sum_rows
 from .tiles import chunk_rows, load_erase_gate, load_rows, matmul, pairs_of_halves, store_rows, store_tile
 
 HALVINGS = tl.constexpr(6)
 # Chunks per program: most have no steep row, and finding that out for one costs less than starting a program.
-GROUP = tl.constexpr(8)
+GROUP = tl.constexpr(4)
 
 
 @triton.jit
@@ -28,21 +28,33 @@ def halving_factor(b_g, o_r, step, CT: tl.constexpr):
 
 
 @triton.jit
+def load_score_rows(
+    rows, b, content, k, start, o_r, m_r, i_h, H, i_content, K: tl.constexpr, o_k, factor, erase_scale,
+    ERASED: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """What scores are of, and keys, [64, BK] float32 each: rows of `rows` times `factor`, or the ERASED keys b k."""
+    b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
+    if ERASED:
+        b_row = b_k * load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_content, K, o_k, erase_scale, GATE)
+    else:
+        b_row = load_rows(rows, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * factor
+    return b_row, b_k
+
+
+@triton.jit
 def halved_scores(
     rows, b, content, k, g, A_log, dt_bias, start, o_r, m_r, i_h, H, i_content, factor, erase_scale,
     K: tl.constexpr, BK: tl.constexpr, ERASED: tl.constexpr, GATE: tl.constexpr, RAW_DECAY: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores with earlier keys, [64, 64] float32, of the rows of `rows` times `factor`, or of the ERASED keys b k."""
+    """Scores with earlier keys by halving, for any decay, [64, 64] float32."""
     b_scores = tl.zeros([64, 64], tl.float32)
     for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
-        b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
-        if ERASED:
-            b_row = b_k * load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_content, K, o_k, erase_scale, GATE)
-        else:
-            b_row = load_rows(rows, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * factor
+        b_row, b_k = load_score_rows(
+            rows, b, content, k, start, o_r, m_r, i_h, H, i_content, K, o_k, factor, erase_scale, ERASED, GATE
+        )
         for step in range(HALVINGS):
             b_e = halving_factor(b_g, o_r, step, CT)
             b_product = matmul(b_row * b_e, tl.trans((b_k * b_e).to(CT)), CT, PRECISION)
@@ -51,12 +63,37 @@ def halved_scores(
 
 
 @triton.jit
-def merge_scores(b_mild, p_halved, first_steep, o_r):
-    """Scores of a chunk, strictly lower [64, 64] float32: rows from first_steep on are those at p_halved."""
+def steep_scores(
+    rows, b, content, k, g, late, A_log, dt_bias, start, o_r, m_r, i_h, H, i_ch, i_content, factor, erase_scale,
+    first_steep, first_halved, with_halved,
+    K: tl.constexpr, BK: tl.constexpr, ERASED: tl.constexpr, GATE: tl.constexpr, RAW_DECAY: tl.constexpr,
+    CT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores with earlier keys, [64, 64] float32, of which those of steep rows count; halved ones if with_halved."""
+    b_scores = tl.zeros([64, 64], tl.float32)
+    for i_k in tl.static_range(K // BK):  # no loop: one around this, over chunks, may then be pipelined
+        o_k = i_k * BK + tl.arange(0, BK)
+        b_row, b_k = load_score_rows(
+            rows, b, content, k, start, o_r, m_r, i_h, H, i_content, K, o_k, factor, erase_scale, ERASED, GATE
+        )
+        b_left, b_right = load_late_factors(late, i_ch, o_r, K, o_k)
+        b_scores += matmul(b_row * b_left, tl.trans((b_k * b_right).to(CT)), CT, PRECISION)
+    if with_halved:
+        b_halved = halved_scores(
+            rows, b, content, k, g, A_log, dt_bias, start, o_r, m_r, i_h, H, i_content, factor, erase_scale,
+            K, BK, ERASED, GATE, RAW_DECAY, CT, PRECISION,
+        )  # fmt: skip
+        b_scores = tl.where(halved_rows(o_r, first_steep, first_halved)[:, None], b_halved, b_scores)
+    return b_scores
+
+
+@triton.jit
+def merge_scores(b_mild, p_steep, first_steep, o_r):
+    """Scores of a chunk, strictly lower [64, 64] float32: rows from first_steep on are those at p_steep."""
     m_lower = o_r[None, :] < o_r[:, None]
     m_steep = m_lower & (o_r >= first_steep)[:, None]
     b_mild = tl.where(m_lower & (o_r < first_steep)[:, None], b_mild, 0.0)
-    return b_mild + tl.load(p_halved, mask=m_steep, other=0.0).to(tl.float32)
+    return b_mild + tl.load(p_steep, mask=m_steep, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -68,7 +105,7 @@ def group_is_mild(steep_from, i_h, H, chunks):
 
 @triton.jit
 def steep_scores_kernel(
-    q, k, g, b, A_log, dt_bias, steep_from, T, P, table, scale, erase_scale, chunks, H,
+    q, k, g, b, A_log, dt_bias, late, steep_from, halved_from, T, P, table, scale, erase_scale, chunks, H,
     K: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, RAW_DECAY: tl.constexpr, WITH_T: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -80,25 +117,28 @@ def steep_scores_kernel(
     for i in range(GROUP):
         i_c = tl.program_id(0).to(tl.int64) * GROUP + i
         i_ch = i_c * H + i_h
-        if tl.load(steep_from + i_ch, mask=i_c < chunks, other=64) < 64:
+        first_steep = tl.load(steep_from + i_ch, mask=i_c < chunks, other=64)
+        if first_steep < 64:
+            first_halved = tl.load(halved_from + i_ch)
+            with_halved = (first_steep < 32) | (first_halved < 64)
             start, low, high = chunk_rows(table, i_c)
             m_r = (o_r >= low) & (o_r < high)
-            b_P = halved_scores(
-                q, b, b, k, g, A_log, dt_bias, start, o_r, m_r, i_h, H, 0, scale, erase_scale,
-                K, BK, False, GATE, RAW_DECAY, CT, PRECISION,
+            b_P = steep_scores(
+                q, b, b, k, g, late, A_log, dt_bias, start, o_r, m_r, i_h, H, i_ch, 0, scale, erase_scale,
+                first_steep, first_halved, with_halved, K, BK, False, GATE, RAW_DECAY, CT, PRECISION,
             )  # fmt: skip
             store_tile(P, i_ch, o_r, 64, o_r, b_P)
             if WITH_T:
-                b_T = halved_scores(
-                    k, b, b, k, g, A_log, dt_bias, start, o_r, m_r, i_h, H, 0, 1.0, erase_scale,
-                    K, BK, True, GATE, RAW_DECAY, CT, PRECISION,
+                b_T = steep_scores(
+                    k, b, b, k, g, late, A_log, dt_bias, start, o_r, m_r, i_h, H, i_ch, 0, 1.0, erase_scale,
+                    first_steep, first_halved, with_halved, K, BK, True, GATE, RAW_DECAY, CT, PRECISION,
                 )  # fmt: skip
                 store_tile(T, i_ch, o_r, 64, o_r, b_T)
 
 
 @triton.jit
 def steep_gradient_kernel(
-    q, k, g, b, A_log, dt_bias, content, steep_from, dT, dP, dq, dk, dbk,
+    q, k, g, b, A_log, dt_bias, content, late, steep_from, halved_from, dT, dP, dq, dk, dbk,
     table, scale, erase_scale, chunks, H, HV, HE,
     K: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, RAW_DECAY: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
@@ -115,32 +155,42 @@ def steep_gradient_kernel(
     o_r = tl.arange(0, 64)
     for i in range(GROUP):
         i_c = tl.program_id(0).to(tl.int64) * GROUP + i
-        first_steep = tl.load(steep_from + i_c * H + i_h, mask=i_c < chunks, other=64)
+        i_ch = i_c * H + i_h
+        first_steep = tl.load(steep_from + i_ch, mask=i_c < chunks, other=64)
         if first_steep < 64:
+            first_halved = tl.load(halved_from + i_ch)
+            m_halved = halved_rows(o_r, first_steep, first_halved)[:, None]
             i_chv, i_e = i_c * HV + i_hv, i_c * HE + i_hv // (HV // HE)
             start, low, high = chunk_rows(table, i_c)
             m_r = (o_r >= low) & (o_r < high)
             o_square = i_chv * 64 * 64 + (o_r[:, None] * 64 + o_r[None, :])
             b_dT, b_dP = tl.load(dT + o_square), tl.load(dP + o_square)
+            m_late = (o_r >= first_steep)[:, None] & (m_halved == 0)
+            b_dT_late, b_dP_late = tl.where(m_late, b_dT, 0.0), tl.where(m_late, b_dP, 0.0)
             for i_k in range(K // BK):
                 o_k = i_k * BK + tl.arange(0, BK)
-                b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
                 b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
                 b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
                 b_bk = b_k * load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_e, K, o_k, erase_scale, GATE)
-                b_dbk = tl.zeros([64, BK], tl.float32)
-                b_dq = tl.zeros([64, BK], tl.float32)
-                b_dk = tl.zeros([64, BK], tl.float32)
-                for step in range(HALVINGS):
-                    b_e = halving_factor(b_g, o_r, step, CT)
-                    b_ke = (b_k * b_e).to(CT)
-                    m_pairs = pairs_of_halves(o_r, step) & (o_r >= first_steep)[:, None]
-                    b_dbk += b_e * matmul(tl.where(m_pairs, b_dT, 0.0), b_ke, CT, PRECISION)
-                    b_dq += b_e * matmul(tl.where(m_pairs, b_dP, 0.0), b_ke, CT, PRECISION)
-                    m_pairs = pairs_of_halves(o_r, step, True) & (o_r >= first_steep)[None, :]
-                    b_dks = matmul(tl.where(m_pairs, tl.trans(b_dT), 0.0), b_bk * b_e, CT, PRECISION)
-                    b_dks += matmul(tl.where(m_pairs, tl.trans(b_dP), 0.0), b_q * b_e, CT, PRECISION)
-                    b_dk += b_e * b_dks
+                b_left, b_right = load_late_factors(late, i_ch, o_r, K, o_k)
+                b_columns = (b_k * b_right).to(CT)
+                b_dbk = b_left * matmul(b_dT_late, b_columns, CT, PRECISION)
+                b_dq = b_left * matmul(b_dP_late, b_columns, CT, PRECISION)
+                b_dk = matmul(tl.trans(b_dT_late), b_bk * b_left, CT, PRECISION)
+                b_dk += matmul(tl.trans(b_dP_late), b_q * b_left, CT, PRECISION)
+                b_dk *= b_right
+                if (first_steep < 32) | (first_halved < 64):
+                    b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
+                    for step in range(HALVINGS):
+                        b_e = halving_factor(b_g, o_r, step, CT)
+                        b_ke = (b_k * b_e).to(CT)
+                        m_pairs = pairs_of_halves(o_r, step) & m_halved
+                        b_dbk += b_e * matmul(tl.where(m_pairs, b_dT, 0.0), b_ke, CT, PRECISION)
+                        b_dq += b_e * matmul(tl.where(m_pairs, b_dP, 0.0), b_ke, CT, PRECISION)
+                        m_pairs = pairs_of_halves(o_r, step, True) & tl.trans(m_halved)
+                        b_dks = matmul(tl.where(m_pairs, tl.trans(b_dT), 0.0), b_bk * b_e, CT, PRECISION)
+                        b_dks += matmul(tl.where(m_pairs, tl.trans(b_dP), 0.0), b_q * b_e, CT, PRECISION)
+                        b_dk += b_e * b_dks
                 store_rows(dq, start, o_r, m_r, i_hv, HV, K, o_k, b_dq)
                 store_rows(dk, start, o_r, m_r, i_hv, HV, K, o_k, b_dk)
                 store_rows(dbk, start, o_r, m_r, i_hv, HV, K, o_k, b_dbk)

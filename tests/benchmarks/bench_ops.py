@@ -1,15 +1,17 @@
 """Time and memory of the ops on a GPU, beside flash-linear-attention's GDN-2 where it is installed.
 
-    python tests/benchmarks/bench_ops.py [--peers] [--case 4,4096,16 ...] [--json FILE] [--plot FILE]
+    python tests/benchmarks/bench_ops.py [--peers] [--case 4,4096,16 ...] [--log2-decay -4] [--json FILE] [--plot FILE]
     python tests/benchmarks/bench_ops.py --decode [--peers]
 
-Inputs: bfloat16, K = V = 128, g in float32 drawn as logsigmoid(normal), at least -5 as one of the peer's paths demands.
+Inputs: bfloat16, K = V = 128, g in float32 drawn as logsigmoid(normal), at least -5 as one of the peer's paths demands;
+or --log2-decay at every step: beyond -180 / 64 chunks are steep for our kernels, beyond -180 / 32 halves of them too.
 Times are medians of triton.testing.do_bench, of a replayed CUDA graph for decoding; memory is counted by torch. Peers
 tune themselves for minutes at first use.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -70,6 +72,13 @@ def peers() -> dict[str, tuple[Op, Callable[[int, int, int], list[Tensor]]]]:
     }
 
 
+def with_decay(inputs: list[Tensor], log2_decay: float | None) -> list[Tensor]:
+    if log2_decay is None:
+        return inputs
+    q, k, v, g, *others = inputs
+    return [q, k, v, torch.full_like(g, log2_decay * math.log(2)), *others]
+
+
 def measure(op: Op, inputs: list[Tensor]) -> dict[str, float]:
     """Medians in ms; memory in MiB: kept between forward and backward besides o, and the peak above the inputs."""
     leaves = [x.requires_grad_() for x in inputs]
@@ -103,7 +112,7 @@ def measure(op: Op, inputs: list[Tensor]) -> dict[str, float]:
     }
 
 
-def bench_chunk(cases: list[tuple[int, ...]], with_peers: bool) -> list[dict[str, Any]]:
+def bench_chunk(cases: list[tuple[int, ...]], with_peers: bool, log2_decay: float | None) -> list[dict[str, Any]]:
     ops = ours() | (peers() if with_peers else {})
     rows: list[dict[str, Any]] = []
     print("| (B, T, H) | op | forward ms | with backward ms | saved MiB | peak MiB | GB/s of minimum traffic |")
@@ -111,7 +120,7 @@ def bench_chunk(cases: list[tuple[int, ...]], with_peers: bool) -> list[dict[str
     for case in cases:
         for name, (op, make) in ops.items():
             torch.manual_seed(0)
-            found = measure(op, make(*case))
+            found = measure(op, with_decay(make(*case), log2_decay))
             rows.append({"case": case, "op": name, **found})
             print("|", " | ".join(map(str, (case, name, *found.values()))), "|", flush=True)
     return rows
@@ -179,12 +188,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", action="store_true", help="also time flash-linear-attention")
     parser.add_argument("--case", nargs="+", help="B,T,H; all if not given")
+    parser.add_argument("--log2-decay", type=float, help="of every step, instead of drawn ones")
     parser.add_argument("--decode", action="store_true", help="time decoding instead")
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--plot", help="draw time against T into this file")
     chosen = parser.parse_args()
     cases = [tuple(map(int, c.split(","))) for c in chosen.case] if chosen.case else CASES
-    rows = bench_decode(chosen.peers) if chosen.decode else bench_chunk(cases, chosen.peers)
+    rows = bench_decode(chosen.peers) if chosen.decode else bench_chunk(cases, chosen.peers, chosen.log2_decay)
     device = torch.cuda.get_device_name()
     if chosen.json:
         with open(chosen.json, "w") as file:

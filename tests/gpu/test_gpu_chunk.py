@@ -36,6 +36,9 @@ CASES: dict[str, dict[str, Any]] = {
     "grouped state": {"B": 2, "T": 150, "H": 1, "HV": 3, "K": 128, "V": 64, "initial_state": True},
     "packed": {"lengths": [1, 190, 0, 64, 65, 3], "H": 2, "K": 128, "V": 128, "initial_state": True},
     "steep": {"B": 1, "T": 200, "H": 2, "K": 128, "V": 128, "decay": "steep", "erase": "extreme", "zero_keys": True},
+    "brisk": {"B": 1, "T": 200, "H": 2, "K": 128, "V": 128, "decay": "brisk"},
+    "by chunk": {"B": 1, "T": 600, "H": 2, "K": 128, "V": 128, "decay": "by chunk"},
+    "uneven": {"B": 1, "T": 200, "H": 2, "K": 128, "V": 128, "decay": "uneven", "initial_state": True},
     "one token": {"B": 2, "T": 1, "H": 2, "K": 128, "V": 128},
     "256": {"B": 1, "T": 130, "H": 1, "K": 256, "V": 256, "initial_state": True},
     "64x256": {"B": 1, "T": 130, "H": 1, "HV": 2, "K": 64, "V": 256, "initial_state": True},
@@ -130,7 +133,7 @@ def test_gradients_have_no_bias(op: str) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("decay", ["ordinary", "steep"])
+@pytest.mark.parametrize("decay", ["ordinary", "brisk", "steep"])
 def test_causal_in_every_bit(op: str, decay: str) -> None:
     inputs = draw(op, B=1, T=200, H=2, K=128, V=128, decay=decay)
     o = run(inputs, "triton")["o"]

@@ -21,6 +21,9 @@ CASES: dict[str, dict[str, Any]] = {
     "256 values": {"B": 1, "T": 70, "H": 1, "K": 32, "V": 256, "initial_state": True},
     "96 channels": {"B": 1, "T": 70, "H": 1, "K": 96, "V": 32, "initial_state": True},
     "steep": {"B": 1, "T": 80, "H": 1, "K": 32, "V": 32, "decay": "steep", "erase": "extreme", "zero_keys": True},
+    "steep beyond half a chunk": {"B": 1, "T": 64, "H": 1, "K": 32, "V": 32, "decay": "brisk", "initial_state": True},
+    "chunks of all kinds": {"B": 1, "T": 330, "H": 1, "K": 32, "V": 32, "decay": "by chunk"},
+    "steep in ten rows": {"B": 1, "T": 64, "H": 1, "K": 32, "V": 32, "decay": "uneven", "initial_state": True},
 }
 
 
@@ -31,17 +34,19 @@ def test_values_and_gradients(op: str, case: str) -> None:
     check(op, options)
 
 
+@pytest.mark.parametrize("step", [-3.49, -6.99])
 @pytest.mark.parametrize("op", ["gdn2", "carve"])
-def test_rows_turn_steep_where_their_factors_end(op: str) -> None:
-    """Steps whose nearest whole numbers, which float32 sums up apart, add up to far less than they do."""
+def test_rows_turn_steep_where_their_factors_end(op: str, step: float) -> None:
+    """Steps whose nearest whole numbers, which float32 sums up apart, add up to far less than they do; of the second,
+    those within half a chunk lead beyond the factors' range too."""
     inputs = make_inputs(op, B=1, T=64, H=1, K=32, V=32, dtype=torch.float32)
-    tensors = inputs.tensors | {"g": torch.full_like(inputs.tensors["g"], -3.49 * math.log(2))}
+    tensors = inputs.tensors | {"g": torch.full_like(inputs.tensors["g"], step * math.log(2))}
     found, _ = OPS[op](*(x.to(DEVICE) for x in tensors.values()), backend="triton", **inputs.options)
     expected, _ = OPS[op](*(x.double() for x in tensors.values()), backend="torch", **in_float64(inputs).options)
     assert error(found.cpu(), expected) < TOLERANCES["float32"].o
 
 
-@pytest.mark.parametrize("decay", ["ordinary", "steep"])
+@pytest.mark.parametrize("decay", ["ordinary", "steep", "brisk"])
 @pytest.mark.parametrize("op", ["gdn2", "carve"])
 def test_gradients_of_small_losses_are_small_and_else_the_same(op: str, decay: str) -> None:
     """A mean over many tokens gives outputs gradients that factors of decays must not push out of float32's range."""

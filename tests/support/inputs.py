@@ -96,7 +96,9 @@ def make_inputs(
         op: "gdn2" or "carve".
         lengths: packed sequences (then B is 1 and T their sum); None for B sequences of T tokens.
         dtype: of q, k, v; gate_dtype of the other tensors, dtype if None.
-        decay: "ordinary" (log-decay in (-0.5, 0)), "none" (0) or "steep" (0, -0.01 and -1000 mixed).
+        decay: "ordinary" (log-decay in (-0.5, 0)), "none" (0), "steep" (0, -0.01 and -1000 mixed), "brisk" (in (-3.4,
+            -2.4), below 2^-180 over 64 steps and not over 32), "uneven" (brisk, steep from token 10 to 20) or "by
+            chunk" (of four: ordinary, brisk, ordinary and steep at its end, brisk).
         erase: "ordinary", or "extreme": b of exactly 0, 1 (and 2 for GDN-2).
         zero_keys: set about a third of the keys to zero.
         short_w: GDN-2's w as [B, T, HV].
@@ -194,6 +196,15 @@ def _log_decay(kind: str, uniform: Tensor) -> Tensor:
         return torch.zeros_like(uniform)
     if kind == "steep":
         return torch.tensor([0.0, -0.01, -1000.0], dtype=torch.float64)[(3 * uniform).long()]
+    if kind == "brisk":
+        return -2.4 - uniform
+    if kind == "uneven":
+        steep, brisk = _log_decay("steep", uniform), _log_decay("brisk", uniform)
+        return torch.cat([brisk[:, :10], steep[:, 10:20], brisk[:, 20:]], 1)
+    if kind == "by chunk":
+        t = torch.arange(uniform.shape[1])[:, None, None] % 256
+        steep = torch.where((t >= 180) & (t < 192), _log_decay("steep", uniform), -0.5 * uniform)
+        return torch.where(t // 64 % 2 == 1, _log_decay("brisk", uniform), steep)
     return -0.5 * uniform
 
 
