@@ -131,31 +131,31 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         cells = []
         for level in levels:
             found = [r["accuracy"] for r in rows if (r["variant"], r["level"]) == (variant, level)]
-            cells.append(f"{statistics.mean(found):.1%} ({min(found):.1%} to {max(found):.1%})")
+            cells.append(f"{statistics.mean(found):.1%} ({min(found):.1%} to {max(found):.1%})" if found else "not run")
         size = next(r["parameters"] for r in rows if r["variant"] == variant)
         lines.append(f"| {variant} | {size:,} | " + " | ".join(cells) + " |")
     return lines
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Accuracy against the number of pairs; bars reach from the worst seed to the best."""
+    """Accuracy against steps, a panel for each level and a line for each seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     levels = sorted({tuple(r["level"]) for r in rows})
-    for variant in [v for v in PATTERNS if v in {r["variant"] for r in rows}]:
-        found = [[r["accuracy"] for r in rows if (r["variant"], tuple(r["level"])) == (variant, x)] for x in levels]
-        means = [statistics.mean(x) for x in found]
-        spread = [[m - min(x) for m, x in zip(means, found, strict=True)],
-                  [max(x) - m for m, x in zip(means, found, strict=True)]]  # fmt: skip
-        axes.errorbar([pairs for pairs, _ in levels], means, yerr=spread, marker="o", capsize=3, label=variant)
-    axes.set(xlabel="assignments, half of them to a key that had a value", ylabel="recall accuracy", ylim=(0, 1.02))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    figure = Figure(figsize=(4.2 * len(levels), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(levels), sharey=True, squeeze=False)[0]
+    for axes, level in zip(panels, levels, strict=True):
+        for i, variant in enumerate(PATTERNS):
+            curves = [r["curve"] for r in rows if (r["variant"], tuple(r["level"])) == (variant, level)]
+            for n, curve in enumerate(curves):
+                axes.plot(*zip(*curve, strict=True), f"C{i}", marker=".", label=None if n else variant)
+        axes.set(xlabel="steps", title=f"{level[0]} assignments, {level[1]} of earlier keys", ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("recall accuracy")
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
