@@ -1,10 +1,12 @@
 """Time and memory of the ops on a GPU, beside flash-linear-attention's GDN-2 where it is installed.
 
-    python tests/benchmarks/bench_ops.py [--peers] [--case 4,4096,16 ...] [--log2-decay -4] [--json FILE] [--plot FILE]
+    python tests/benchmarks/bench_ops.py [--peers] [--case 4,4096,16 ...] [--log2-decay -4 [--steep-share 0.05]]
+        [--json FILE] [--plot FILE]
     python tests/benchmarks/bench_ops.py --decode [--peers]
 
 Inputs: bfloat16, K = V = 128, g in float32 drawn as logsigmoid(normal), at least -5 as one of the peer's paths demands;
-or --log2-decay at every step: beyond -180 / 64 chunks are steep for our kernels, beyond -180 / 32 halves of them too.
+or --log2-decay at every step, or at those of a share of chunks times heads: beyond -180 / 64 chunks are steep for our
+kernels, beyond -180 / 32 halves of them too.
 Times are medians of triton.testing.do_bench, of a replayed CUDA graph for decoding; memory is counted by torch. Peers
 tune themselves for minutes at first use.
 """
@@ -72,11 +74,14 @@ def peers() -> dict[str, tuple[Op, Callable[[int, int, int], list[Tensor]]]]:
     }
 
 
-def with_decay(inputs: list[Tensor], log2_decay: float | None) -> list[Tensor]:
+def with_decay(inputs: list[Tensor], log2_decay: float | None, share: float) -> list[Tensor]:
+    """The inputs with this decay a step in a share of chunks times heads; None leaves them as they are."""
     if log2_decay is None:
         return inputs
     q, k, v, g, *others = inputs
-    return [q, k, v, torch.full_like(g, log2_decay * math.log(2)), *others]
+    B, T, H, _ = g.shape
+    chosen = (torch.rand(B, T // 64, H, 1, device=g.device) < share).repeat_interleave(64, 1)
+    return [q, k, v, torch.where(chosen, log2_decay * math.log(2), g), *others]
 
 
 def measure(op: Op, inputs: list[Tensor]) -> dict[str, float]:
@@ -112,7 +117,9 @@ def measure(op: Op, inputs: list[Tensor]) -> dict[str, float]:
     }
 
 
-def bench_chunk(cases: list[tuple[int, ...]], with_peers: bool, log2_decay: float | None) -> list[dict[str, Any]]:
+def bench_chunk(
+    cases: list[tuple[int, ...]], with_peers: bool, log2_decay: float | None, share: float
+) -> list[dict[str, Any]]:
     ops = ours() | (peers() if with_peers else {})
     rows: list[dict[str, Any]] = []
     print("| (B, T, H) | op | forward ms | with backward ms | saved MiB | peak MiB | GB/s of minimum traffic |")
@@ -120,7 +127,7 @@ def bench_chunk(cases: list[tuple[int, ...]], with_peers: bool, log2_decay: floa
     for case in cases:
         for name, (op, make) in ops.items():
             torch.manual_seed(0)
-            found = measure(op, with_decay(make(*case), log2_decay))
+            found = measure(op, with_decay(make(*case), log2_decay, share))
             rows.append({"case": case, "op": name, **found})
             print("|", " | ".join(map(str, (case, name, *found.values()))), "|", flush=True)
     return rows
@@ -189,12 +196,16 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="also time flash-linear-attention")
     parser.add_argument("--case", nargs="+", help="B,T,H; all if not given")
     parser.add_argument("--log2-decay", type=float, help="of every step, instead of drawn ones")
+    parser.add_argument("--steep-share", type=float, default=1.0, help="of chunks times heads that --log2-decay is for")
     parser.add_argument("--decode", action="store_true", help="time decoding instead")
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--plot", help="draw time against T into this file")
     chosen = parser.parse_args()
     cases = [tuple(map(int, c.split(","))) for c in chosen.case] if chosen.case else CASES
-    rows = bench_decode(chosen.peers) if chosen.decode else bench_chunk(cases, chosen.peers, chosen.log2_decay)
+    if chosen.decode:
+        rows = bench_decode(chosen.peers)
+    else:
+        rows = bench_chunk(cases, chosen.peers, chosen.log2_decay, chosen.steep_share)
     device = torch.cuda.get_device_name()
     if chosen.json:
         with open(chosen.json, "w") as file:
