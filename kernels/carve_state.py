@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .carve_operands import SUM_ROWS
-from .decay import UNSHIFT, halved_rows, load_late_factors, load_log2_decay, load_total_decay
+from .decay import UNSHIFT, halved_rows, load_late_factors, load_log2_decay, load_total_decay, right_factor
 from .steep import HALVINGS, halved_scores, halving_factor
 from .tiles import (
     GATE_CONTENT,
@@ -173,10 +173,12 @@ def late_content_gradient(
     """The gradient of a chunk's content term, [K], through the scores of its late rows, b_dT being transposed."""
     o_k = tl.arange(0, K)
     b_k = tl.trans(load_rows(k, start, o_r, m_r, i_h, H, K, o_k)).to(tl.float32)
-    b_left, b_right = load_late_factors(late, i_ch, o_r, K, o_k)
-    b_d_left = matmul(b_k * tl.trans(b_right), b_dT, CT, PRECISION)
-    b_b = load_erase_gate(erase_logits, content, start, o_r, m_r, i_h, H, i_chv, K, o_k, erase_scale, GATE_CONTENT)
-    return tl.sum(b_d_left * b_k * tl.trans(b_left * b_b * (1.0 - b_b / erase_scale)), 1)
+    b_left = load_matrix(late, i_ch, o_k, o_r, K, 64, True).to(tl.float32)
+    b_right = tl.where((o_r >= 32)[None, :], right_factor(b_left), b_left)
+    b_d_left = matmul(b_k * b_right, b_dT, CT, PRECISION)
+    b_b = tl.trans(load_rows(erase_logits, start, o_r, m_r, i_h, H, K, o_k)).to(tl.float32)
+    b_b = erase_scale * tl.sigmoid(b_b + load_columns(content, i_chv, K, o_k)[:, None])
+    return tl.sum(b_d_left * b_k * b_left * b_b * (1.0 - b_b / erase_scale), 1)
 
 
 @triton.jit
@@ -280,22 +282,22 @@ def carve_state_gradient_kernel(
                     b_slope = load_matrix(gate_slope, i_chv, o_k, o_r, K, 64, False)
                     b_dT = matmul(tl.trans(residuals.load([row_v, 0])), b_dE, CT, PRECISION)
                     b_dT = tl.where(o_r[None, :] > o_r[:, None], b_dT, 0.0)
-                    b_S = tl.trans(states.load([row_v, 0]))
-                    b_d_left = matmul(b_S, b_dE, CT, PRECISION) * UNSHIFT
+                    b_d_chunk = tl.zeros([K], tl.float32)
                     b_dT_mild = b_dT
                     if KIND != MILD:
                         first_steep, first_halved = tl.load(steep_from + i_ch), tl.load(halved_from + i_ch)
                         m_mild = (o_r < first_steep)[None, :]
                         m_halved = halved_rows(o_r, first_steep, first_halved)[None, :]
                         b_dT_mild = tl.where(m_mild, b_dT, 0.0)
-                    b_d_left += matmul(tl.trans(k_right.load([row_k, 0])), b_dT_mild, CT, PRECISION)
-                    b_d_chunk = tl.sum(b_d_left * b_slope.to(tl.float32), 1)
-                    if KIND != MILD:  # noqa: SIM102  decided by the compiler
                         if first_steep < 64:
                             b_d_chunk += late_content_gradient(
                                 k, erase_logits, content, late, tl.where(m_mild | m_halved, 0.0, b_dT),
                                 start, o_r, m_r, i_h, H, i_ch, i_chv, erase_scale, K, CT, PRECISION,
                             )  # fmt: skip
+                    b_S = tl.trans(states.load([row_v, 0]))
+                    b_d_left = matmul(b_S, b_dE, CT, PRECISION) * UNSHIFT
+                    b_d_left += matmul(tl.trans(k_right.load([row_k, 0])), b_dT_mild, CT, PRECISION)
+                    b_d_chunk += tl.sum(b_d_left * b_slope.to(tl.float32), 1)
                     if KIND == HALVED:  # noqa: SIM102  decided by the compiler
                         if (first_steep < 32) | (first_halved < 64):
                             halved_content_gradient(

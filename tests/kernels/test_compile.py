@@ -1,0 +1,40 @@
+"""The kernels compile for the GPUs that they are built for, and fit there, seen on a machine without one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "support/compile_for_hopper.py"
+# Of one program on a Hopper SM, 227 KiB.
+SHARED_MEMORY = 227 * 1024
+CHUNK = {
+    "decay", "steep_scores", "chunk_output", "gradient_operands", "chunk_value_gradient", "steep_gradient",
+    "chunk_key_gradient",
+}  # fmt: skip
+KERNELS = {
+    "gdn2": CHUNK | {"chunk_operands", "chunk_state", "chunk_state_gradient", "gdn2"},
+    "carve": CHUNK | {"carve_operands", "carve_state", "carve_state_gradient", "carve_token"},
+}
+RECIPES = [("gdn2", "bfloat16", 128), ("carve", "bfloat16", 128)]
+OTHERS = [
+    ("gdn2", "bfloat16", 256), ("gdn2", "float16", 256), ("gdn2", "float32", 256), ("gdn2", "float32", 32),
+    ("carve", "bfloat16", 256), ("carve", "float16", 128), ("carve", "float32", 128), ("carve", "bfloat16", 32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "width"), [*RECIPES, *(pytest.param(*case, marks=pytest.mark.long) for case in OTHERS)]
+)
+def test_kernels_fit_a_hopper_gpu(op: str, dtype: str, width: int, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, SCRIPT, op, dtype, str(width)],
+        capture_output=True, text=True, env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {row["kernel"].removesuffix("_kernel") for row in rows} == KERNELS[op]
+    assert all(row["shared"] <= SHARED_MEMORY for row in rows), rows

@@ -1,0 +1,89 @@
+"""Compile the kernels of both ops for a Hopper GPU, on any machine: Triton needs a GPU to launch, not to compile.
+
+    python tests/support/compile_for_hopper.py gdn2|carve DTYPE WIDTH
+
+calls the chunk op, forward and backward with what a mixer gives it, and one step of decoding, with launches replaced by
+compilation; prints a line of JSON for each kernel: its name, its shared memory in bytes, the registers of a thread and
+the bytes that it spills. A script of its own: what it changes in Triton stays for the life of a process.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from megatron_carve import kernels
+from megatron_carve.kernels import backends
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+T, HEADS, RANK = 128, 2, 16
+
+
+class Hopper:
+    """As much of a GPU's driver as compiling asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread and bytes of its stack, where spilled registers are, by name."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        printed = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
+    fields = dict(field.split(":")[:2] for field in printed.split() if field.startswith(("REG:", "STACK:")))
+    return {"registers": int(fields["REG"]), "spilled": int(fields["STACK"])}
+
+
+def main(op: str, dtype: torch.dtype, width: int) -> None:
+    launch = JITFunction.run
+    seen = set()
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            row = {"kernel": self.fn.__name__, "shared": kernel.metadata.shared, **resources(kernel.asm["cubin"])}
+            print(json.dumps(row), flush=True)
+
+    driver.set_active(Hopper())
+    JITFunction.run = compile_only
+    backends._interpreted = lambda: True  # tensors of a CPU pass
+
+    def leaf(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype, requires_grad=True)
+
+    def inputs(tokens: int) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        keys = [leaf(1, tokens, HEADS, width) for _ in range(3)]
+        gate, decay = leaf(1, tokens, HEADS, width), leaf(1, tokens, HEADS, width)
+        A_log, dt_bias = leaf(HEADS, dtype=torch.float32), leaf(HEADS, width, dtype=torch.float32)
+        given = [*keys, decay, gate, leaf(1, tokens, HEADS, width)]
+        if op == "carve":
+            given = [*keys, decay, gate, leaf(1, tokens, HEADS), leaf(HEADS, RANK, width), leaf(HEADS, width, RANK)]
+        return given, {"A_log": A_log, "dt_bias": dt_bias, "gate_logits": True, "backend": "triton"}
+
+    given, options = inputs(T)
+    o, _ = getattr(kernels, f"chunk_{op}")(*given, **options)
+    torch.autograd.grad(o, given, torch.zeros_like(o), allow_unused=True)
+    given, options = inputs(1)
+    with torch.no_grad():
+        getattr(kernels, f"recurrent_{op}")(*given, output_final_state=True, **options)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3]))
