@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 
 from .carve_operands import SUM_ROWS
-from .decay import UNSHIFT, halved_rows, load_late_factors, load_log2_decay, load_total_decay, right_factor
+from .decay import (
+    UNSHIFT,
+    halved_rows,
+    has_halved_rows,
+    load_late_factors,
+    load_log2_decay,
+    load_total_decay,
+    right_factor,
+)
 from .steep import HALVINGS, halved_scores, halving_factor
 from .tiles import (
     GATE_CONTENT,
@@ -47,7 +55,7 @@ def first_chunks_of_kinds(steep_from, halved_from, begin, end, i_h, H):
         b_steep = tl.load(steep_from + o_ch, mask=m_c, other=64)
         b_halved = tl.load(halved_from + o_ch, mask=m_c, other=64)
         steep = tl.minimum(steep, tl.min(tl.where(b_steep < 64, i_c + o_c, end), 0))
-        halved = tl.minimum(halved, tl.min(tl.where((b_steep < 32) | (b_halved < 64), i_c + o_c, end), 0))
+        halved = tl.minimum(halved, tl.min(tl.where(has_halved_rows(b_steep, b_halved), i_c + o_c, end), 0))
     return steep, halved
 
 
@@ -126,7 +134,7 @@ def carve_state_kernel(
                 b_T = tl.where((o_r < first_steep)[None, :], b_T, b_T_late)
             if KIND == HALVED:
                 first_halved = tl.load(halved_from + i_ch)
-                if (first_steep < 32) | (first_halved < 64):
+                if has_halved_rows(first_steep, first_halved):
                     tl.debug_barrier()  # what other threads stored is visible from here on
                     b_T_halved = halved_scores(
                         k, erase_logits, content, k, g, A_log, dt_bias, start, o_r, m_r, i_h, H, i_chv, 1.0,
@@ -299,7 +307,7 @@ def carve_state_gradient_kernel(
                     b_d_left += matmul(tl.trans(k_right.load([row_k, 0])), b_dT_mild, CT, PRECISION)
                     b_d_chunk += tl.sum(b_d_left * b_slope.to(tl.float32), 1)
                     if KIND == HALVED:  # noqa: SIM102  decided by the compiler
-                        if (first_steep < 32) | (first_halved < 64):
+                        if has_halved_rows(first_steep, first_halved):
                             halved_content_gradient(
                                 k, g, erase_logits, content, A_log, dt_bias, tl.trans(tl.where(m_halved, b_dT, 0.0)),
                                 start, o_r, m_r, i_h, H, i_chv, erase_scale, d_content,

@@ -10,8 +10,9 @@ bfloat16 share; a power of two rounds nothing, and a constant one tells a row no
 decayed below 2^(-2 SHIFT) in some channel, where left is below UNSHIFT, are steep: all from the first such row on take
 the path of steep.py. Of these are
 
-    late    rows of the chunk's second half that have not decayed as far since its middle: their factors, which count
-            from there, stand for all their decays. Decays from the first half below 2^(SHIFT - 126) become zero.
+    late    rows of the chunk's second half that have not decayed as far since its middle: their factors count from
+            there. Of a row of the first half whose decay to the middle is below 2^(SHIFT - 126) = 2^-36, right becomes
+            zero: as much of a term of a late row's scores is lost.
     halved  the others.
 
 Which kind a row is depends on its past alone.
@@ -25,8 +26,9 @@ from .tiles import chunk_rows, load_columns, load_rows, load_tile, store_tile
 LOG2_E = tl.constexpr(1.4426950408889634)
 # One step of this log2-decay is an exact 0 in float32, so stopping here changes no value; it keeps 0 * g finite.
 STEEPEST_LOG2_DECAY = tl.constexpr(-256.0)
-# left and right of rows that are not steep stay within 2^-90 and 2^90. What is left up to the ends 2^-126 and 2^127 is
-# for what they multiply: gradients of the outputs may be as small as 2^-36 at no loss.
+# left and right of rows that are not halved stay within 2^-90 and 2^90 (to late rows, right of the first half's may be
+# smaller). What is left up to the ends 2^-126 and 2^127 is for what they multiply: gradients of the outputs may be as
+# small as 2^-36 at no loss.
 SHIFT = tl.constexpr(90.0)
 UNSHIFT = tl.constexpr(2.0**-90)
 
@@ -88,7 +90,7 @@ def late_factor(b_g, o_r, CT: tl.constexpr):
 
 @triton.jit
 def right_factor(b_left):
-    """1 / left; something finite in steep rows."""
+    """1 / left; something finite where left is below UNSHIFT."""
     return 1.0 / tl.maximum(b_left, UNSHIFT)
 
 
@@ -108,6 +110,11 @@ def load_late_factors(late, i_ch, o_r, K: tl.constexpr, o_k):
 def halved_rows(o_r, first_steep, first_halved):
     """Which rows of a chunk are halved, [64]."""
     return ((o_r >= first_steep) & (o_r < 32)) | (o_r >= first_halved)
+
+
+@triton.jit
+def has_halved_rows(first_steep, first_halved):
+    return (first_steep < 32) | (first_halved < 64)
 
 
 @triton.jit
@@ -161,4 +168,5 @@ def decay_kernel(
             b_least = tl.minimum(b_least, tl.min(b_late, 1))
             store_tile(late, i_ch, o_r, K, o_k, b_late)
     tl.store(steep_from + i_ch, first_steep)
-    tl.store(halved_from + i_ch, tl.min(tl.where((b_least < UNSHIFT) & (o_r >= 32), o_r, 64), 0))
+    m_halved = (b_least < UNSHIFT) & (o_r >= tl.maximum(first_steep, 32))
+    tl.store(halved_from + i_ch, tl.min(tl.where(m_halved, o_r, 64), 0))

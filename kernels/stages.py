@@ -95,11 +95,12 @@ class Factors(NamedTuple):
 
     @property
     def of_rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the rows' and columns' products take."""
+        """What the kernels take that form operands of all rows; steep ones among them are those of steep.py."""
         return self.left, self.last, self.rest, self.steep_from
 
     @property
     def of_steep_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What forms the scores of steep rows."""
         return self.late, self.steep_from, self.halved_from
 
 

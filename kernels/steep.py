@@ -2,14 +2,16 @@
 
 Late rows (see decay.py) have factors of their own. For halved rows the chunk is halved again and again instead. At a
 step, rows of a lower half meet the columns of the upper half before it, and the decay splits at the upper half's last
-row: both factors are exponentials of sums of the steps in between alone, at most 1 for any decay. Kernels of their own
-do this, so that the others, for which steep rows are rare, need no registers for it.
+row: both factors are exponentials of sums of the steps in between alone, at most 1 for any decay.
+
+Kernels of their own do this, so that the others, for which steep rows are rare, need no registers for it. Only CARVE's
+loops, whose erase gate nobody knows before, form the erased scores T themselves.
 """
 
 import triton
 import triton.language as tl
 
-from .decay import halved_rows, load_late_factors, load_log2_decay, sum_rows
+from .decay import halved_rows, has_halved_rows, load_late_factors, load_log2_decay, sum_rows
 from .tiles import chunk_rows, load_erase_gate, load_rows, matmul, pairs_of_halves, store_rows, store_tile
 
 HALVINGS = tl.constexpr(6)
@@ -64,23 +66,22 @@ def halved_scores(
 
 @triton.jit
 def steep_scores(
-    rows, b, content, k, g, late, A_log, dt_bias, start, o_r, m_r, i_h, H, i_ch, i_content, factor, erase_scale,
-    first_steep, first_halved, with_halved,
+    rows, b, k, g, late, A_log, dt_bias, start, o_r, m_r, i_h, H, i_ch, factor, erase_scale, first_steep, first_halved,
     K: tl.constexpr, BK: tl.constexpr, ERASED: tl.constexpr, GATE: tl.constexpr, RAW_DECAY: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores with earlier keys, [64, 64] float32, of which those of steep rows count; halved ones if with_halved."""
+    """Scores with earlier keys, [64, 64] float32, of which those of steep rows count."""
     b_scores = tl.zeros([64, 64], tl.float32)
-    for i_k in tl.static_range(K // BK):  # no loop: one around this, over chunks, may then be pipelined
+    for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         b_row, b_k = load_score_rows(
-            rows, b, content, k, start, o_r, m_r, i_h, H, i_content, K, o_k, factor, erase_scale, ERASED, GATE
+            rows, b, b, k, start, o_r, m_r, i_h, H, 0, K, o_k, factor, erase_scale, ERASED, GATE
         )
         b_left, b_right = load_late_factors(late, i_ch, o_r, K, o_k)
         b_scores += matmul(b_row * b_left, tl.trans((b_k * b_right).to(CT)), CT, PRECISION)
-    if with_halved:
+    if has_halved_rows(first_steep, first_halved):
         b_halved = halved_scores(
-            rows, b, content, k, g, A_log, dt_bias, start, o_r, m_r, i_h, H, i_content, factor, erase_scale,
+            rows, b, b, k, g, A_log, dt_bias, start, o_r, m_r, i_h, H, 0, factor, erase_scale,
             K, BK, ERASED, GATE, RAW_DECAY, CT, PRECISION,
         )  # fmt: skip
         b_scores = tl.where(halved_rows(o_r, first_steep, first_halved)[:, None], b_halved, b_scores)
@@ -120,18 +121,17 @@ def steep_scores_kernel(
         first_steep = tl.load(steep_from + i_ch, mask=i_c < chunks, other=64)
         if first_steep < 64:
             first_halved = tl.load(halved_from + i_ch)
-            with_halved = (first_steep < 32) | (first_halved < 64)
             start, low, high = chunk_rows(table, i_c)
             m_r = (o_r >= low) & (o_r < high)
             b_P = steep_scores(
-                q, b, b, k, g, late, A_log, dt_bias, start, o_r, m_r, i_h, H, i_ch, 0, scale, erase_scale,
-                first_steep, first_halved, with_halved, K, BK, False, GATE, RAW_DECAY, CT, PRECISION,
+                q, b, k, g, late, A_log, dt_bias, start, o_r, m_r, i_h, H, i_ch, scale, erase_scale,
+                first_steep, first_halved, K, BK, False, GATE, RAW_DECAY, CT, PRECISION,
             )  # fmt: skip
             store_tile(P, i_ch, o_r, 64, o_r, b_P)
             if WITH_T:
                 b_T = steep_scores(
-                    k, b, b, k, g, late, A_log, dt_bias, start, o_r, m_r, i_h, H, i_ch, 0, 1.0, erase_scale,
-                    first_steep, first_halved, with_halved, K, BK, True, GATE, RAW_DECAY, CT, PRECISION,
+                    k, b, k, g, late, A_log, dt_bias, start, o_r, m_r, i_h, H, i_ch, 1.0, erase_scale,
+                    first_steep, first_halved, K, BK, True, GATE, RAW_DECAY, CT, PRECISION,
                 )  # fmt: skip
                 store_tile(T, i_ch, o_r, 64, o_r, b_T)
 
@@ -165,7 +165,7 @@ def steep_gradient_kernel(
             m_r = (o_r >= low) & (o_r < high)
             o_square = i_chv * 64 * 64 + (o_r[:, None] * 64 + o_r[None, :])
             b_dT, b_dP = tl.load(dT + o_square), tl.load(dP + o_square)
-            m_late = (o_r >= first_steep)[:, None] & (m_halved == 0)
+            m_late = (o_r >= first_steep)[:, None] & ~m_halved
             b_dT_late, b_dP_late = tl.where(m_late, b_dT, 0.0), tl.where(m_late, b_dP, 0.0)
             for i_k in range(K // BK):
                 o_k = i_k * BK + tl.arange(0, BK)
@@ -179,7 +179,7 @@ def steep_gradient_kernel(
                 b_dk = matmul(tl.trans(b_dT_late), b_bk * b_left, CT, PRECISION)
                 b_dk += matmul(tl.trans(b_dP_late), b_q * b_left, CT, PRECISION)
                 b_dk *= b_right
-                if (first_steep < 32) | (first_halved < 64):
+                if has_halved_rows(first_steep, first_halved):
                     b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
                     for step in range(HALVINGS):
                         b_e = halving_factor(b_g, o_r, step, CT)

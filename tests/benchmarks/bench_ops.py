@@ -80,7 +80,7 @@ def with_decay(inputs: list[Tensor], log2_decay: float | None, share: float) -> 
         return inputs
     q, k, v, g, *others = inputs
     B, T, H, _ = g.shape
-    chosen = (torch.rand(B, T // 64, H, 1, device=g.device) < share).repeat_interleave(64, 1)
+    chosen = (torch.rand(B, -(-T // 64), H, 1, device=g.device) < share).repeat_interleave(64, 1)[:, :T]
     return [q, k, v, torch.where(chosen, log2_decay * math.log(2), g), *others]
 
 
@@ -201,6 +201,8 @@ def main() -> None:
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--plot", help="draw time against T into this file")
     chosen = parser.parse_args()
+    if chosen.log2_decay is None and chosen.steep_share != 1.0:
+        parser.error("--steep-share needs --log2-decay")
     cases = [tuple(map(int, c.split(","))) for c in chosen.case] if chosen.case else CASES
     if chosen.decode:
         rows = bench_decode(chosen.peers)

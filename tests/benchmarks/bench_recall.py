@@ -81,16 +81,16 @@ def words(variant: str, level: tuple[int, int], seed: int, steps: int) -> list[s
 
 
 def run(
-    out: Path, gpus: SimpleQueue[int], variant: str, level: tuple[int, int], seed: int, steps: int
+    out: Path, gpus: SimpleQueue[str], variant: str, level: tuple[int, int], seed: int, steps: int
 ) -> dict[str, Any]:
-    """Train one model in a process of its own, on a GPU that is free; returns its accuracy on unseen sequences, at the
-    end and after every fifth of the steps."""
+    """Train one model in a process of its own, on the GPU whose turn it is; returns its accuracy on unseen
+    sequences, at the end and after every fifth of the steps."""
     chosen = words(variant, level, seed, steps)
     gpu = gpus.get()
     done = subprocess.run(
         [sys.executable, Path(__file__).resolve(), "--child", variant, *chosen],
         cwd=out, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": str(gpu)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpu},
     )  # fmt: skip
     gpus.put(gpu)
     if done.returncode:
@@ -174,11 +174,14 @@ def main() -> None:
     chosen.out.mkdir(parents=True, exist_ok=True)
     results = chosen.out / "results.json"
     rows: list[dict[str, Any]] = json.loads(results.read_text()) if results.exists() else []
+    rows = [r for r in rows if "curve" in r]  # what an older version wrote is trained again
     there = {(r["variant"], tuple(r["level"]), r["seed"], r["steps"]) for r in rows}
     jobs = [(v, level, 1 + s, chosen.steps) for level in levels for s in range(chosen.seeds) for v in variants]
-    gpus: SimpleQueue[int] = SimpleQueue()
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    names = names or [str(i) for i in range(max(torch.cuda.device_count(), 1))]
+    gpus: SimpleQueue[str] = SimpleQueue()
     for i in range(chosen.jobs):
-        gpus.put(i % max(torch.cuda.device_count(), 1))
+        gpus.put(names[i % len(names)])
     with ThreadPoolExecutor(chosen.jobs) as pool:
         runs = [pool.submit(run, chosen.out, gpus, *job) for job in jobs if job not in there]
         for done in as_completed(runs):

@@ -98,7 +98,7 @@ def make_inputs(
         dtype: of q, k, v; gate_dtype of the other tensors, dtype if None.
         decay: "ordinary" (log-decay in (-0.5, 0)), "none" (0), "steep" (0, -0.01 and -1000 mixed), "brisk" (in (-3.4,
             -2.4), below 2^-180 over 64 steps and not over 32), "uneven" (brisk, steep from token 10 to 20) or "by
-            chunk" (of four: ordinary, brisk, ordinary and steep at its end, brisk).
+            chunk" (of four: ordinary, brisk, ordinary and steep at its end, and below 2^-180 within its second half).
         erase: "ordinary", or "extreme": b of exactly 0, 1 (and 2 for GDN-2).
         zero_keys: set about a third of the keys to zero.
         short_w: GDN-2's w as [B, T, HV].
@@ -204,7 +204,8 @@ def _log_decay(kind: str, uniform: Tensor) -> Tensor:
     if kind == "by chunk":
         t = torch.arange(uniform.shape[1])[:, None, None] % 256
         steep = torch.where((t >= 180) & (t < 192), _log_decay("steep", uniform), -0.5 * uniform)
-        return torch.where(t // 64 % 2 == 1, _log_decay("brisk", uniform), steep)
+        brisk = _log_decay("brisk", uniform) - 1.8 * (t // 64 == 3)
+        return torch.where(t // 64 % 2 == 1, brisk, steep)
     return -0.5 * uniform
 
 
