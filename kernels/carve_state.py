@@ -6,6 +6,9 @@ copies, so that the state, the residuals and the state's update follow each othe
 on only what is 64 rows high. A vector along a tile's columns would take a register per column and thread: sums over
 columns are products instead, and what scales columns is kept to one vector. The content path (mean output, code,
 content term) is float32 vectors.
+
+Every register of an SM is in use, and nearly all of its shared memory, which leaves so little to its cache that spilled
+registers come from L2. What could be computed once before the loops is therefore computed in them (disable_licm).
 """
 
 import triton
@@ -91,15 +94,16 @@ def carve_state_kernel(
     b_down = load_matrix(content_down, i_hv, o_v, o_c, V, R, True).to(tl.float32)
     b_up = load_matrix(content_up, i_hv, o_k, o_c, K, R, False).to(tl.float32)
 
+    token_share = 1.0 / content_chunk
     b_S = tl.zeros([V, K], tl.float32)
     b_mean = tl.zeros([V], tl.float32)
     b_partial = tl.zeros([V], tl.float32)
-    count = tl.zeros([], tl.int64)
+    filled = 0  # tokens of the running content chunk
     if HAS_INITIAL:
         b_S += load_matrix(initial_S, i_nhv, o_v, o_k, V, K, True)
         b_mean += load_columns(initial_mean, i_nhv, V, o_v)
         b_partial += load_columns(initial_partial, i_nhv, V, o_v)
-        count += tl.load(initial_count + i_n) // 64 * 64
+        filled += (tl.load(initial_count + i_n) % content_chunk // 64 * 64).to(tl.int32)
     b_code = tl.sum(b_down * b_mean[:, None], 0)
     b_content = tl.sum(b_up * b_code[None, :], 1)
     begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
@@ -108,7 +112,7 @@ def carve_state_kernel(
     since = begin
     for KIND in tl.static_range(MILD, HALVED + 1):
         until = first_steep_chunk if KIND == MILD else first_halved_chunk if KIND == LATE else end
-        for i_c in range(since, until):
+        for i_c in tl.range(since, until, disable_licm=True):
             start = row_0 + (i_c - begin) * 64
             m_r = (start + o_r >= tokens_from) & (start + o_r < tokens_to)
             i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
@@ -154,18 +158,20 @@ def carve_state_kernel(
             b_sum = matmul(b_S_CT, tl.trans(q_sum.load([row_s, 0])), CT, PRECISION)
             b_R = matmul(tl.trans(v_rows.load([start.to(tl.int32), i_hv * V])), b_Aw, CT, PRECISION)
             b_R = (b_R + matmul(b_erased, b_A, CT, PRECISION)).to(CT)
+            # Not the last product: it would run on into the next iteration, for which ptxas runs them all one by one.
+            b_S *= load_total_decay(last, i_ch, K, o_k)[None, :]
+            b_S += matmul(b_R, k_to_end.load([row_k, 0]), CT, PRECISION)
             b_sum += matmul(b_R, tl.trans(P_sum.load([row_s, 0])), CT, PRECISION)
             b_partial += tl.sum(b_sum, 1)
-            count += 64
-            complete = (start + 64 <= tokens_to) & (count % content_chunk == 0)
+            filled += 64
+            complete = (start + 64 <= tokens_to) & (filled == content_chunk)
             if complete:
-                b_mean = b_partial / content_chunk
+                filled = 0
+                b_mean = b_partial * token_share
                 b_partial = tl.zeros([V], tl.float32)
                 b_code = tl.sum(b_down * b_mean[:, None], 0)
                 b_content = tl.sum(b_up * b_code[None, :], 1)
             residuals.store([row_v, 0], b_R)
-            b_S *= load_total_decay(last, i_ch, K, o_k)[None, :]
-            b_S += matmul(b_R, k_to_end.load([row_k, 0]), CT, PRECISION)
         since = until
     if STORE_FINAL:
         store_matrix(final_S, i_nhv, o_v, o_k, V, K, True, b_S)
@@ -236,9 +242,11 @@ def carve_state_gradient_kernel(
     begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
     row_0, tokens_from, tokens_to = sequence_rows(table, begin, end)
     first_steep_chunk, first_halved_chunk = first_chunks_of_kinds(steep_from, halved_from, begin, end, i_h, H)
-    count = (end - begin) * 64
+    token_share = 1.0 / content_chunk
+    filled = (end - begin) * 64
     if HAS_INITIAL:
-        count += tl.load(initial_count + i_n) // 64 * 64
+        filled += tl.load(initial_count + i_n) // 64 * 64
+    filled = (filled % content_chunk).to(tl.int32)  # tokens of the running content chunk; 0 for all of them
     b_dS = tl.zeros([V, K], tl.float32)
     # Gradients of the content term of the running content chunk, summed up, and of an output, from the next one's mean.
     b_d_content = tl.zeros([K], tl.float32)
@@ -254,16 +262,16 @@ def carve_state_gradient_kernel(
     since = end - end  # counted from behind, as chunks are here
     for KIND in tl.static_range(HALVED, MILD - 1, -1):
         until = end - (begin if KIND == MILD else first_steep_chunk if KIND == LATE else first_halved_chunk)
-        for i_back in range(since, until):
+        for i_back in tl.range(since, until, disable_licm=True):
             i_c = end - 1 - i_back
             start = row_0 + (i_c - begin) * 64
             m_r = (start + o_r >= tokens_from) & (start + o_r < tokens_to)
-            if (start + 64 <= tokens_to) & (count % content_chunk == 0):
+            if (start + 64 <= tokens_to) & (filled == 0):
                 b_d_code = tl.sum(b_up * b_d_content[:, None], 0)
-                b_d_row = (tl.sum(b_down * b_d_code[None, :], 1) + mean_pending * b_d_final) / content_chunk
+                b_d_row = (tl.sum(b_down * b_d_code[None, :], 1) + mean_pending * b_d_final) * token_share
                 b_d_content = tl.zeros([K], tl.float32)
                 mean_pending = 0.0
-            count -= 64
+            filled = tl.where(filled == 0, content_chunk, filled) - 64
             i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
             row_k, _, row_A, row_v = tile_rows(i_ch, i_chv, V)
             store_columns(d_output_rows, i_chv, V, o_v, b_d_row)
@@ -322,5 +330,11 @@ def carve_state_gradient_kernel(
     if HAS_INITIAL:
         b_d_code = tl.sum(b_up * b_d_content[:, None], 0)
         store_matrix(d_initial_S, i_nhv, o_v, o_k, V, K, True, b_dS)
-        store_columns(d_initial_mean, i_nhv, V, o_v, tl.sum(b_down * b_d_code[None, :], 1) + mean_pending * b_d_final)
+        store_columns(
+            d_initial_mean,
+            i_nhv,
+            V,
+            o_v,
+            tl.sum(b_down * b_d_code[None, :], 1) + mean_pending * b_d_final,
+        )
         store_columns(d_initial_partial, i_nhv, V, o_v, b_d_row)

@@ -141,11 +141,11 @@ def unit_triangular_inverse(b_T, o_r, UPPER: tl.constexpr, CT: tl.constexpr, PRE
     Goes from the inverse of the diagonal blocks of 2^step rows to that of twice as many. This is block substitution:
     stable where a series in T, whose powers may be huge, is not.
     """
-    b_A = tl.where(o_r[:, None] == o_r[None, :], 1.0, tl.where(pairs_of_halves(o_r, 0, UPPER), -b_T, 0.0))
-    b_T = b_T.to(CT)
+    b_A = -tl.where(pairs_of_halves(o_r, 0, UPPER), b_T.to(tl.float32), 0.0)
+    b_A = tl.where(o_r[:, None] == o_r[None, :], 1.0, b_A)
     for step in tl.static_range(1, 6):
-        b_Th = tl.where(pairs_of_halves(o_r, step, UPPER), b_T, 0.0)
-        b_A -= matmul(b_A, matmul(b_Th, b_A, CT, PRECISION), CT, PRECISION)
+        b_step = matmul(b_A, matmul(b_T, b_A, CT, PRECISION), CT, PRECISION)
+        b_A -= tl.where(pairs_of_halves(o_r, step, UPPER), b_step, 0.0)
     return b_A
 
 

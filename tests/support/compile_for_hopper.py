@@ -3,8 +3,9 @@
     python tests/support/compile_for_hopper.py gdn2|carve DTYPE WIDTH
 
 calls the chunk op, forward and backward with what a mixer gives it, and one step of decoding, with launches replaced by
-compilation; prints a line of JSON for each kernel: its name, its shared memory in bytes, the registers of a thread and
-the bytes that it spills. A script of its own: what it changes in Triton stays for the life of a process.
+compilation; prints a line of JSON for each kernel: its name, its shared memory in bytes, the registers of a thread, the
+bytes that it spills, and its instructions that multiply tiles and that wait for such. A script of its own: what it
+changes in Triton stays for the life of a process.
 """
 
 import json
@@ -41,13 +42,21 @@ class Hopper:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread and bytes of its stack, where spilled registers are, by name."""
+    """Registers of a thread, bytes of its stack, where spilled registers are, products of tiles and waits for them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        printed = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
-    fields = dict(field.split(":")[:2] for field in printed.split() if field.startswith(("REG:", "STACK:")))
-    return {"registers": int(fields["REG"]), "spilled": int(fields["STACK"])}
+        usage, code = (
+            subprocess.run([TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    fields = dict(field.split(":")[:2] for field in usage.split() if field.startswith(("REG:", "STACK:")))
+    return {
+        "registers": int(fields["REG"]),
+        "spilled": int(fields["STACK"]),
+        "products": code.count("HGMMA."),
+        "waits": code.count("WARPGROUP.DEPBAR"),
+    }
 
 
 def main(op: str, dtype: torch.dtype, width: int) -> None:
