@@ -43,6 +43,9 @@ def test_a_measured_step_of_the_debug_recipe(tmp_path):
     for expected in (f"{numbers['parameters']:,} parameters", "tokens/s", "mixer op", "optimizer"):
         assert expected in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["n.json"]  # nothing else is left
+    on_gpu = {**numbers, "peak_allocated_bytes": 1, "peak_reserved_bytes": 1}
+    assert not any("recomputation" in line for line in bench.report(on_gpu))
+    assert any("recomputation" in line for line in bench.report({**on_gpu, "recompute_granularity": "full"}))
 
 
 def test_two_processes_measure_one_step_of_a_text(tmp_path):
