@@ -152,7 +152,7 @@ def chunk_carve(
         w: write gate, one scalar per head, [B, T, HV].
         content_down: D, [HV, R, V].
         content_up: U, [HV, K, R].
-        content_chunk: tokens in a content chunk, a positive multiple of 64. Part of the model.
+        content_chunk: tokens in a content chunk, a positive multiple of 64 below 2**31. Part of the model.
         content_grad: "full", or "detached" to let no gradient into the mean where it enters the gate.
         erase_scale: upper end of the erase gate, above 0 and at most 2; above 1 the transition may have negative
             eigenvalues.

@@ -158,7 +158,7 @@ def carve_state_kernel(
             b_sum = matmul(b_S_CT, tl.trans(q_sum.load([row_s, 0])), CT, PRECISION)
             b_R = matmul(tl.trans(v_rows.load([start.to(tl.int32), i_hv * V])), b_Aw, CT, PRECISION)
             b_R = (b_R + matmul(b_erased, b_A, CT, PRECISION)).to(CT)
-            # Not the last product: it would run on into the next iteration, for which ptxas runs them all one by one.
+            # Not the last product: with one that runs on into the next iteration ptxas has made all of them wait.
             b_S *= load_total_decay(last, i_ch, K, o_k)[None, :]
             b_S += matmul(b_R, k_to_end.load([row_k, 0]), CT, PRECISION)
             b_sum += matmul(b_R, tl.trans(P_sum.load([row_s, 0])), CT, PRECISION)
@@ -246,7 +246,7 @@ def carve_state_gradient_kernel(
     filled = (end - begin) * 64
     if HAS_INITIAL:
         filled += tl.load(initial_count + i_n) // 64 * 64
-    filled = (filled % content_chunk).to(tl.int32)  # tokens of the running content chunk; 0 for all of them
+    filled = (filled % content_chunk).to(tl.int32)  # tokens of the running content chunk; 0 when it is full
     b_dS = tl.zeros([V, K], tl.float32)
     # Gradients of the content term of the running content chunk, summed up, and of an output, from the next one's mean.
     b_d_content = tl.zeros([K], tl.float32)
@@ -330,11 +330,5 @@ def carve_state_gradient_kernel(
     if HAS_INITIAL:
         b_d_code = tl.sum(b_up * b_d_content[:, None], 0)
         store_matrix(d_initial_S, i_nhv, o_v, o_k, V, K, True, b_dS)
-        store_columns(
-            d_initial_mean,
-            i_nhv,
-            V,
-            o_v,
-            tl.sum(b_down * b_d_code[None, :], 1) + mean_pending * b_d_final,
-        )
+        store_columns(d_initial_mean, i_nhv, V, o_v, tl.sum(b_down * b_d_code[None, :], 1) + mean_pending * b_d_final)
         store_columns(d_initial_partial, i_nhv, V, o_v, b_d_row)

@@ -248,6 +248,8 @@ def _check_content_options(content_chunk: int, content_grad: str) -> None:
     whole = isinstance(content_chunk, int) and not isinstance(content_chunk, bool)
     if not whole or content_chunk < 1 or content_chunk % CHUNK_TOKENS:
         raise ValueError(f"content_chunk: expected a positive multiple of {CHUNK_TOKENS}, got {content_chunk!r}")
+    if content_chunk >= 2**31:
+        raise ValueError(f"content_chunk: expected less than 2**31, got {content_chunk}")
     if content_grad not in CONTENT_GRADS:
         raise ValueError(f"content_grad: expected one of {', '.join(CONTENT_GRADS)}, got {content_grad!r}")
 

@@ -35,6 +35,7 @@ def test_a_measured_step_of_the_debug_recipe(tmp_path):
     assert numbers["model_tflops_per_second_and_gpu"] == pytest.approx(
         flops * numbers["tokens_per_second_and_gpu"] / 1e12
     )
+    assert numbers["recomputed"] is False
     assert numbers["utilisation"] is None and numbers["peak_allocated_bytes"] is None
     parts = numbers["seconds_by_part"]
     assert list(parts) == list(PARTS) and all(seconds > 0 for seconds in parts.values())
@@ -45,7 +46,7 @@ def test_a_measured_step_of_the_debug_recipe(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["n.json"]  # nothing else is left
     on_gpu = {**numbers, "peak_allocated_bytes": 1, "peak_reserved_bytes": 1}
     assert not any("recomputation" in line for line in bench.report(on_gpu))
-    assert any("recomputation" in line for line in bench.report({**on_gpu, "recompute_granularity": "full"}))
+    assert any("recomputation" in line for line in bench.report({**on_gpu, "recomputed": True}))
 
 
 def test_two_processes_measure_one_step_of_a_text(tmp_path):

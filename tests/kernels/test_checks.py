@@ -118,6 +118,7 @@ CARVE_ERRORS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "content_up device": ({"content_up": X(HV, K, R, **META)}, ("content_up:", "device", "cpu", "meta")),
     "content_chunk multiple": ({"content_chunk": 96}, ("content_chunk:", "multiple of 64", "96")),
     "content_chunk zero": ({"content_chunk": 0}, ("content_chunk:", "positive", "0")),
+    "content_chunk size": ({"content_chunk": 2**31}, ("content_chunk:", "less than 2**31", "2147483648")),
     "content_chunk type": ({"content_chunk": 64.0}, ("content_chunk:", "multiple of 64", "64.0")),
     "erase_scale": ({"erase_scale": 2.5}, ("erase_scale:", "above 0 and at most 2", "2.5")),
     "erase_scale type": ({"erase_scale": True}, ("erase_scale:", "a number", "True")),

@@ -63,9 +63,9 @@ def test_gradients_of_small_losses_are_small_and_else_the_same(op: str, decay: s
 
 
 @pytest.mark.parametrize("content_grad", ["full", "detached"])
-def test_content_chunks_across_calls(content_grad: str) -> None:
+def test_carves_content_chunks_across_calls(content_grad: str) -> None:
     check("carve", {
-        "B": 2, "T": 100, "H": 1, "K": 32, "V": 32, "content_chunk": 128, "counts": [5, 70], "initial_state": True,
+        "B": 2, "T": 200, "H": 1, "K": 32, "V": 32, "content_chunk": 128, "counts": [5, 70], "initial_state": True,
         "content_grad": content_grad,
     })  # fmt: skip
 

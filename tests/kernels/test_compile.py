@@ -39,7 +39,9 @@ def test_kernels_fit_a_hopper_gpu(op: str, dtype: str, width: int, tmp_path: Pat
     assert {row["kernel"].removesuffix("_kernel") for row in rows} == KERNELS[op]
     assert all(row["shared"] <= SHARED_MEMORY for row in rows), rows
     if (op, dtype, width) in RECIPES:  # larger tiles have too few registers for either
+        loops = [row for row in rows if "_state" in row["kernel"]]
+        assert len(loops) == 2 and all(row["products"] > 0 for row in loops), rows
         # a compiler that finds sums touched while a product runs makes all products of a kernel wait for each other
         assert all(row["waits"] <= row["products"] / 2 for row in rows), rows
         # beside so much shared memory little is left to an SM's own cache: spilled registers come from beyond it
-        assert all(row["spilled"] <= 1000 for row in rows if "carve_state" in row["kernel"]), rows
+        assert all(row["spilled"] <= 700 for row in loops), rows

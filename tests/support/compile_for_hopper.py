@@ -4,8 +4,8 @@
 
 calls the chunk op, forward and backward with what a mixer gives it, and one step of decoding, with launches replaced by
 compilation; prints a line of JSON for each kernel: its name, its shared memory in bytes, the registers of a thread, the
-bytes that it spills, and its instructions that multiply tiles and that wait for such. A script of its own: what it
-changes in Triton stays for the life of a process.
+bytes that it spills, and how many of Hopper's instructions multiply tiles and how many wait for them. A script of its
+own: what it changes in Triton stays for the life of a process.
 """
 
 import json
@@ -47,7 +47,7 @@ def resources(cubin: bytes) -> dict[str, int]:
         file.write(cubin)
         file.flush()
         usage, code = (
-            subprocess.run([TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True).stdout
+            subprocess.run([TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
             for option in ("-res-usage", "-sass")
         )
     fields = dict(field.split(":")[:2] for field in usage.split() if field.startswith(("REG:", "STACK:")))
