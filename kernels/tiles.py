@@ -139,8 +139,8 @@ def unit_triangular_inverse(b_T, o_r, UPPER: tl.constexpr, CT: tl.constexpr, PRE
     """(I + T)^-1 for a strictly lower T, or a strictly upper one, [64, 64] float32.
 
     Goes from the inverse of the diagonal blocks of 2^step rows to that of twice as many. This is block substitution:
-    stable where a series in T, whose powers may be huge, is not. The inverse so far, A, is block-diagonal: the blocks that
-    a step adds, of A T A, come from the same blocks of T alone.
+    stable where a series in T, whose powers may be huge, is not. The inverse so far, A, is block-diagonal: the blocks
+    that a step adds, of A T A, come from the same blocks of T alone.
     """
     b_A = -tl.where(pairs_of_halves(o_r, 0, UPPER), b_T, 0.0)
     b_A = tl.where(o_r[:, None] == o_r[None, :], 1.0, b_A)
