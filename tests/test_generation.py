@@ -222,7 +222,10 @@ def test_heads_for_further_tokens_are_no_hindrance(folder):
 
 def test_a_stream_can_be_interrupted_or_cut_off(folder):
     command = [sys.executable, "-m", "megatron_carve.generate", "runs/one", "--prompt", "the", "--max-new-tokens"]
-    run = subprocess.Popen([*command, "100000"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run = subprocess.Popen(
+        [*command, "100000"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell runs behind it
+    )  # fmt: skip
     assert run.stdout is not None and run.stderr is not None
     run.stdout.read(5)
     run.send_signal(signal.SIGINT)
