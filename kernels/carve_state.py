@@ -7,8 +7,8 @@ on only what is 64 rows high. A vector along a tile's columns would take a regis
 columns are products instead, and what scales columns is kept to one vector. The content path (mean output, code,
 content term) is float32 vectors.
 
-Every register of an SM is in use, and nearly all of its shared memory, which leaves so little to its cache that spilled
-registers come from L2. What could be computed once before the loops is therefore computed in them (disable_licm).
+Every register of an SM is in use, and nearly all of its shared memory, which leaves its cache less room than many
+spilled registers take. What could be computed once before the loops is therefore computed in them (disable_licm).
 """
 
 import triton

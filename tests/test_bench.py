@@ -52,9 +52,10 @@ def test_a_measured_step_of_the_debug_recipe(tmp_path):
 def test_two_processes_measure_one_step_of_a_text(tmp_path):
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 400)
     words = ["debug", "data.text=text.txt", "parallel.tensor=2", "--warmup", "1", "--steps", "1", "--json", "n.json"]
-    launch(2, ["-m", "megatron_carve.bench", *words], cwd=tmp_path)
+    again = [f"megatron.recompute_{name}" for name in ("granularity=full", "method=uniform", "num_layers=1")]
+    launch(2, ["-m", "megatron_carve.bench", *words, *again], cwd=tmp_path)
     numbers = json.loads((tmp_path / "n.json").read_text())
-    assert numbers["gpus"] == 2 and len(numbers["losses"]) == 3
+    assert numbers["gpus"] == 2 and len(numbers["losses"]) == 3 and numbers["recomputed"]
     speed = numbers["tokens_per_step"] / numbers["seconds_per_step"]
     assert numbers["tokens_per_second_and_gpu"] == pytest.approx(speed / 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["n.json", "text.txt"]
