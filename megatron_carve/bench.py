@@ -208,7 +208,6 @@ class StepTimer:
             "micro_batch_size": recipe.training.micro_batch_size,
             "global_batch_size": recipe.training.global_batch_size,
             "tokens_per_step": tokens,
-            "recomputed": recipe.model.mixer_recompute or recipe.megatron.get("recompute_granularity") is not None,
             "seconds_per_step": step,
             "all_seconds": seconds,
             "losses": self.losses,
@@ -249,8 +248,6 @@ def report(n: dict[str, Any]) -> list[str]:
     lines += ["", f"{what} of one profiled step, {busy * 1e3:.1f} ms"]
     for part, seconds in n["seconds_by_part"].items():
         lines.append(f"  {part:<40}{seconds * 1e3:>10.2f} ms  {seconds / busy:>6.1%}")
-    if n["recomputed"] and n["peak_allocated_bytes"] is not None:
-        lines.append("(with activation recomputation these parts are wrong: products done again count as embedding)")
     lines += ["", "longest"]
     lines += [f"  {name[:60]:<60}{seconds * 1e3:>10.2f} ms" for name, seconds in n["longest"]]
     return lines

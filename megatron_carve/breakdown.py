@@ -34,7 +34,7 @@ ENDS = "embedding, output and loss"
 STEP = "gradient sums, optimizer, the rest"
 PARTS = (OP, PROJECTIONS, CONVOLUTION, MIXER, MLP_PART, ATTENTION, LAYER, ENDS, STEP)
 
-# cudaLaunchKernel and its like. They are numbered apart from operations, so that torch links kernels of others to them.
+# cudaLaunchKernel and its like: numbered apart from operations, each as the kernel that it starts.
 _CUDA_CALL = re.compile("cu(da)?[A-Z]")
 
 # Attributes of a mixer: a module, whose forward is meant, or a method.
@@ -73,21 +73,28 @@ def time_by_part(events: Iterable[Any]) -> dict[str, float]:
     STEP's.
     """
     events = list(events)
-    on_cpu = [e for e in events if e.device_type == DeviceType.CPU and not _CUDA_CALL.match(e.name)]
+    on_cpu, calls, on_gpu = [], {}, []
+    for event in events:
+        if event.device_type != DeviceType.CPU:
+            if not event.is_user_annotation:
+                on_gpu.append(event)
+        elif _CUDA_CALL.match(event.name):
+            calls[event.id] = event
+        else:
+            on_cpu.append(event)
     on_cpu.sort(key=lambda e: e.time_range.start)
-    on_gpu = [e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation]
     # Operations that make no node peek at the number of the next one, so the last with a number made its node.
     forward_part = {}
     for event in on_cpu:
         if event.sequence_nr >= 0 and not _is_backward(event):
             forward_part[event.thread, event.sequence_nr] = _part(event, {})
     seconds = dict.fromkeys(PARTS, 0.0)
-    for event in on_cpu:
-        own = sum(k.duration for k in event.kernels) if on_gpu else event.self_cpu_time_total
-        if own:
-            seconds[_part(event, forward_part) or STEP] += own / 1e6
-    if on_gpu:  # kernels that no operation is known to have launched
-        seconds[STEP] += sum(e.time_range.elapsed_us() for e in on_gpu) / 1e6 - sum(seconds.values())
+    # A kernel belongs where it was started. The operation that torch links it to may lie far outside of that: without
+    # gradients, as in recomputed layers, Transformer Engine's products run in no operation of their own.
+    for event in on_gpu or on_cpu:
+        around = calls.get(event.id) if on_gpu else event
+        own = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
+        seconds[_part(around, forward_part) or STEP] += own / 1e6
     return seconds
 
 

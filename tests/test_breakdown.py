@@ -65,23 +65,23 @@ def test_a_backward_belongs_to_the_part_of_its_forward(kind):
 
 def event(name, start, **fields):
     """An event as torch's profiler gives it."""
-    plain = {"device_type": DeviceType.CPU, "is_user_annotation": False, "kernels": [], "cpu_parent": None,
+    plain = {"device_type": DeviceType.CPU, "is_user_annotation": False, "cpu_parent": None, "id": 0,
              "sequence_nr": -1, "fwd_thread": 0, "thread": 1}  # fmt: skip
     return SimpleNamespace(name=name, time_range=Interval(start, start + 10), **{**plain, **fields})
 
 
-def test_a_kernel_counts_once():
-    """For the operation that launched it, whatever call of CUDA bears the same number; unknown ones for the step."""
-    device = {"device_type": DeviceType.CUDA, "is_user_annotation": False}
-    kernel, unknown = event("kernel", 20, **device), event("unknown", 40, **device)
-    part = event(PREFIX + OP, 0, is_user_annotation=True)
-    op = event("aten::mm", 1, cpu_parent=part, kernels=[SimpleNamespace(duration=10.0)])
-    call = event("cudaLaunchKernel", 2, cpu_parent=op, kernels=[SimpleNamespace(duration=10.0)])
-    parts = time_by_part(
-        [part, op, call, kernel, unknown, event(PREFIX + OP, 0, **device | {"is_user_annotation": True})]
-    )
+def test_a_kernel_belongs_to_the_range_that_launched_it():
+    """Whatever operation bears the number of its launch, and also where no operation is around that; else the step."""
+    device = {"device_type": DeviceType.CUDA}
+    kernel, unknown = event("kernel", 20, id=7, **device), event("unknown", 40, id=8, **device)
+    layer = event("CheckpointFunction", 0, id=3, sequence_nr=5)
+    part = event(PREFIX + OP, 1, is_user_annotation=True, cpu_parent=layer)
+    call = event("cuLaunchKernelEx", 2, id=7, cpu_parent=part)
+    other = event("aten::view", 30, id=7)
+    events = [layer, part, call, other, kernel, unknown, event(PREFIX + OP, 0, is_user_annotation=True, **device)]
+    parts = time_by_part(events)
     assert parts == {**dict.fromkeys(PARTS, 0.0), OP: pytest.approx(1e-5), STEP: pytest.approx(1e-5)}
-    assert longest_kernels([part, op, kernel, unknown], 1) == [("kernel", pytest.approx(1e-5))]
+    assert longest_kernels(events, 1) == [("kernel", pytest.approx(1e-5))]
 
 
 def test_work_outside_of_every_part_is_the_steps():
