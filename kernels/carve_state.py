@@ -15,15 +15,7 @@ import triton
 import triton.language as tl
 
 from .carve_operands import SUM_ROWS
-from .decay import (
-    UNSHIFT,
-    halved_rows,
-    has_halved_rows,
-    load_late_factors,
-    load_log2_decay,
-    load_total_decay,
-    right_factor,
-)
+from .decay import UNSHIFT, halved_rows, has_halved_rows, load_late_factors, load_log2_decay, right_factor
 from .steep import HALVINGS, halved_scores, halving_factor
 from .tiles import (
     GATE_CONTENT,
@@ -77,10 +69,13 @@ def carve_state_kernel(
     A, states, residuals, codes, content, means, final_S, final_mean, final_partial,
     table, first, content_chunk, erase_scale, H, HV,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr, RAW_DECAY: tl.constexpr, LOGITS_W: tl.constexpr,
+    STEEP: tl.constexpr, HAS_INITIAL: tl.constexpr, RAW_DECAY: tl.constexpr, LOGITS_W: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence and value head; RP is R rounded up to a power of two, BK divides K.
+
+    Takes the chunks before a sequence's first one with steep rows or, if STEEP, the others, from the state that the
+    first launch left: beside the loops for steep rows the one for mild rows would get fewer registers.
 
     Writes per chunk A [NC, HV, C, C], states [NC, HV, V, K], residuals [NC, HV, V, C], otherwise as GDN-2's stages do,
     and
@@ -94,23 +89,25 @@ def carve_state_kernel(
     b_down = load_matrix(content_down, i_hv, o_v, o_c, V, R, True).to(tl.float32)
     b_up = load_matrix(content_up, i_hv, o_k, o_c, K, R, False).to(tl.float32)
 
+    begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
+    row_0, tokens_from, tokens_to = sequence_rows(table, begin, end)
+    first_steep_chunk, first_halved_chunk = first_chunks_of_kinds(steep_from, halved_from, begin, end, i_h, H)
+    since = first_steep_chunk if STEEP else begin
     token_share = 1.0 / content_chunk
+    filled = (since - begin) * 64
+    if initial_count is not None:
+        filled += tl.load(initial_count + i_n) // 64 * 64
+    filled = (filled % content_chunk).to(tl.int32)  # tokens of the running content chunk
     b_S = tl.zeros([V, K], tl.float32)
     b_mean = tl.zeros([V], tl.float32)
     b_partial = tl.zeros([V], tl.float32)
-    filled = 0  # tokens of the running content chunk
     if HAS_INITIAL:
         b_S += load_matrix(initial_S, i_nhv, o_v, o_k, V, K, True)
         b_mean += load_columns(initial_mean, i_nhv, V, o_v)
         b_partial += load_columns(initial_partial, i_nhv, V, o_v)
-        filled += (tl.load(initial_count + i_n) % content_chunk // 64 * 64).to(tl.int32)
     b_code = tl.sum(b_down * b_mean[:, None], 0)
     b_content = tl.sum(b_up * b_code[None, :], 1)
-    begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
-    row_0, tokens_from, tokens_to = sequence_rows(table, begin, end)
-    first_steep_chunk, first_halved_chunk = first_chunks_of_kinds(steep_from, halved_from, begin, end, i_h, H)
-    since = begin
-    for KIND in tl.static_range(MILD, HALVED + 1):
+    for KIND in tl.static_range(LATE if STEEP else MILD, HALVED + 1 if STEEP else LATE):
         until = first_steep_chunk if KIND == MILD else first_halved_chunk if KIND == LATE else end
         for i_c in tl.range(since, until, disable_licm=True):
             start = row_0 + (i_c - begin) * 64
@@ -125,15 +122,16 @@ def carve_state_kernel(
             b_b = logits_rows.load([start.to(tl.int32), i_h * K]).to(tl.float32)
             b_b = erase_scale * tl.sigmoid(b_b + b_content[None, :])
             # T and A are transposed, as are all scores here
+            first_steep = 64 if KIND == MILD else tl.load(steep_from + i_ch)
             if KIND != MILD:
-                first_steep = tl.load(steep_from + i_ch)
                 b_T_late = tl.zeros([64, 64], tl.float32)
                 if first_steep < 64:
                     b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
                     b_left, b_right = load_late_factors(late, i_ch, o_r, K, o_k)
                     b_T_late = matmul(b_k * b_right, tl.trans((b_b * b_k * b_left).to(CT)), CT, PRECISION)
             b_bk = tl.trans((b_b * k_left.load([row_k, 0]).to(tl.float32)).to(CT))
-            b_T = matmul(k_right.load([row_k, 0]), b_bk, CT, PRECISION)
+            b_k_right = k_right.load([row_k, 0])
+            b_T = matmul(b_k_right, b_bk, CT, PRECISION)
             if KIND != MILD:
                 b_T = tl.where((o_r < first_steep)[None, :], b_T, b_T_late)
             if KIND == HALVED:
@@ -159,8 +157,11 @@ def carve_state_kernel(
             b_R = matmul(tl.trans(v_rows.load([start.to(tl.int32), i_hv * V])), b_Aw, CT, PRECISION)
             b_R = (b_R + matmul(b_erased, b_A, CT, PRECISION)).to(CT)
             # Not the last product: with one that runs on into the next iteration ptxas has made all of them wait.
-            b_S *= load_total_decay(last, i_ch, K, o_k)[None, :]
-            b_S += matmul(b_R, k_to_end.load([row_k, 0]), CT, PRECISION)
+            b_last = load_columns(last, i_ch, K, o_k)[None, :]
+            if first_steep == 64:
+                b_S = (b_S * UNSHIFT + matmul(b_R, b_k_right, CT, PRECISION)) * b_last
+            else:
+                b_S = b_S * (b_last * UNSHIFT) + matmul(b_R, k_to_end.load([row_k, 0]), CT, PRECISION)
             b_sum += matmul(b_R, tl.trans(P_sum.load([row_s, 0])), CT, PRECISION)
             b_partial += tl.sum(b_sum, 1)
             filled += 64
@@ -173,10 +174,9 @@ def carve_state_kernel(
                 b_content = tl.sum(b_up * b_code[None, :], 1)
             residuals.store([row_v, 0], b_R)
         since = until
-    if STORE_FINAL:
-        store_matrix(final_S, i_nhv, o_v, o_k, V, K, True, b_S)
-        store_columns(final_mean, i_nhv, V, o_v, b_mean)
-        store_columns(final_partial, i_nhv, V, o_v, b_partial)
+    store_matrix(final_S, i_nhv, o_v, o_k, V, K, True, b_S)
+    store_columns(final_mean, i_nhv, V, o_v, b_mean)
+    store_columns(final_partial, i_nhv, V, o_v, b_partial)
 
 
 @triton.jit
@@ -221,7 +221,7 @@ def carve_state_gradient_kernel(
     A, states, residuals, do_rows,
     d_final_S, d_final_mean, d_final_partial, initial_count,
     d_states, d_residuals, d_output_rows, d_content, d_initial_S, d_initial_mean, d_initial_partial,
-    table, first, content_chunk, erase_scale, H, HV,
+    table, first, content_chunk, erase_scale, chunks, H, HV,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     HAS_FINAL: tl.constexpr, HAS_INITIAL: tl.constexpr, DETACHED: tl.constexpr, RAW_DECAY: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
@@ -259,6 +259,8 @@ def carve_state_gradient_kernel(
         b_dS += load_matrix(d_final_S, i_nhv, o_v, o_k, V, K, True)
         b_d_row += load_columns(d_final_partial, i_nhv, V, o_v)
         b_d_final += load_columns(d_final_mean, i_nhv, V, o_v)
+    i_last = tl.where(begin < end, end - 1, chunks) * HV + i_hv
+    d_states.store([(i_last * V).to(tl.int32), 0], b_dS.to(CT))
     since = end - end  # counted from behind, as chunks are here
     for KIND in tl.static_range(HALVED, MILD - 1, -1):
         until = end - (begin if KIND == MILD else first_steep_chunk if KIND == LATE else first_halved_chunk)
@@ -277,31 +279,38 @@ def carve_state_gradient_kernel(
             store_columns(d_output_rows, i_chv, V, o_v, b_d_row)
             b_do = tl.trans(do_rows.load([start.to(tl.int32), i_hv * V])).to(tl.float32)
             b_do = tl.where(m_r[None, :], b_do + b_d_row[:, None], 0.0).to(CT)
-            b_last = load_total_decay(last, i_ch, K, o_k)  # early: it arrives while the products run
-            b_dS_CT = b_dS.to(CT)
-            d_states.store([row_v, 0], b_dS_CT)
+            b_last = load_columns(last, i_ch, K, o_k)[None, :]  # early: it arrives while the products run
             b_dR = matmul(b_do, P.load([row_k, 0]), CT, PRECISION)
-            b_dR += matmul(b_dS_CT, tl.trans(k_to_end.load([row_k, 0])), CT, PRECISION)
+            first_steep = 64 if KIND == MILD else tl.load(steep_from + i_ch)
+            first_halved = 64 if KIND == MILD else tl.load(halved_from + i_ch)
+            is_steep = first_steep < 64  # else k_to_end would be k_right times last
+            b_dS_CT = (b_dS * tl.where(is_steep, 1.0, b_last)).to(CT)
+            b_k_end = k_to_end.load([row_k, 0]) if is_steep else k_right.load([row_k, 0])
+            b_dR += matmul(b_dS_CT, tl.trans(b_k_end), CT, PRECISION)
+            b_dS *= b_last * UNSHIFT
             b_dR = b_dR.to(CT)
             store_matrix(d_residuals, i_chv, o_v, o_r, V, 64, False, b_dR)
             # minus the gradient of w v - E S
             b_dE = (-matmul(b_dR, A.load([row_A, 0]), CT, PRECISION)).to(CT)
 
-            b_dS *= b_last[None, :]
             b_dS += matmul(b_do, q_from_start.load([row_k, 0]), CT, PRECISION)
             b_dS += matmul(b_dE, erasure.load([row_A, 0]), CT, PRECISION)
+            # Of the state before this chunk; before the first one a tile that nothing reads. Triton would keep what an
+            # iteration's beginning stores in registers until its end.
+            i_before = tl.where(i_c > begin, i_c - 1, chunks) * HV + i_hv
+            d_states.store([(i_before * V).to(tl.int32), 0], b_dS.to(CT))
 
             # The first chunk's content is that of the initial state. A branch also keeps its loads out of the pipeline,
             # for which shared memory would not suffice.
             if not DETACHED:  # noqa: SIM102  decided by the compiler
                 if i_c > begin - HAS_INITIAL:
                     b_slope = load_matrix(gate_slope, i_chv, o_k, o_r, K, 64, False)
-                    b_dT = matmul(tl.trans(residuals.load([row_v, 0])), b_dE, CT, PRECISION)
+                    b_R = load_matrix(residuals, i_chv, o_v, o_r, V, 64, False)
+                    b_dT = matmul(tl.trans(b_R), b_dE, CT, PRECISION)
                     b_dT = tl.where(o_r[None, :] > o_r[:, None], b_dT, 0.0)
                     b_d_chunk = tl.zeros([K], tl.float32)
                     b_dT_mild = b_dT
                     if KIND != MILD:
-                        first_steep, first_halved = tl.load(steep_from + i_ch), tl.load(halved_from + i_ch)
                         m_mild = (o_r < first_steep)[None, :]
                         m_halved = halved_rows(o_r, first_steep, first_halved)[None, :]
                         b_dT_mild = tl.where(m_mild, b_dT, 0.0)
@@ -312,7 +321,8 @@ def carve_state_gradient_kernel(
                             )  # fmt: skip
                     b_S = tl.trans(states.load([row_v, 0]))
                     b_d_left = matmul(b_S, b_dE, CT, PRECISION) * UNSHIFT
-                    b_d_left += matmul(tl.trans(k_right.load([row_k, 0])), b_dT_mild, CT, PRECISION)
+                    b_k_right = b_k_end if KIND == MILD else k_right.load([row_k, 0])
+                    b_d_left += matmul(tl.trans(b_k_right), b_dT_mild, CT, PRECISION)
                     b_d_chunk += tl.sum(b_d_left * b_slope.to(tl.float32), 1)
                     if KIND == HALVED:  # noqa: SIM102  decided by the compiler
                         if has_halved_rows(first_steep, first_halved):

@@ -73,18 +73,18 @@ class ChunkCarve(torch.autograd.Function):
     def forward(
         ctx: Any, call: Call, content_chunk: int, detached: bool, want_final: bool, *tensors: Any
     ) -> tuple[Tensor | None, ...]:
-        down, up, *initial = tensors[8:]
+        down, up, *initial, count = tensors[8:]
         x = Inputs(*tensors[:8])
         factors = decay_factors(call, x)
         operands = carve_operands(call, x, factors)
-        loop = carve_state(call, x, down, up, factors, operands, initial, content_chunk, want_final)
+        loop = carve_state(call, x, down, up, factors, operands, initial, count, content_chunk)
         A, states, residuals, codes, content, means, *final = loop
         o = chunk_output(call, x, operands.q_from_start, operands.P, states, residuals)
         ctx.call, ctx.content_chunk, ctx.detached = call, content_chunk, detached
         ctx.has_initial = initial[0] is not None
-        ctx.save_for_backward(*tensors[:8], down, up, initial[3], A, states, codes, content, means)
+        ctx.save_for_backward(*tensors[:8], down, up, count, A, states, codes, content, means)
         ctx.set_materialize_grads(False)
-        return o, *final
+        return (o, *final) if want_final else (o, None, None, None)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -31,7 +31,7 @@ def gradient_operands_kernel(
 
     HE heads have an erase gate of their own: the key heads, or where the gate sees content the value heads. Writes per
     chunk
-        k_to_end, q_from_start [NC, H, C, K] as in the forward,
+        q_from_start, k_to_end [NC, H, C, K] as in the forward; for CARVE's loop k_to_end only where rows are steep,
         erasure [NC, HE, C, K]: A (exp(G) b k); for CARVE's loop exp(G) b k.
         residuals [NC, HV, C, V]: R = A (w v - exp(G) b k S); for CARVE's loop [NC, HV, V, C].
         d_residuals_here [NC, HV, C, V]: P^T do, what the chunk's own outputs give its residuals; not for CARVE's loop.
@@ -64,10 +64,11 @@ def gradient_operands_kernel(
         b_P += matmul(b_q, tl.trans(b_k_right), CT, PRECISION)
         if leads_keys:
             store_tile(q_from_start, i_ch, o_r, K, o_k, b_q * UNSHIFT)
-            b_to_end = load_decay_to_end(b_left, last, rest, first_steep, i_ch, o_r, K, o_k)
-            store_tile(k_to_end, i_ch, o_r, K, o_k, b_k * b_to_end)
             if FOR_CARVE_LOOP:
                 store_tile(k_right, i_ch, o_r, K, o_k, b_k_right)
+            if (not FOR_CARVE_LOOP) | (first_steep < 64):
+                b_to_end = load_decay_to_end(b_left, last, rest, first_steep, i_ch, o_r, K, o_k)
+                store_tile(k_to_end, i_ch, o_r, K, o_k, b_k * b_to_end)
     o_square = i_ch * 64 * 64 + (o_r[:, None] * 64 + o_r[None, :])
     b_P = merge_scores(b_P, P + o_square, first_steep, o_r)
     b_P = tl.where(o_r[:, None] == o_r[None, :], b_own[:, None], b_P).to(CT)

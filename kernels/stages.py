@@ -280,7 +280,7 @@ def carve_operands(call: Call, x: Inputs, factors: Factors) -> CarveOperands:
     )  # fmt: skip
     BK = call.key_block("carve_operands")
     carve_operands_kernel[(call.chunks.count, call.H)](
-        x.q, x.k, *factors.of_rows, *operands, call.chunks.table, call.scale, call.H,
+        x.q, x.k, factors.left, factors.rest, factors.steep_from, *operands, call.chunks.table, call.scale, call.H,
         K=call.K, BK=BK, **call.launch("carve_operands", BK),
     )  # fmt: skip
     return operands
@@ -299,7 +299,7 @@ def carve_sizes(call: Call, content_down: Tensor) -> dict[str, int]:
 
 def carve_state(
     call: Call, x: Inputs, down: Tensor, up: Tensor, factors: Factors, operands: CarveOperands,
-    initial: Sequence[Tensor | None], content_chunk: int, want_final: bool,
+    initial: Sequence[Tensor | None], count: Tensor | None, content_chunk: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """A, states, residuals (both transposed), codes, content, means, and the three tensors of the final state."""
     heads, sizes = call.erase_heads, carve_sizes(call, down)
@@ -309,19 +309,20 @@ def carve_state(
     # zeros: chunks beyond the last one enter the sums of the backward with weight zero
     codes, content, means = (call.floats(x.v, heads, size).zero_() for size in (sizes["R"], call.K, V))
     shape = (call.chunks.sequences, heads)
-    final = [means.new_empty(*shape, *tail) if want_final else None for tail in ((call.K, V), (V,), (V,))]
+    final = [means.new_empty(*shape, *tail) for tail in ((call.K, V), (V,), (V,))]
     K = call.K
-    carve_state_kernel[(call.chunks.sequences * heads,)](
-        x.k, x.g, x.b, x.w, x.A_log, x.dt_bias, down, up,
-        descriptor(x.b.flatten(2), 64, K), descriptor(x.v.flatten(2), 64, V),
-        descriptor(operands.q_sum, SUM_ROWS.value, K), descriptor(operands.P_sum, SUM_ROWS.value, 64),
-        descriptor(operands.k_left, 64, K), descriptor(operands.k_right, 64, K), descriptor(operands.k_to_end, 64, K),
-        factors.last, *factors.of_steep_rows,
-        *initial, A, descriptor(states, V, K), descriptor(residuals, V, 64), codes, content, means, *final,
-        call.chunks.table, call.chunks.first, content_chunk, call.erase_scale, call.H, heads,
-        **sizes, HAS_INITIAL=initial[0] is not None, STORE_FINAL=want_final,
-        RAW_DECAY=call.raw_decay, LOGITS_W=call.logits_w, **call.launch("carve_state", call.K, V),
-    )  # fmt: skip
+    for steep, start in ((False, initial), (True, final)):
+        carve_state_kernel[(call.chunks.sequences * heads,)](
+            x.k, x.g, x.b, x.w, x.A_log, x.dt_bias, down, up,
+            descriptor(x.b.flatten(2), 64, K), descriptor(x.v.flatten(2), 64, V),
+            descriptor(operands.q_sum, SUM_ROWS.value, K), descriptor(operands.P_sum, SUM_ROWS.value, 64),
+            descriptor(operands.k_left, 64, K), descriptor(operands.k_right, 64, K),
+            descriptor(operands.k_to_end, 64, K), factors.last, *factors.of_steep_rows,
+            *start, count, A, descriptor(states, V, K), descriptor(residuals, V, 64), codes, content, means, *final,
+            call.chunks.table, call.chunks.first, content_chunk, call.erase_scale, call.H, heads,
+            **sizes, STEEP=steep, HAS_INITIAL=start[0] is not None,
+            RAW_DECAY=call.raw_decay, LOGITS_W=call.logits_w, **call.launch("carve_state", call.K, V),
+        )  # fmt: skip
     return A, states, residuals, codes, content, means, *final
 
 
@@ -334,7 +335,9 @@ def carve_state_gradient(
     detached, those of the initial state."""
     heads, sizes = call.erase_heads, carve_sizes(call, down)
     V = sizes["V"]
-    d_states, d_residuals = torch.empty_like(states), call.tiles(do, heads, V, 64)
+    # one more tile a head, for the state before the first chunk
+    d_states = states.new_empty(call.chunks.count + 1, *states.shape[1:])
+    d_residuals = call.tiles(do, heads, V, 64)
     d_rows = call.floats(do, heads, V)
     shape = (call.chunks.sequences, heads)
     tails = ((call.K, V), (V,), (V,))
@@ -351,15 +354,15 @@ def carve_state_gradient(
         descriptor(operands.P, 64, 64), descriptor(operands.k_right, 64, K), descriptor(operands.k_to_end, 64, K),
         descriptor(operands.q_from_start, 64, K), descriptor(operands.erasure, 64, K),
         operands.gate_slope, factors.last, *factors.of_steep_rows,
-        descriptor(A, 64, 64), descriptor(states, V, K), descriptor(operands.residuals, V, 64),
+        descriptor(A, 64, 64), descriptor(states, V, K), operands.residuals,
         descriptor(do.flatten(2), 64, V),
         *d_final, count,
         descriptor(d_states, V, K), d_residuals, d_rows, d_content, *d_initial,
-        call.chunks.table, call.chunks.first, content_chunk, call.erase_scale, call.H, heads,
+        call.chunks.table, call.chunks.first, content_chunk, call.erase_scale, call.chunks.count, call.H, heads,
         **sizes, HAS_FINAL=has_final, HAS_INITIAL=has_initial, DETACHED=detached, RAW_DECAY=call.raw_decay,
         **call.launch("carve_state_gradient", call.K, V),
     )  # fmt: skip
-    return d_states, d_residuals, d_rows, d_content, d_initial
+    return d_states[:-1], d_residuals, d_rows, d_content, d_initial
 
 
 def gradient_operands(

@@ -40,8 +40,9 @@ def test_kernels_fit_a_hopper_gpu(op: str, dtype: str, width: int, tmp_path: Pat
     assert all(row["shared"] <= SHARED_MEMORY for row in rows), rows
     if (op, dtype, width) in RECIPES:  # larger tiles have too few registers for either
         loops = [row for row in rows if "_state" in row["kernel"]]
-        assert len(loops) == 2 and all(row["products"] > 0 for row in loops), rows
+        # CARVE's state has a launch for chunks before the first steep row, and one for the others
+        assert len(loops) == {"gdn2": 2, "carve": 3}[op] and all(row["products"] > 0 for row in loops), rows
         # a compiler that finds sums touched while a product runs makes all products of a kernel wait for each other
         assert all(row["waits"] <= row["products"] / 2 for row in rows), rows
         # beside so much shared memory an SM's cache has room for few spilled registers
-        assert all(row["spilled"] <= 700 for row in loops), rows
+        assert loops[0]["spilled"] <= 300 and all(row["spilled"] <= 700 for row in loops), rows
