@@ -72,11 +72,13 @@ def test_outputs_of_small_values_are_small_and_else_as_accurate(op: str, decay: 
     assert error(found.cpu(), expected) < TOLERANCES["float32"].o
 
 
-@pytest.mark.parametrize("content_grad", ["full", "detached"])
-def test_carves_content_chunks_across_calls(content_grad: str) -> None:
+@pytest.mark.parametrize(
+    ("content_grad", "decay"), [("full", "ordinary"), ("full", "by chunk"), ("detached", "ordinary")]
+)
+def test_carves_content_chunks_across_calls(content_grad: str, decay: str) -> None:
     check("carve", {
         "B": 2, "T": 200, "H": 1, "K": 32, "V": 32, "content_chunk": 128, "counts": [5, 70], "initial_state": True,
-        "content_grad": content_grad,
+        "content_grad": content_grad, "decay": decay,
     })  # fmt: skip
 
 
