@@ -301,7 +301,8 @@ def carve_state(
     call: Call, x: Inputs, down: Tensor, up: Tensor, factors: Factors, operands: CarveOperands,
     initial: Sequence[Tensor | None], count: Tensor | None, content_chunk: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """A, states, residuals (both transposed), codes, content, means, and the three tensors of the final state."""
+    """A, states, residuals (both transposed), codes, content, means, and the three tensors of the final state, which
+    carry the state from the first launch to the second."""
     heads, sizes = call.erase_heads, carve_sizes(call, down)
     V = sizes["V"]
     A, residuals = call.tiles(x.v, heads, 64, 64), call.tiles(x.v, heads, V, 64)
