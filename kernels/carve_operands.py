@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from .decay import UNSHIFT, load_left, right_factor
+from .decay import UNSHIFT, load_decay_to_end, load_left, right_factor, takes_loop_for_steep_rows
 from .steep import merge_scores
-from .tiles import chunk_rows, load_rows, load_tile, matmul, store_tile
+from .tiles import chunk_rows, load_rows, matmul, store_tile
 
 # Rows of a tile that holds a vector for a product: the narrowest that the products take.
 SUM_ROWS = tl.constexpr(16)
@@ -28,7 +28,7 @@ def store_sum(x, i, D: tl.constexpr, o_d, b_sum):
 
 @triton.jit
 def carve_operands_kernel(
-    q, k, left, rest, steep_from,
+    q, k, left, last, rest, steep_from, first_chunks,
     P, q_sum, P_sum, k_left, k_right, k_to_end, q_from_start,
     table, scale, H,
     K: tl.constexpr, BK: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
@@ -36,8 +36,8 @@ def carve_operands_kernel(
     """One program per chunk and key head.
 
     Writes
-        P [NC, H, C, C], q_from_start [NC, H, C, K] as GDN-2's stage; on entry P holds that of steep rows,
-        k_to_end [NC, H, C, K] as GDN-2's stage, only of chunks with steep rows: else it is k_right times last,
+        P [NC, H, C, C], q_from_start, k_to_end [NC, H, C, K] as GDN-2's stage; on entry P holds that of steep rows; the
+            loop for mild rows takes k_right times last in place of k_to_end, which is written for the others alone,
         k_left, k_right [NC, H, C, K]: left k and right k (shifted, see decay.py),
         q_sum [NC, H, SUM_ROWS, K], P_sum [NC, H, SUM_ROWS, C]: column sums of q_from_start and P (see store_sum), of
             which the sum of the chunk's outputs is made.
@@ -48,6 +48,7 @@ def carve_operands_kernel(
     m_r = (o_r >= low) & (o_r < high)
     i_ch = i_c * H + i_h
     first_steep = tl.load(steep_from + i_ch)
+    wants_k_to_end = takes_loop_for_steep_rows(first_chunks, table, i_c, i_h, H)
     b_P = tl.zeros([64, 64], tl.float32)
     b_own = tl.zeros([64], tl.float32)  # a query meets the key of its own row without decay
     for i_k in range(K // BK):
@@ -57,8 +58,9 @@ def carve_operands_kernel(
         b_left = load_left(left, i_ch, o_r, K, o_k)
         b_own += tl.sum(b_q * b_k, 1)
         store_tile(k_left, i_ch, o_r, K, o_k, b_k * b_left)
-        if first_steep < 64:
-            store_tile(k_to_end, i_ch, o_r, K, o_k, b_k * load_tile(rest, i_ch, o_r, K, o_k).to(tl.float32))
+        if wants_k_to_end:
+            b_to_end = load_decay_to_end(b_left, last, rest, first_steep, i_ch, o_r, K, o_k)
+            store_tile(k_to_end, i_ch, o_r, K, o_k, b_k * b_to_end)
         b_k_right = (b_k * right_factor(b_left)).to(CT)
         store_tile(k_right, i_ch, o_r, K, o_k, b_k_right)
         b_q *= b_left

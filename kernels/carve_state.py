@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 
 from .carve_operands import SUM_ROWS
-from .decay import UNSHIFT, halved_rows, has_halved_rows, load_late_factors, load_log2_decay, right_factor
+from .decay import (
+    UNSHIFT,
+    halved_rows,
+    has_halved_rows,
+    load_first_chunks,
+    load_late_factors,
+    load_log2_decay,
+    right_factor,
+)
 from .steep import HALVINGS, halved_scores, halving_factor
 from .tiles import (
     GATE_CONTENT,
@@ -41,20 +49,6 @@ HALVED = tl.constexpr(2)
 
 
 @triton.jit
-def first_chunks_of_kinds(steep_from, halved_from, begin, end, i_h, H):
-    """A sequence's first chunk with steep rows and its first one with halved rows, or `end`."""
-    o_c = tl.arange(0, 64)
-    steep, halved = end, end
-    for i_c in range(begin, end, 64):
-        o_ch, m_c = (i_c + o_c) * H + i_h, i_c + o_c < end
-        b_steep = tl.load(steep_from + o_ch, mask=m_c, other=64)
-        b_halved = tl.load(halved_from + o_ch, mask=m_c, other=64)
-        steep = tl.minimum(steep, tl.min(tl.where(b_steep < 64, i_c + o_c, end), 0))
-        halved = tl.minimum(halved, tl.min(tl.where(has_halved_rows(b_steep, b_halved), i_c + o_c, end), 0))
-    return steep, halved
-
-
-@triton.jit
 def tile_rows(i_ch, i_chv, V: tl.constexpr):
     """The first row of a chunk's tiles in descriptors with 64 or SUM_ROWS rows a key head, 64 or V a value head."""
     row_k, row_A = (i_ch * 64).to(tl.int32), (i_chv * 64).to(tl.int32)
@@ -64,7 +58,7 @@ def tile_rows(i_ch, i_chv, V: tl.constexpr):
 @triton.jit
 def carve_state_kernel(
     k, g, erase_logits, w, A_log, dt_bias, content_down, content_up, logits_rows, v_rows,
-    q_sum, P_sum, k_left, k_right, k_to_end, last, late, steep_from, halved_from,
+    q_sum, P_sum, k_left, k_right, k_to_end, last, late, steep_from, halved_from, first_chunks,
     initial_S, initial_mean, initial_partial, initial_count,
     A, states, residuals, codes, content, means, final_S, final_mean, final_partial,
     table, first, content_chunk, erase_scale, H, HV,
@@ -91,7 +85,7 @@ def carve_state_kernel(
 
     begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
     row_0, tokens_from, tokens_to = sequence_rows(table, begin, end)
-    first_steep_chunk, first_halved_chunk = first_chunks_of_kinds(steep_from, halved_from, begin, end, i_h, H)
+    first_steep_chunk, first_halved_chunk = load_first_chunks(first_chunks, i_n, i_h, H, end)
     since = first_steep_chunk if STEEP else begin
     token_share = 1.0 / content_chunk
     filled = (since - begin) * 64
@@ -122,8 +116,8 @@ def carve_state_kernel(
             b_b = logits_rows.load([start.to(tl.int32), i_h * K]).to(tl.float32)
             b_b = erase_scale * tl.sigmoid(b_b + b_content[None, :])
             # T and A are transposed, as are all scores here
-            first_steep = 64 if KIND == MILD else tl.load(steep_from + i_ch)
             if KIND != MILD:
+                first_steep = tl.load(steep_from + i_ch)
                 b_T_late = tl.zeros([64, 64], tl.float32)
                 if first_steep < 64:
                     b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
@@ -158,7 +152,7 @@ def carve_state_kernel(
             b_R = (b_R + matmul(b_erased, b_A, CT, PRECISION)).to(CT)
             # Not the last product: with one that runs on into the next iteration ptxas has made all of them wait.
             b_last = load_columns(last, i_ch, K, o_k)[None, :]
-            if first_steep == 64:
+            if KIND == MILD:  # a tile less to load
                 b_S = (b_S * UNSHIFT + matmul(b_R, b_k_right, CT, PRECISION)) * b_last
             else:
                 b_S = b_S * (b_last * UNSHIFT) + matmul(b_R, k_to_end.load([row_k, 0]), CT, PRECISION)
@@ -217,7 +211,7 @@ def halved_content_gradient(
 @triton.jit
 def carve_state_gradient_kernel(
     k, g, erase_logits, A_log, dt_bias, content_down, content_up, content,
-    P, k_right, k_to_end, q_from_start, erasure, gate_slope, last, late, steep_from, halved_from,
+    P, k_right, k_to_end, q_from_start, erasure, gate_slope, last, late, steep_from, halved_from, first_chunks,
     A, states, residuals, do_rows,
     d_final_S, d_final_mean, d_final_partial, initial_count,
     d_states, d_residuals, d_output_rows, d_content, d_initial_S, d_initial_mean, d_initial_partial,
@@ -241,7 +235,7 @@ def carve_state_gradient_kernel(
 
     begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
     row_0, tokens_from, tokens_to = sequence_rows(table, begin, end)
-    first_steep_chunk, first_halved_chunk = first_chunks_of_kinds(steep_from, halved_from, begin, end, i_h, H)
+    first_steep_chunk, first_halved_chunk = load_first_chunks(first_chunks, i_n, i_h, H, end)
     token_share = 1.0 / content_chunk
     filled = (end - begin) * 64
     if HAS_INITIAL:
@@ -281,13 +275,14 @@ def carve_state_gradient_kernel(
             b_do = tl.where(m_r[None, :], b_do + b_d_row[:, None], 0.0).to(CT)
             b_last = load_columns(last, i_ch, K, o_k)[None, :]  # early: it arrives while the products run
             b_dR = matmul(b_do, P.load([row_k, 0]), CT, PRECISION)
-            first_steep = 64 if KIND == MILD else tl.load(steep_from + i_ch)
-            first_halved = 64 if KIND == MILD else tl.load(halved_from + i_ch)
-            is_steep = first_steep < 64  # else k_to_end would be k_right times last
-            b_dS_CT = (b_dS * tl.where(is_steep, 1.0, b_last)).to(CT)
-            b_k_end = k_to_end.load([row_k, 0]) if is_steep else k_right.load([row_k, 0])
-            b_dR += matmul(b_dS_CT, tl.trans(b_k_end), CT, PRECISION)
-            b_dS *= b_last * UNSHIFT
+            if KIND == MILD:
+                b_dS *= b_last
+                b_k_right = k_right.load([row_k, 0])
+                b_dR += matmul(b_dS, tl.trans(b_k_right), CT, PRECISION)
+                b_dS *= UNSHIFT
+            else:
+                b_dR += matmul(b_dS, tl.trans(k_to_end.load([row_k, 0])), CT, PRECISION)
+                b_dS *= b_last * UNSHIFT
             b_dR = b_dR.to(CT)
             store_matrix(d_residuals, i_chv, o_v, o_r, V, 64, False, b_dR)
             # minus the gradient of w v - E S
@@ -311,6 +306,7 @@ def carve_state_gradient_kernel(
                     b_d_chunk = tl.zeros([K], tl.float32)
                     b_dT_mild = b_dT
                     if KIND != MILD:
+                        first_steep, first_halved = tl.load(steep_from + i_ch), tl.load(halved_from + i_ch)
                         m_mild = (o_r < first_steep)[None, :]
                         m_halved = halved_rows(o_r, first_steep, first_halved)[None, :]
                         b_dT_mild = tl.where(m_mild, b_dT, 0.0)
@@ -321,7 +317,8 @@ def carve_state_gradient_kernel(
                             )  # fmt: skip
                     b_S = tl.trans(states.load([row_v, 0]))
                     b_d_left = matmul(b_S, b_dE, CT, PRECISION) * UNSHIFT
-                    b_k_right = b_k_end if KIND == MILD else k_right.load([row_k, 0])
+                    if KIND != MILD:
+                        b_k_right = k_right.load([row_k, 0])
                     b_d_left += matmul(tl.trans(b_k_right), b_dT_mild, CT, PRECISION)
                     b_d_chunk += tl.sum(b_d_left * b_slope.to(tl.float32), 1)
                     if KIND == HALVED:  # noqa: SIM102  decided by the compiler

@@ -21,7 +21,7 @@ Which kind a row is depends on its past alone.
 import triton
 import triton.language as tl
 
-from .tiles import chunk_rows, load_columns, load_rows, load_tile, store_tile
+from .tiles import chunk_rows, chunk_sequence, load_columns, load_rows, load_tile, store_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # One step of this log2-decay is an exact 0 in float32, so stopping here changes no value; it keeps 0 * g finite.
@@ -118,6 +118,25 @@ def has_halved_rows(first_steep, first_halved):
 
 
 @triton.jit
+def first_chunks_of(first_chunks, i_n, i_h, H):
+    """Where a sequence's first chunk with steep rows is kept, and after it the first one with halved rows."""
+    return first_chunks + (i_n * H + i_h) * 2
+
+
+@triton.jit
+def load_first_chunks(first_chunks, i_n, i_h, H, end):
+    """A sequence's first chunk with steep rows and its first one with halved rows, or `end`."""
+    p_first = first_chunks_of(first_chunks, i_n, i_h, H)
+    return tl.minimum(tl.load(p_first), end), tl.minimum(tl.load(p_first + 1), end)
+
+
+@triton.jit
+def takes_loop_for_steep_rows(first_chunks, table, i_c, i_h, H):
+    """Whether a chunk of CARVE has steep rows or comes after one of its sequence that has."""
+    return i_c >= tl.load(first_chunks_of(first_chunks, chunk_sequence(table, i_c), i_h, H))
+
+
+@triton.jit
 def load_decay_to_end(b_left, last, rest, first_steep, i_ch, o_r, K: tl.constexpr, o_k):
     """From after each row to the chunk's end, [64, BK] float32."""
     if first_steep == 64:
@@ -135,7 +154,7 @@ def load_total_decay(last, i_ch, K: tl.constexpr, o_k):
 
 @triton.jit
 def decay_kernel(
-    g, A_log, dt_bias, left, last, rest, late, steep_from, halved_from, table, H,
+    g, A_log, dt_bias, left, last, rest, late, steep_from, halved_from, first_chunks, table, H,
     K: tl.constexpr, BK: tl.constexpr, RAW_DECAY: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and key head.
@@ -143,6 +162,7 @@ def decay_kernel(
     Writes left [NC, H, C, K]; last [NC, H, K] float32, left's last row; [NC, H] int32, 64 if there is none: steep_from,
     the first steep row, and halved_from, the first halved row of the second half; and, only for a chunk with steep
     rows, [NC, H, C, K]: rest, the decay from after each row to the chunk's end, and late (see late_factor).
+    For CARVE it lowers first_chunks [N, H, 2] int32, on entry NC, to the first chunks with steep and with halved rows.
     """
     i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_ch = i_c * H + i_h
@@ -169,4 +189,11 @@ def decay_kernel(
             store_tile(late, i_ch, o_r, K, o_k, b_late)
     tl.store(steep_from + i_ch, first_steep)
     m_halved = (b_least < UNSHIFT) & (o_r >= tl.maximum(first_steep, 32))
-    tl.store(halved_from + i_ch, tl.min(tl.where(m_halved, o_r, 64), 0))
+    first_halved = tl.min(tl.where(m_halved, o_r, 64), 0)
+    tl.store(halved_from + i_ch, first_halved)
+    if first_chunks is not None:  # noqa: SIM102  decided by the compiler
+        if first_steep < 64:
+            p_first = first_chunks_of(first_chunks, chunk_sequence(table, i_c), i_h, H)
+            tl.atomic_min(p_first, i_c.to(tl.int32), sem="relaxed")
+            if has_halved_rows(first_steep, first_halved):
+                tl.atomic_min(p_first + 1, i_c.to(tl.int32), sem="relaxed")

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .decay import UNSHIFT, load_decay_to_end, load_left, right_factor
+from .decay import UNSHIFT, load_decay_to_end, load_left, right_factor, takes_loop_for_steep_rows
 from .steep import merge_scores
 from .tiles import (
     chunk_rows,
@@ -20,7 +20,7 @@ from .tiles import (
 
 @triton.jit
 def gradient_operands_kernel(
-    q, k, v, b, w, content, left, last, rest, steep_from, A, P, states, do,
+    q, k, v, b, w, content, left, last, rest, steep_from, first_chunks, A, P, states, do,
     erasure, k_to_end, q_from_start, residuals, d_residuals_here, k_right, gate_slope,
     table, scale, erase_scale, H, HV, HE,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, SPLIT: tl.constexpr,
@@ -31,7 +31,7 @@ def gradient_operands_kernel(
 
     HE heads have an erase gate of their own: the key heads, or where the gate sees content the value heads. Writes per
     chunk
-        q_from_start, k_to_end [NC, H, C, K] as in the forward; for CARVE's loop k_to_end only where rows are steep,
+        k_to_end, q_from_start [NC, H, C, K] as in the forward,
         erasure [NC, HE, C, K]: A (exp(G) b k); for CARVE's loop exp(G) b k.
         residuals [NC, HV, C, V]: R = A (w v - exp(G) b k S); for CARVE's loop [NC, HV, V, C].
         d_residuals_here [NC, HV, C, V]: P^T do, what the chunk's own outputs give its residuals; not for CARVE's loop.
@@ -50,6 +50,7 @@ def gradient_operands_kernel(
     o_r, o_v = tl.arange(0, 64), tl.arange(0, V)
     m_r = (o_r >= low) & (o_r < high)
     first_steep = tl.load(steep_from + i_ch)
+    wants_k_to_end = takes_loop_for_steep_rows(first_chunks, table, i_c, i_h, H) if FOR_CARVE_LOOP else True
 
     b_P = tl.zeros([64, 64], tl.float32)
     b_own = tl.zeros([64], tl.float32)
@@ -66,7 +67,7 @@ def gradient_operands_kernel(
             store_tile(q_from_start, i_ch, o_r, K, o_k, b_q * UNSHIFT)
             if FOR_CARVE_LOOP:
                 store_tile(k_right, i_ch, o_r, K, o_k, b_k_right)
-            if (not FOR_CARVE_LOOP) | (first_steep < 64):
+            if wants_k_to_end:
                 b_to_end = load_decay_to_end(b_left, last, rest, first_steep, i_ch, o_r, K, o_k)
                 store_tile(k_to_end, i_ch, o_r, K, o_k, b_k * b_to_end)
     o_square = i_ch * 64 * 64 + (o_r[:, None] * 64 + o_r[None, :])

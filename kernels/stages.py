@@ -84,7 +84,7 @@ class Inputs(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What decay_kernel writes."""
+    """What decay_kernel writes, first_chunks for CARVE alone."""
 
     left: Tensor
     last: Tensor
@@ -92,6 +92,7 @@ class Factors(NamedTuple):
     late: Tensor
     steep_from: Tensor
     halved_from: Tensor
+    first_chunks: Tensor | None
 
     @property
     def of_rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -202,7 +203,11 @@ def decay_factors(call: Call, x: Inputs) -> Factors:
     BK = call.key_block("decay")
     left, rest, late = (call.tiles(x.g, call.H, 64, call.K) for _ in range(3))
     steep_from, halved_from = torch.empty(2, call.chunks.count, call.H, dtype=torch.int32, device=x.g.device)
-    factors = Factors(left, call.floats(x.g, call.H, call.K), rest, late, steep_from, halved_from)
+    first_chunks = None
+    if call.sees_content:
+        shape = call.chunks.sequences, call.H, 2
+        first_chunks = torch.full(shape, call.chunks.count, dtype=torch.int32, device=x.g.device)
+    factors = Factors(left, call.floats(x.g, call.H, call.K), rest, late, steep_from, halved_from, first_chunks)
     decay_kernel[(call.chunks.count, call.H)](
         x.g, x.A_log, x.dt_bias, *factors, call.chunks.table, call.H,
         K=call.K, BK=BK, RAW_DECAY=call.raw_decay, CT=call.arithmetic["CT"],
@@ -280,7 +285,7 @@ def carve_operands(call: Call, x: Inputs, factors: Factors) -> CarveOperands:
     )  # fmt: skip
     BK = call.key_block("carve_operands")
     carve_operands_kernel[(call.chunks.count, call.H)](
-        x.q, x.k, factors.left, factors.rest, factors.steep_from, *operands, call.chunks.table, call.scale, call.H,
+        x.q, x.k, *factors.of_rows, factors.first_chunks, *operands, call.chunks.table, call.scale, call.H,
         K=call.K, BK=BK, **call.launch("carve_operands", BK),
     )  # fmt: skip
     return operands
@@ -318,7 +323,7 @@ def carve_state(
             descriptor(x.b.flatten(2), 64, K), descriptor(x.v.flatten(2), 64, V),
             descriptor(operands.q_sum, SUM_ROWS.value, K), descriptor(operands.P_sum, SUM_ROWS.value, 64),
             descriptor(operands.k_left, 64, K), descriptor(operands.k_right, 64, K),
-            descriptor(operands.k_to_end, 64, K), factors.last, *factors.of_steep_rows,
+            descriptor(operands.k_to_end, 64, K), factors.last, *factors.of_steep_rows, factors.first_chunks,
             *start, count, A, descriptor(states, V, K), descriptor(residuals, V, 64), codes, content, means, *final,
             call.chunks.table, call.chunks.first, content_chunk, call.erase_scale, call.H, heads,
             **sizes, STEEP=steep, HAS_INITIAL=start[0] is not None,
@@ -354,7 +359,7 @@ def carve_state_gradient(
         x.k, x.g, x.b, x.A_log, x.dt_bias, down, up, x.content,
         descriptor(operands.P, 64, 64), descriptor(operands.k_right, 64, K), descriptor(operands.k_to_end, 64, K),
         descriptor(operands.q_from_start, 64, K), descriptor(operands.erasure, 64, K),
-        operands.gate_slope, factors.last, *factors.of_steep_rows,
+        operands.gate_slope, factors.last, *factors.of_steep_rows, factors.first_chunks,
         descriptor(A, 64, 64), descriptor(states, V, K), operands.residuals,
         descriptor(do.flatten(2), 64, V),
         *d_final, count,
@@ -382,7 +387,7 @@ def gradient_operands(
     )  # fmt: skip
     BK = call.key_block("gradient_operands")
     gradient_operands_kernel[(call.chunks.count, call.HV)](
-        x.q, x.k, x.v, x.b, x.w, x.content, *factors.of_rows, A, P, states, do,
+        x.q, x.k, x.v, x.b, x.w, x.content, *factors.of_rows, factors.first_chunks, A, P, states, do,
         operands.erasure, operands.k_to_end, operands.q_from_start, operands.residuals, operands.d_residuals_here,
         operands.k_right, operands.gate_slope,
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV, gate_heads,

@@ -25,6 +25,11 @@ def chunk_rows(table, i_c):
 
 
 @triton.jit
+def chunk_sequence(table, i_c):
+    return tl.load(table + i_c * 4 + 3)
+
+
+@triton.jit
 def sequence_rows(table, begin, end):
     """(token of row 0 of a sequence's first chunk, its first token, the one after its last); chunks begin to end.
 
