@@ -26,6 +26,7 @@ from .stages import (
     gradient_operands,
 )
 from .state import CarveState
+from .wide_copy import contiguous
 
 # A raw decay whose softplus is an exact 0.
 NO_DECAY = -1e4
@@ -130,7 +131,7 @@ def chunk_gdn2(
     )
     if initial_state is not None:
         initial_state = split_values(widen(widen(initial_state), axis=2), call.split)
-    q, k, v, g, b, w = (x.contiguous() for x in (q, k, v, g, b, w))
+    q, k, v, g, b, w = (contiguous(x) for x in (q, k, v, g, b, w))
     v_heads, w_heads = (x if x.ndim == 3 else x.view(*x.shape[:2], call.HV, call.V) for x in (v, w))
     o, S = ChunkGDN2.apply(call, output_final_state, q, k, v_heads, g, b, w_heads, A_log, dt_bias, initial_state)
     if S is not None:
@@ -152,7 +153,7 @@ def chunk_carve(
     call = make_call(
         q, v, w, cu_seqlens, count, scale, erase_scale, gate=SEES_CONTENT, logits_w=gate_logits, raw_decay=A_log
     )
-    q, k, v, g, erase_logits, w, down, up = (x.contiguous() for x in (q, k, v, g, erase_logits, w, down, up))
+    q, k, v, g, erase_logits, w, down, up = (contiguous(x) for x in (q, k, v, g, erase_logits, w, down, up))
     initial: list[Tensor | None] = [None] * 4
     if initial_state is not None:
         S, mean, partial, _ = initial_state

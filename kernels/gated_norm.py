@@ -19,16 +19,19 @@ STEPS = 4
 
 
 class GatedNorm(torch.autograd.Function):
-    """x, gate, weight, then eps and the activation -> RMSNorm(x) * weight * activation(gate)."""
+    """x, gate, weight, then eps and the activation -> RMSNorm(x) * weight * activation(gate).
+
+    The heads of every token of x, gate and the output's gradient must be one piece of memory.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str) -> Tensor:
         B, T, H, V = x.shape
-        out = torch.empty_like(x)
+        out = _empty_like(x, gate)
         BV, BT = _tile(V)
         with torch.cuda.device_of(x):
             forward_kernel[(H * triton.cdiv(T, BT) * B,)](
-                x, gate, weight, out, gate.stride(0), gate.stride(1), T, H, eps,
+                x, gate, weight, out, *_steps(x), *_steps(gate), *_steps(out), T, H, eps,
                 V=V, SILU=activation == "silu", BT=BT, BV=BV, num_warps=NUM_WARPS,
             )  # fmt: skip
         ctx.eps, ctx.activation = eps, activation
@@ -42,14 +45,35 @@ class GatedNorm(torch.autograd.Function):
         B, T, H, V = x.shape
         BV, BT = _tile(V)
         programs = H * triton.cdiv(T, BT * STEPS) * B
-        dx, d_gate = torch.empty_like(x), gate.new_empty(gate.shape)
+        d_out = whole_tokens(d_out)
+        dx, d_gate = _empty_like(x, x), _empty_like(gate, gate)
         d_weight = x.new_empty(programs, V, dtype=torch.float32)
         with torch.cuda.device_of(x):
             backward_kernel[(programs,)](
-                x, gate, weight, d_out.contiguous(), dx, d_gate, d_weight, gate.stride(0), gate.stride(1), T, H,
-                ctx.eps, V=V, SILU=ctx.activation == "silu", STEPS=STEPS, BT=BT, BV=BV, num_warps=NUM_WARPS,
+                x, gate, weight, d_out, dx, d_gate, d_weight,
+                *_steps(x), *_steps(gate), *_steps(d_out), *_steps(dx), *_steps(d_gate), T, H, ctx.eps,
+                V=V, SILU=ctx.activation == "silu", STEPS=STEPS, BT=BT, BV=BV, num_warps=NUM_WARPS,
             )  # fmt: skip
         return dx, d_gate, d_weight.sum(0).to(weight.dtype), None, None
+
+
+def whole_tokens(x: Tensor) -> Tensor:
+    """x, [B, T, H, V], copied unless the heads of every token are one piece of memory."""
+    _, _, H, V = x.shape
+    return x if x.stride(3) == 1 and (H == 1 or x.stride(2) == V) else x.contiguous()
+
+
+def _empty_like(x: Tensor, order: Tensor) -> Tensor:
+    """A dense tensor of the shape and dtype of x; time outside the batch where it is so in `order`."""
+    B, T, H, V = x.shape
+    if order.stride(0) < order.stride(1):
+        return x.new_empty(T, B, H, V).transpose(0, 1)
+    return x.new_empty(B, T, H, V)
+
+
+def _steps(x: Tensor) -> tuple[int, int]:
+    """From one batch entry, and from one token, to the next."""
+    return x.stride(0), x.stride(1)
 
 
 def _tile(V: int) -> tuple[int, int]:
@@ -60,71 +84,77 @@ def _tile(V: int) -> tuple[int, int]:
 
 @triton.jit
 def forward_kernel(
-    x, gate, weight, out, gate_batch, gate_token, T, H, eps,
+    x, gate, weight, out, x_batch, x_token, gate_batch, gate_token, out_batch, out_token, T, H, eps,
     V: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One program per BT tokens of a batch entry and head; neighbouring programs take neighbouring heads.
 
-    x, out: [B, T, H, V] contiguous; gate the same shape, batch entries gate_batch apart and tokens gate_token, the rest
-    contiguous; weight: [V].
+    x, gate, out: [B, T, H, V], batch entries and tokens as far apart as said, the rest contiguous; weight: [V].
     """
     i_h, i_bt = tl.program_id(0) % H, tl.program_id(0) // H
     i_b, i_t = (i_bt // tl.cdiv(T, BT)).to(tl.int64), i_bt % tl.cdiv(T, BT)
-    start = (i_b * T * H + i_h) * V
     o_t, o_v = i_t * BT + tl.arange(0, BT), tl.arange(0, BV)
     m_x = (o_t < T)[:, None] & (o_v < V)[None, :]
-    o_x = token_offsets(o_t, H * V, o_v)
-    b_x = tl.load(x + start + o_x, mask=m_x, other=0.0).to(tl.float32)
-    p_gate = gate + i_b * gate_batch + i_h * V + token_offsets(o_t, gate_token, o_v)
-    b_gate = tl.load(p_gate, mask=m_x, other=0.0).to(tl.float32)
+    b_x = load_head(x, x_batch, x_token, i_b, i_h, o_t, o_v, V, m_x)
+    b_gate = load_head(gate, gate_batch, gate_token, i_b, i_h, o_t, o_v, V, m_x)
     b_weight = tl.load(weight + o_v, mask=o_v < V, other=0.0).to(tl.float32)
     b_act, _ = activate(b_gate, SILU)
     b_out = b_x * inverse_rms(b_x, V, eps) * b_weight[None, :] * b_act
-    tl.store(out + start + o_x, b_out.to(out.dtype.element_ty), mask=m_x)
+    store_head(out, out_batch, out_token, i_b, i_h, o_t, o_v, V, m_x, b_out)
 
 
 @triton.jit
 def backward_kernel(
-    x, gate, weight, d_out, dx, d_gate, d_weight, gate_batch, gate_token, T, H, eps,
+    x, gate, weight, d_out, dx, d_gate, d_weight, x_batch, x_token, gate_batch, gate_token,
+    d_out_batch, d_out_token, dx_batch, dx_token, d_gate_batch, d_gate_token, T, H, eps,
     V: tl.constexpr, SILU: tl.constexpr, STEPS: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One program per STEPS * BT tokens of a batch entry and head.
 
-    The tensors of the forward; d_out, dx, d_gate: as x; d_weight: [programs, V] float32.
+    The tensors of the forward; d_out, dx, d_gate: as they; d_weight: [programs, V] float32.
     """
     i_h, i_bt = tl.program_id(0) % H, tl.program_id(0) // H
     token_blocks = tl.cdiv(T, BT * STEPS)
     i_b, i_t = (i_bt // token_blocks).to(tl.int64), i_bt % token_blocks
-    start = (i_b * T * H + i_h) * V
     o_v = tl.arange(0, BV)
     b_weight = tl.load(weight + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :]
     b_d_weight = tl.zeros([BT, BV], tl.float32)
     for i in range(STEPS):
         o_t = (i_t * STEPS + i) * BT + tl.arange(0, BT)
         m_x = (o_t < T)[:, None] & (o_v < V)[None, :]
-        o_x = token_offsets(o_t, H * V, o_v)
-        b_x = tl.load(x + start + o_x, mask=m_x, other=0.0).to(tl.float32)
-        p_gate = gate + i_b * gate_batch + i_h * V + token_offsets(o_t, gate_token, o_v)
-        b_gate = tl.load(p_gate, mask=m_x, other=0.0).to(tl.float32)
-        b_d_out = tl.load(d_out + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_x = load_head(x, x_batch, x_token, i_b, i_h, o_t, o_v, V, m_x)
+        b_gate = load_head(gate, gate_batch, gate_token, i_b, i_h, o_t, o_v, V, m_x)
+        b_d_out = load_head(d_out, d_out_batch, d_out_token, i_b, i_h, o_t, o_v, V, m_x)
         b_inverse = inverse_rms(b_x, V, eps)
         b_normed = b_x * b_inverse
         b_act, b_slope = activate(b_gate, SILU)
         b_d_gate = b_d_out * b_normed * b_weight * b_slope
-        tl.store(d_gate + start + o_x, b_d_gate.to(d_gate.dtype.element_ty), mask=m_x)
+        store_head(d_gate, d_gate_batch, d_gate_token, i_b, i_h, o_t, o_v, V, m_x, b_d_gate)
         b_d_scaled = b_d_out * b_act
         b_d_weight += b_d_scaled * b_normed
         b_d_normed = b_d_scaled * b_weight
         b_along = tl.sum(b_d_normed * b_normed, 1)[:, None] / V
         b_dx = (b_d_normed - b_normed * b_along) * b_inverse
-        tl.store(dx + start + o_x, b_dx.to(dx.dtype.element_ty), mask=m_x)
+        store_head(dx, dx_batch, dx_token, i_b, i_h, o_t, o_v, V, m_x, b_dx)
     tl.store(d_weight + tl.program_id(0).to(tl.int64) * V + o_v, tl.sum(b_d_weight, 0), mask=o_v < V)
 
 
 @triton.jit
-def token_offsets(o_t, token_stride, o_v):
-    """Where channels o_v of tokens o_t lie from the first token on, [BT, BV] int64."""
-    return (o_t.to(tl.int64) * token_stride)[:, None] + o_v[None, :]
+def head_pointers(x, batch, token, i_b, i_h, o_t, o_v, V: tl.constexpr):
+    """Channels o_v of head i_h of tokens o_t of a batch entry, [BT, BV]; `batch` and `token` are strides."""
+    return x + i_b * batch + i_h * V + ((o_t.to(tl.int64) * token)[:, None] + o_v[None, :])
+
+
+@triton.jit
+def load_head(x, batch, token, i_b, i_h, o_t, o_v, V: tl.constexpr, m_x):
+    p_x = head_pointers(x, batch, token, i_b, i_h, o_t, o_v, V)
+    return tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_head(x, batch, token, i_b, i_h, o_t, o_v, V: tl.constexpr, m_x, b_x):
+    p_x = head_pointers(x, batch, token, i_b, i_h, o_t, o_v, V)
+    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=m_x)
 
 
 @triton.jit

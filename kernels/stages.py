@@ -317,14 +317,17 @@ def carve_state(
     shape = (call.chunks.sequences, heads)
     final = [means.new_empty(*shape, *tail) for tail in ((call.K, V), (V,), (V,))]
     K = call.K
+    read = (
+        x.k, x.g, x.b, x.w, x.A_log, x.dt_bias, down, up,
+        descriptor(x.b.flatten(2), 64, K), descriptor(x.v.flatten(2), 64, V),
+        descriptor(operands.q_sum, SUM_ROWS.value, K), descriptor(operands.P_sum, SUM_ROWS.value, 64),
+        descriptor(operands.k_left, 64, K), descriptor(operands.k_right, 64, K),
+        descriptor(operands.k_to_end, 64, K), factors.last, *factors.of_steep_rows, factors.first_chunks,
+    )  # fmt: skip
+    written = A, descriptor(states, V, K), descriptor(residuals, V, 64), codes, content, means, *final
     for steep, start in ((False, initial), (True, final)):
         carve_state_kernel[(call.chunks.sequences * heads,)](
-            x.k, x.g, x.b, x.w, x.A_log, x.dt_bias, down, up,
-            descriptor(x.b.flatten(2), 64, K), descriptor(x.v.flatten(2), 64, V),
-            descriptor(operands.q_sum, SUM_ROWS.value, K), descriptor(operands.P_sum, SUM_ROWS.value, 64),
-            descriptor(operands.k_left, 64, K), descriptor(operands.k_right, 64, K),
-            descriptor(operands.k_to_end, 64, K), factors.last, *factors.of_steep_rows, factors.first_chunks,
-            *start, count, A, descriptor(states, V, K), descriptor(residuals, V, 64), codes, content, means, *final,
+            *read, *start, count, *written,
             call.chunks.table, call.chunks.first, content_chunk, call.erase_scale, call.H, heads,
             **sizes, STEEP=steep, HAS_INITIAL=start[0] is not None,
             RAW_DECAY=call.raw_decay, LOGITS_W=call.logits_w, **call.launch("carve_state", call.K, V),

@@ -70,14 +70,15 @@ def gated_head_norm(
 
     Args:
         x: output of the recurrence, [B, T, H, V].
-        gate: [B, T, H, V]. A slice of a wider projection need not be copied.
+        gate: [B, T, H, V]. A slice of a wider projection need not be copied, nor one whose time lies outside the batch.
         weight: [V], shared by the heads.
         eps: added to the mean of squares.
         activation: "silu" or "sigmoid".
         backend: "torch" (any device, the reference), "triton" or "auto" (see resolve_backend).
 
     Returns:
-        [B, T, H, V] in the dtype of x; computed in float32 (float64 for float64 input).
+        [B, T, H, V] in the dtype of x; computed in float32 (float64 for float64 input). From Triton its order in memory
+        is that of the gate.
 
     Raises:
         ValueError: an argument has a wrong type, shape, dtype, device or value; the message names it.
@@ -87,13 +88,7 @@ def gated_head_norm(
     if resolve_backend(backend, x.device) == "triton":
         require_triton_dtype(x.dtype)
         require_triton_width("gated_head_norm", "V", x.shape[3])
-        from .gated_norm import GatedNorm
+        from .gated_norm import GatedNorm, whole_tokens
 
-        return GatedNorm.apply(x.contiguous(), _whole_tokens(gate), weight, eps, activation)
+        return GatedNorm.apply(whole_tokens(x), whole_tokens(gate), weight, eps, activation)
     return elementwise.gated_rms_norm(x, gate, weight, eps=eps, activation=activation)
-
-
-def _whole_tokens(x: Tensor) -> Tensor:
-    """x, [B, T, H, V], copied unless the heads of every token are one piece of memory."""
-    _, _, H, V = x.shape
-    return x if x.stride(3) == 1 and (H == 1 or x.stride(2) == V) else x.contiguous()

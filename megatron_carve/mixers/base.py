@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_carve.checkpoint import sharded_mixer_state
 from megatron_carve.config import MixerConfig, MixerKind, MixerOptions
+from megatron_carve.kernels.wide_copy import split_sections
 from megatron_carve.mixer_cache import MixerCache, mixer_cache
 from megatron_carve.mixers.parts import GatedHeadNorm, HeadParallelLinear, LogDecay, ShortConvolution
 from megatron_carve.parallel import PackedOrder, Span, context_exchange, packed_boundaries
@@ -203,7 +204,7 @@ class LinearAttentionMixer(MegatronModule):
         """
         convolved = [self.local_sizes[name] for name in CONVOLVED]
         others = {name: size for name, size in self.local_sizes.items() if name not in CONVOLVED}
-        first, *rest = projected.split([sum(convolved), *others.values()], dim=-1)
+        first, *rest = split_sections(projected, [sum(convolved), *others.values()])
         part = dict(zip(others, rest, strict=True))
         decay, gate = self._raw_decay_and_gate(part["decay"], part["gate"])
         by_token = [(x, [x.shape[-1]]) for x in (decay, part["erase"], part["write"])]
@@ -253,7 +254,9 @@ class LinearAttentionMixer(MegatronModule):
     def _raw_decay_and_gate(self, decay: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         """Expand the low-rank sections, whose features are spread over the tensor-parallel ranks."""
         if self.mixer.decay_projection == "low_rank":
-            decay = self.decay_up(all_gather_last_dim_from_tensor_parallel_region(decay, group=self.tp_group))
+            decay = all_gather_last_dim_from_tensor_parallel_region(decay, group=self.tp_group)
+            # The op takes batch entry after batch entry: here little has to be brought into that order.
+            decay = self.decay_up(decay.transpose(0, 1)).transpose(0, 1)
         if self.mixer.output_gate_projection == "low_rank":
             gate = self.gate_up(all_gather_last_dim_from_tensor_parallel_region(gate, group=self.tp_group))
         return decay, gate

@@ -68,6 +68,17 @@ def test_checkpoint_of_one_kind_of_layers_resumes_in_the_other(runs, source, tar
         assert resumed[step] == pytest.approx(straight[step], rel=SAME_CURVE), f"step {step}"
 
 
+@needs_te
+def test_deterministic_mode_resumes_to_the_last_bit(tmp_path):
+    words = [
+        "model.layers=transformer_engine", "model.pattern=C-*-2-*-", "training.precision=bf16",
+        "megatron.deterministic_mode=true",
+    ]  # fmt: skip
+    train(tmp_path, *SHORT, *words)
+    branch_off_at_step_20(tmp_path, "debug", "resumed", *words)
+    assert losses(tmp_path, "resumed") == losses(tmp_path, "debug")
+
+
 def branch_off_at_step_20(folder, source, name, *words):
     """Copy the run `source` as it was at step 20 and continue it under another name; returns what was printed."""
     shutil.copytree(folder / "runs" / source, folder / "runs" / name)

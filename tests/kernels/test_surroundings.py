@@ -100,6 +100,21 @@ def test_nothing_but_the_arguments_is_kept_for_the_backward() -> None:
     assert kept(out) == [t.data_ptr() for t in (x, gate, weight)]
 
 
+def test_norm_keeps_the_order_of_its_inputs_in_memory() -> None:
+    """So that a layer, whose projections have time outside the batch, copies nothing between the op and them."""
+    x = torch.randn(2, 9, 2, 32, device=DEVICE, requires_grad=True)
+    gate = torch.randn(9, 2, 2, 32, device=DEVICE, requires_grad=True)
+    weight = torch.ones(32, device=DEVICE)
+    out = gated_head_norm(x, gate.transpose(0, 1), weight, eps=1e-5, activation="silu", backend="triton")
+    assert out.shape == x.shape
+    assert out.transpose(0, 1).is_contiguous()
+    seen = []
+    for leaf in (x, gate):
+        leaf.register_hook(lambda d: seen.append(d.is_contiguous()))
+    out.backward(torch.randn(9, 2, 2, 32, device=DEVICE).transpose(0, 1))
+    assert seen == [True, True]
+
+
 def kept(out: torch.Tensor) -> list[int]:
     return [t.data_ptr() for t in out.grad_fn.saved_tensors]
 

@@ -1,0 +1,66 @@
+"""Copies in wider units give what torch's give, whatever the layout."""
+
+import pytest
+import torch
+from support.interpreter import DEVICE
+
+from megatron_carve.kernels.wide_copy import _unit, contiguous, split_sections
+
+DTYPES = [torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [[8, 16, 4], [8, 2, 6], [5, 1, 4]])
+@pytest.mark.parametrize("swapped", [True, False])
+def test_split_and_its_gradient(dtype: torch.dtype, sizes: list[int], swapped: bool) -> None:
+    x = torch.randn(3, 2, sum(sizes), device=DEVICE).to(dtype).requires_grad_()
+    found, plain = split_sections(x, sizes), x.split(sizes, -1)
+    assert all(ours.equal(theirs) for ours, theirs in zip(found, plain, strict=True))
+    d_sections = [torch.randn(2, 3, s, device=DEVICE).to(dtype).transpose(0, 1) for s in sizes]
+    if not swapped:
+        d_sections = [d.contiguous() for d in d_sections]
+    (dx,) = torch.autograd.grad(found, x, d_sections)
+    assert dx.equal(torch.autograd.grad(plain, x, d_sections)[0])
+
+
+def test_a_section_without_a_gradient() -> None:
+    x = torch.randn(3, 2, 8, dtype=torch.bfloat16, requires_grad=True)
+    first, _ = split_sections(x, [4, 4])
+    (dx,) = torch.autograd.grad(first.sum(), x)
+    assert dx.equal(torch.tensor([1.0] * 4 + [0.0] * 4, dtype=torch.bfloat16).expand(3, 2, 8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("first", "last"), [(0, 8), (4, 12), (2, 8), (1, 12)])
+def test_contiguous_and_its_gradient(dtype: torch.dtype, first: int, last: int) -> None:
+    x = torch.randn(3, 2, 12, device=DEVICE).to(dtype).requires_grad_()
+    piece = x.transpose(0, 1)[..., first:last]
+    out = contiguous(piece)
+    assert out.is_contiguous()
+    assert out.equal(piece)
+    weight = torch.randn_like(out)
+    (dx,) = torch.autograd.grad(out, x, weight, retain_graph=True)
+    assert dx.equal(torch.autograd.grad(piece, x, weight)[0])
+    assert contiguous(out) is out
+
+
+def test_units() -> None:
+    x = torch.zeros(6, 4, 16, dtype=torch.bfloat16)
+    assert _unit(x.transpose(0, 1)) == torch.int64
+    assert _unit(x[..., 4:12], x) == torch.int64
+    assert _unit(x[..., 2:12], x) == torch.int32
+    assert _unit(x[..., 1:9], x) == torch.bfloat16
+    assert _unit(x.expand(2, 6, 4, 16)[..., :1]) == torch.bfloat16
+    assert _unit(x.transpose(1, 2)) == torch.bfloat16
+    assert _unit(x.float()) == torch.int64
+    assert _unit(x.double()) == torch.float64
+
+
+def test_the_gradient_is_moved_in_the_widest_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    units = []
+    cat = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda xs, axis: units.append({x.dtype for x in xs}) or cat(xs, axis))
+    x = torch.randn(3, 2, 12, dtype=torch.bfloat16, requires_grad=True)
+    sections = split_sections(x, [8, 4])
+    torch.autograd.grad(sections, x, [torch.randn(2, 3, s, dtype=torch.bfloat16).transpose(0, 1) for s in (8, 4)])
+    assert units == [{torch.int64}]
