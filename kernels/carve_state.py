@@ -276,7 +276,7 @@ def carve_state_gradient_kernel(
             b_last = load_columns(last, i_ch, K, o_k)[None, :]  # early: it arrives while the products run
             b_dR = matmul(b_do, P.load([row_k, 0]), CT, PRECISION)
             if KIND == MILD:
-                b_dS *= b_last
+                b_dS *= b_last  # in place: K = 256 leaves no registers for a scaled copy beside it
                 b_k_right = k_right.load([row_k, 0])
                 b_dR += matmul(b_dS, tl.trans(b_k_right), CT, PRECISION)
                 b_dS *= UNSHIFT

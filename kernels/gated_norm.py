@@ -21,7 +21,7 @@ STEPS = 4
 class GatedNorm(torch.autograd.Function):
     """x, gate, weight, then eps and the activation -> RMSNorm(x) * weight * activation(gate).
 
-    The heads of every token of x, gate and the output's gradient must be one piece of memory.
+    The heads of every token of x and gate must be one piece of memory.
     """
 
     @staticmethod
@@ -31,7 +31,7 @@ class GatedNorm(torch.autograd.Function):
         BV, BT = _tile(V)
         with torch.cuda.device_of(x):
             forward_kernel[(H * triton.cdiv(T, BT) * B,)](
-                x, gate, weight, out, *_steps(x), *_steps(gate), *_steps(out), T, H, eps,
+                x, gate, weight, out, *_strides(x), *_strides(gate), *_strides(out), T, H, eps,
                 V=V, SILU=activation == "silu", BT=BT, BV=BV, num_warps=NUM_WARPS,
             )  # fmt: skip
         ctx.eps, ctx.activation = eps, activation
@@ -51,7 +51,7 @@ class GatedNorm(torch.autograd.Function):
         with torch.cuda.device_of(x):
             backward_kernel[(programs,)](
                 x, gate, weight, d_out, dx, d_gate, d_weight,
-                *_steps(x), *_steps(gate), *_steps(d_out), *_steps(dx), *_steps(d_gate), T, H, ctx.eps,
+                *_strides(x), *_strides(gate), *_strides(d_out), *_strides(dx), *_strides(d_gate), T, H, ctx.eps,
                 V=V, SILU=ctx.activation == "silu", STEPS=STEPS, BT=BT, BV=BV, num_warps=NUM_WARPS,
             )  # fmt: skip
         return dx, d_gate, d_weight.sum(0).to(weight.dtype), None, None
@@ -71,7 +71,7 @@ def _empty_like(x: Tensor, order: Tensor) -> Tensor:
     return x.new_empty(B, T, H, V)
 
 
-def _steps(x: Tensor) -> tuple[int, int]:
+def _strides(x: Tensor) -> tuple[int, int]:
     """From one batch entry, and from one token, to the next."""
     return x.stride(0), x.stride(1)
 

@@ -31,7 +31,7 @@ def gradient_operands_kernel(
 
     HE heads have an erase gate of their own: the key heads, or where the gate sees content the value heads. Writes per
     chunk
-        k_to_end, q_from_start [NC, H, C, K] as in the forward,
+        k_to_end, q_from_start [NC, H, C, K] as in the forward: for CARVE's loop k_to_end only where it takes it,
         erasure [NC, HE, C, K]: A (exp(G) b k); for CARVE's loop exp(G) b k.
         residuals [NC, HV, C, V]: R = A (w v - exp(G) b k S); for CARVE's loop [NC, HV, V, C].
         d_residuals_here [NC, HV, C, V]: P^T do, what the chunk's own outputs give its residuals; not for CARVE's loop.

@@ -78,7 +78,7 @@ def gated_head_norm(
 
     Returns:
         [B, T, H, V] in the dtype of x; computed in float32 (float64 for float64 input). From Triton its order in memory
-        is that of the gate.
+        is that of the gate, or batch, time, head where the gate had to be copied.
 
     Raises:
         ValueError: an argument has a wrong type, shape, dtype, device or value; the message names it.

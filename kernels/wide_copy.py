@@ -1,4 +1,4 @@
-"""Copies of tensors of 16 and 32 bits in units of up to 64.
+"""Copies of tensors of 16- and 32-bit numbers, in units of up to 64 bits.
 
 Where tensors are not contiguous, torch's kernels for copies and concatenations move one element at a time, which for 16
 bits takes twice as long as memory needs. Rows that allow it are moved as if they held wider elements.
@@ -18,7 +18,10 @@ def contiguous(x: Tensor) -> Tensor:
 
 
 def split_sections(x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    """x.split(sizes, -1), whose backward puts the gradients of all sections together at once; differentiable once."""
+    """x.split(sizes, -1), whose backward puts the gradients of all sections together at once; differentiable once.
+
+    It moves them in the widest unit that all of them allow.
+    """
     return SplitSections.apply(x, *sizes)
 
 

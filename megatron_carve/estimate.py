@@ -105,7 +105,7 @@ def saved_numbers(recipe: Recipe, letter: str) -> dict[str, float]:
     write = x.num_value_heads if kind == "carve" else x.value_dim
     inputs = {"projected": sum(s.size for s in x.projection_sections(kind))}
     if x.decay_projection == "low_rank":
-        inputs["decay"] = x.key_dim
+        inputs["decay"] = x.key_dim + x.value_head_dim  # and the narrow section that it is made of, copied
     inside: dict[str, float] = {
         "queries, keys, values": 2 * x.key_dim + x.value_dim,
         "erase gate": x.key_dim,

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_carve.checkpoint import sharded_mixer_state
 from megatron_carve.config import MixerConfig, MixerKind, MixerOptions
-from megatron_carve.kernels.wide_copy import split_sections
+from megatron_carve.kernels.wide_copy import contiguous, split_sections
 from megatron_carve.mixer_cache import MixerCache, mixer_cache
 from megatron_carve.mixers.parts import GatedHeadNorm, HeadParallelLinear, LogDecay, ShortConvolution
 from megatron_carve.parallel import PackedOrder, Span, context_exchange, packed_boundaries
@@ -191,7 +191,7 @@ class LinearAttentionMixer(MegatronModule):
         else:
             out = self._recurrence(span, *mine)
         out = self.exchange.leave(out.transpose(0, 1).flatten(-2), order).unflatten(-1, (-1, out.shape[-1]))
-        # A tile of the norm is many tokens of one sequence, so time comes last but for the heads.
+        # The norm takes [B, T, H, V], in whichever order they lie in memory.
         out, gate = (x.transpose(0, 1) for x in (out, gate.unflatten(-1, out.shape[-2:])))
         out = self.out_norm(out, gate, self.backend).transpose(0, 1)
         return self.out_proj(out.flatten(-2).contiguous())
@@ -256,7 +256,7 @@ class LinearAttentionMixer(MegatronModule):
         if self.mixer.decay_projection == "low_rank":
             decay = all_gather_last_dim_from_tensor_parallel_region(decay, group=self.tp_group)
             # The op takes batch entry after batch entry: here little has to be brought into that order.
-            decay = self.decay_up(decay.transpose(0, 1)).transpose(0, 1)
+            decay = self.decay_up(contiguous(decay.transpose(0, 1))).transpose(0, 1)
         if self.mixer.output_gate_projection == "low_rank":
             gate = self.gate_up(all_gather_last_dim_from_tensor_parallel_region(gate, group=self.tp_group))
         return decay, gate

@@ -27,7 +27,7 @@ CASES: dict[str, Convolution | Norm] = {
     "convolution, wide heads": Convolution(B=2, T=1000, H=4, K=256, V=1024),
     "norm": Norm(B=2, T=1000, H=16, V=128),
     "norm, sigmoid": Norm(B=2, T=1000, H=16, V=128, activation="sigmoid", gate="whole"),
-    "norm, 96 channels": Norm(B=2, T=1000, H=16, V=96, gate="heads", wide_x=True),
+    "norm, 96 channels": Norm(B=2, T=1000, H=16, V=96, gate="heads", x="heads"),
     "norm, wide heads": Norm(B=2, T=1000, H=4, V=256),
 }
 

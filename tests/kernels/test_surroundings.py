@@ -7,6 +7,7 @@ import torch
 from support.interpreter import DEVICE
 from support.surroundings import Convolution, Norm
 from support.tolerances import TOLERANCES, error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_carve.kernels.elementwise import _position_in_sequence
 from megatron_carve.kernels.short_convolution import token_age
@@ -28,9 +29,10 @@ CASES: dict[str, Convolution | Norm] = {
     "runs of several programs": Convolution(T=2100, V=3),
     "norm": Norm(B=2, T=70, H=3),
     "norm, sigmoid": Norm(B=2, T=9, H=2, activation="sigmoid"),
-    "norm, 96 channels, sliced heads": Norm(B=2, T=9, H=2, V=96, gate="heads", wide_x=True),
+    "norm, 96 channels, sliced heads": Norm(B=2, T=9, H=2, V=96, gate="heads", x="heads"),
     "norm, 256 channels, whole gate": Norm(T=70, H=2, V=256, gate="whole"),
     "norm, several programs": Norm(T=600, H=1),
+    "norm, time outside the batch": Norm(B=2, T=70, H=3, x="time first"),
 }
 
 
@@ -100,19 +102,47 @@ def test_nothing_but_the_arguments_is_kept_for_the_backward() -> None:
     assert kept(out) == [t.data_ptr() for t in (x, gate, weight)]
 
 
+class Called(TorchDispatchMode):
+    """Names of torch's operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
 def test_norm_keeps_the_order_of_its_inputs_in_memory() -> None:
     """So that a layer, whose projections have time outside the batch, copies nothing between the op and them."""
-    x = torch.randn(2, 9, 2, 32, device=DEVICE, requires_grad=True)
-    gate = torch.randn(9, 2, 2, 32, device=DEVICE, requires_grad=True)
-    weight = torch.ones(32, device=DEVICE)
-    out = gated_head_norm(x, gate.transpose(0, 1), weight, eps=1e-5, activation="silu", backend="triton")
-    assert out.shape == x.shape
-    assert out.transpose(0, 1).is_contiguous()
-    seen = []
-    for leaf in (x, gate):
-        leaf.register_hook(lambda d: seen.append(d.is_contiguous()))
-    out.backward(torch.randn(9, 2, 2, 32, device=DEVICE).transpose(0, 1))
-    assert seen == [True, True]
+    batch_first, time_first = ((2, 9, 2, 32), (9, 2, 2, 32))
+    for x_shape in (batch_first, time_first):
+        x, gate, d_out = (torch.randn(s, device=DEVICE, requires_grad=True) for s in (x_shape, time_first, time_first))
+        weight = torch.ones(32, device=DEVICE)
+        given = x if x_shape == batch_first else x.transpose(0, 1)
+        out = gated_head_norm(given, gate.transpose(0, 1), weight, eps=1e-5, activation="silu", backend="triton")
+        assert out.shape == batch_first
+        assert out.transpose(0, 1).is_contiguous()
+        assert kept(out) == [t.data_ptr() for t in (x, gate, weight)]
+        seen = []
+        for leaf in (x, gate):
+            leaf.register_hook(lambda d, seen=seen: seen.append(d.is_contiguous()))
+        with Called() as called:
+            out.backward(d_out.detach().transpose(0, 1))
+        assert seen == [True, True]
+        assert "clone" not in called.names
+
+
+def test_norm_takes_an_expanded_gradient() -> None:
+    x, gate = (torch.randn(2, 9, 2, 32, device=DEVICE, requires_grad=True) for _ in range(2))
+    weight = torch.randn(32, device=DEVICE)
+    found, plain = (
+        torch.autograd.grad(gated_head_norm(x, gate, weight, eps=1e-5, activation="silu", backend=b).sum(), (x, gate))
+        for b in ("triton", "torch")
+    )
+    for ours, theirs in zip(found, plain, strict=True):
+        assert error(ours, theirs) <= TOLERANCES["float32"].grad
 
 
 def kept(out: torch.Tensor) -> list[int]:

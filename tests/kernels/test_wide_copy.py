@@ -1,8 +1,11 @@
 """Copies in wider units give what torch's give, whatever the layout."""
 
+from typing import Any
+
 import pytest
 import torch
 from support.interpreter import DEVICE
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_carve.kernels.wide_copy import _unit, contiguous, split_sections
 
@@ -31,9 +34,9 @@ def test_a_section_without_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("first", "last"), [(0, 8), (4, 12), (2, 8), (1, 12)])
-def test_contiguous_and_its_gradient(dtype: torch.dtype, first: int, last: int) -> None:
-    x = torch.randn(3, 2, 12, device=DEVICE).to(dtype).requires_grad_()
+@pytest.mark.parametrize(("width", "first", "last"), [(12, 0, 8), (12, 4, 12), (12, 2, 8), (12, 1, 12), (13, 4, 12)])
+def test_contiguous_and_its_gradient(dtype: torch.dtype, width: int, first: int, last: int) -> None:
+    x = torch.randn(3, 2, width, device=DEVICE).to(dtype).requires_grad_()
     piece = x.transpose(0, 1)[..., first:last]
     out = contiguous(piece)
     assert out.is_contiguous()
@@ -52,15 +55,32 @@ def test_units() -> None:
     assert _unit(x[..., 1:9], x) == torch.bfloat16
     assert _unit(x.expand(2, 6, 4, 16)[..., :1]) == torch.bfloat16
     assert _unit(x.transpose(1, 2)) == torch.bfloat16
+    assert _unit(torch.zeros(6, 4, 17, dtype=torch.bfloat16)[..., 4:12]) == torch.bfloat16
     assert _unit(x.float()) == torch.int64
     assert _unit(x.double()) == torch.float64
 
 
-def test_the_gradient_is_moved_in_the_widest_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    units = []
-    cat = torch.cat
-    monkeypatch.setattr(torch, "cat", lambda xs, axis: units.append({x.dtype for x in xs}) or cat(xs, axis))
+class Moved(TorchDispatchMode):
+    """Dtypes of what torch copies and concatenates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.cat):
+            self.dtypes.append(out.dtype)
+        return out
+
+
+def test_memory_is_moved_in_the_widest_unit() -> None:
     x = torch.randn(3, 2, 12, dtype=torch.bfloat16, requires_grad=True)
+    with Moved() as moved:
+        contiguous(x.transpose(0, 1))
+    assert moved.dtypes == [torch.int64]
     sections = split_sections(x, [8, 4])
-    torch.autograd.grad(sections, x, [torch.randn(2, 3, s, dtype=torch.bfloat16).transpose(0, 1) for s in (8, 4)])
-    assert units == [{torch.int64}]
+    d_sections = [torch.randn(2, 3, s, dtype=torch.bfloat16).transpose(0, 1) for s in (8, 4)]
+    with Moved() as moved:
+        torch.autograd.grad(sections, x, d_sections)
+    assert moved.dtypes == [torch.int64]

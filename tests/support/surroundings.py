@@ -57,7 +57,7 @@ class Norm:
     Attributes:
         B, T, H, V: sizes.
         gate: "projection", a slice of [T, B, F]; "heads", a slice of every head of a wider tensor; or "whole".
-        wide_x: x is a slice of every head of a wider tensor.
+        x: "heads", as for the gate; "time first", from [T, B, H, V]; or "whole".
     """
 
     B: int = 1
@@ -66,19 +66,21 @@ class Norm:
     V: int = 32
     activation: str = "silu"
     gate: str = "projection"
-    wide_x: bool = False
+    x: str = "whole"
 
     def run(self, dtype: torch.dtype, compute: torch.dtype, device: str, backend: str) -> dict[str, Tensor]:
         """The call with values of `dtype` held in `compute`."""
         draw = Draw(dtype, compute, device)
         B, T, H, V = self.B, self.T, self.H, self.V
         gates = {"projection": (T, B, H * V + 3), "heads": (B, T, H, V + 3), "whole": (B, T, H, V)}
-        leaves = {"x": draw(B, T, H, V + 3 * self.wide_x), "gate": draw(*gates[self.gate]), "weight": draw(V)}
+        xs = {"heads": (B, T, H, V + 3), "time first": (T, B, H, V), "whole": (B, T, H, V)}
+        leaves = {"x": draw(*xs[self.x]), "gate": draw(*gates[self.gate]), "weight": draw(V)}
+        x = leaves["x"].transpose(0, 1) if self.x == "time first" else leaves["x"]
         gate = leaves["gate"]
         if self.gate == "projection":
             gate = gate.transpose(0, 1)[..., : H * V].unflatten(-1, (H, V))
         out = gated_head_norm(
-            leaves["x"][..., :V], gate[..., :V], leaves["weight"], eps=1e-5, activation=self.activation, backend=backend
+            x[..., :V], gate[..., :V], leaves["weight"], eps=1e-5, activation=self.activation, backend=backend
         )
         return with_gradients({"out": out}, leaves, draw)
 
