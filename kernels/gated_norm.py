@@ -111,7 +111,7 @@ def backward_kernel(
 ):  # fmt: skip
     """One program per STEPS * BT tokens of a batch entry and head.
 
-    The tensors of the forward; d_out, dx, d_gate: as they; d_weight: [programs, V] float32.
+    The tensors of the forward; d_out, dx, d_gate: like them; d_weight: [programs, V] float32.
     """
     i_h, i_bt = tl.program_id(0) % H, tl.program_id(0) // H
     token_blocks = tl.cdiv(T, BT * STEPS)
