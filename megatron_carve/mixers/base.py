@@ -102,35 +102,18 @@ class LinearAttentionMixer(MegatronModule):
         self.packed_order: PackedOrder = getattr(config, "mixer_packed_order", "document")
         self.sections = self.mixer.projection_sections(self.kind)
         self.local_sizes = {s.name: s.size // self.tp_size for s in self.sections}
+        shared = {"config": config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
         self.in_proj = build_module(
-            submodules.in_proj,
-            config.hidden_size,
-            sum(s.size for s in self.sections),
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            bias=False,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_comm_buffer_name="fc1",
-            tp_group=self.tp_group,
+            submodules.in_proj, config.hidden_size, sum(s.size for s in self.sections), **shared,
+            init_method=config.init_method, gather_output=False, skip_bias_add=False, tp_comm_buffer_name="fc1",
             name=None if name is None else f"{name}.in_proj",
-        )
+        )  # fmt: skip
         self._build_head_parameters()
         self.out_proj = build_module(
-            submodules.out_proj,
-            self.mixer.value_dim,
-            config.hidden_size,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=False,
-            tp_comm_buffer_name="fc2",
-            tp_group=self.tp_group,
-            name=None if name is None else f"{name}.out_proj",
-        )
+            submodules.out_proj, self.mixer.value_dim, config.hidden_size, **shared,
+            init_method=config.output_layer_init_method, input_is_parallel=True, skip_bias_add=True,
+            tp_comm_buffer_name="fc2", name=None if name is None else f"{name}.out_proj",
+        )  # fmt: skip
         if config.perform_initialization:
             with get_cuda_rng_tracker().fork():
                 self.reset_parameters()

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.dispatch import Copies
 from support.interpreter import DEVICE
 from support.surroundings import Convolution, Norm
 from support.tolerances import TOLERANCES, error
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_carve.kernels.elementwise import _position_in_sequence
 from megatron_carve.kernels.short_convolution import token_age
@@ -102,18 +102,6 @@ def test_nothing_but_the_arguments_is_kept_for_the_backward() -> None:
     assert kept(out) == [t.data_ptr() for t in (x, gate, weight)]
 
 
-class Called(TorchDispatchMode):
-    """Names of torch's operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 def test_norm_keeps_the_order_of_its_inputs_in_memory() -> None:
     """So that a layer, whose projections have time outside the batch, copies nothing between the op and them."""
     batch_first, time_first = ((2, 9, 2, 32), (9, 2, 2, 32))
@@ -128,10 +116,10 @@ def test_norm_keeps_the_order_of_its_inputs_in_memory() -> None:
         seen = []
         for leaf in (x, gate):
             leaf.register_hook(lambda d, seen=seen: seen.append(d.is_contiguous()))
-        with Called() as called:
+        with Copies() as copies:
             out.backward(d_out.detach().transpose(0, 1))
         assert seen == [True, True]
-        assert "clone" not in called.names
+        assert not copies.made
 
 
 def test_norm_takes_an_expanded_gradient() -> None:

@@ -1,11 +1,9 @@
 """Copies in wider units give what torch's give, whatever the layout."""
 
-from typing import Any
-
 import pytest
 import torch
+from support.dispatch import Copies
 from support.interpreter import DEVICE
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_carve.kernels.wide_copy import _unit, contiguous, split_sections
 
@@ -60,27 +58,13 @@ def test_units() -> None:
     assert _unit(x.double()) == torch.float64
 
 
-class Moved(TorchDispatchMode):
-    """Dtypes of what torch copies and concatenates."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: list[torch.dtype] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.cat):
-            self.dtypes.append(out.dtype)
-        return out
-
-
 def test_memory_is_moved_in_the_widest_unit() -> None:
     x = torch.randn(3, 2, 12, dtype=torch.bfloat16, requires_grad=True)
-    with Moved() as moved:
+    with Copies() as copies:
         contiguous(x.transpose(0, 1))
-    assert moved.dtypes == [torch.int64]
+    assert [x.dtype for x in copies.made] == [torch.int64]
     sections = split_sections(x, [8, 4])
     d_sections = [torch.randn(2, 3, s, dtype=torch.bfloat16).transpose(0, 1) for s in (8, 4)]
-    with Moved() as moved:
+    with Copies() as copies:
         torch.autograd.grad(sections, x, d_sections)
-    assert moved.dtypes == [torch.int64]
+    assert [x.dtype for x in copies.made] == [torch.int64]
