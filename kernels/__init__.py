@@ -3,9 +3,13 @@
 Letters: B batch, T tokens, H key heads, HV value heads (a multiple of H; value head j uses key head j // (HV // H)),
 K and V head widths, R content rank, N sequences (B, or the number of packed ones).
 
-Per head, with the state S in R^{K x V} and the output scale s:
+Per head, with the state S in R^{K x V} and the output scale s, GDN-2 is
 
     S_t = (I - k_t (b_t * k_t)^T) Diag(exp g_t) S_{t-1} + k_t (w_t * v_t)^T,    o_t = s * S_t^T q_t
+
+and CARVE erases by decay, then writes the difference to what the state holds under the key:
+
+    S_t = Diag((1 - b_t) * exp g_t) S_{t-1} + w_t k_t (v_t - P_t^T k_t)^T,      P_t = S_{t-1}, or S_{t-1} decayed
 
 Dtypes: q, k, v share float16, bfloat16, float32 or float64; the other float inputs have that dtype or, beside a 16-bit
 one, float32. States are float32, or float64 for float64 inputs, and so is the computation, under autocast too (call
@@ -14,13 +18,12 @@ backward outside it, as torch advises); o has the dtype of v.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import recurrent, reference
 from .backends import require_triton_convolution, require_triton_support, resolve_backend
-from .checks import check_carve, check_erase_scale, check_gdn2, check_in_place, check_raw_decay
-from .gates import plain_decay, plain_erase_gate
+from .call import OpCall
+from .checks import check_call
 from .state import CarveState
 
 __all__ = [
@@ -33,16 +36,6 @@ __all__ = [
     "require_triton_support",
     "resolve_backend",
 ]
-
-
-def _recurrent_ops(backend: str, q: Tensor, v: Tensor) -> Any:
-    """The module with a backend's recurrent ops; Triton is imported only when asked for."""
-    if backend == "torch":
-        return recurrent
-    from . import decode
-
-    require_triton_support("recurrent", q.dtype, q.shape[3], v.shape[3])
-    return decode
 
 
 def chunk_gdn2(
@@ -66,21 +59,23 @@ def chunk_gdn2(
     """Gated DeltaNet-2 over whole sequences, differentiable in every float input and the initial state.
 
     The recurrence is in the package docstring; it is the one of "Gated DeltaNet-2: Decoupling Erase and Write in
-    Linear Attention" (arXiv 2605.22791), computed in its chunk (WY) form.
+    Linear Attention" (arXiv 2605.22791), computed in its chunk (WY) form. One number per head as b and the same as w
+    make it Kimi Delta Attention (arXiv 2510.26692).
 
     Args:
         q, k: queries and keys, [B, T, H, K], L2-normalised by the caller.
         v: values, [B, T, HV, V].
         g: log-decay per key channel, natural logarithm, <= 0, [B, T, H, K]. Down to -inf (forget everything).
-        b: erase gate per key channel, in [0, 1], or up to 2 where negative eigenvalues are wanted, [B, T, H, K].
+        b: erase gate per key channel, in [0, 1], or up to 2 where negative eigenvalues are wanted, [B, T, H, K], or
+            one number per head, [B, T, H].
         w: write gate, [B, T, HV, V], or one scalar per head, [B, T, HV].
         scale: output scale s; K ** -0.5 if None.
         initial_state: S to start from, [N, HV, K, V]; zeros if None. It is not modified.
         output_final_state: also return S after the last token of each sequence.
         cu_seqlens: boundaries of packed sequences, [N + 1], int32 or int64, from 0 to T, nondecreasing; needs B = 1.
             The torch backend reads them on the host.
-        A_log, dt_bias: [H] and [H, K], float32 (float64 beside float64). Where they are given, g is the raw decay x,
-            [B, T, H, K], and the log-decay is -exp(A_log) * softplus(x + dt_bias), formed in the kernels.
+        A_log, dt_bias: [H] or [H, K], and [H, K], float32 (float64 beside float64). Where they are given, g is the raw
+            decay x, [B, T, H, K], and the log-decay is -exp(A_log) * softplus(x + dt_bias), formed in the kernels.
         gate_logits: b and w are logits: b stands for erase_scale * sigmoid(b), w for sigmoid(w).
         erase_scale: upper end of an erase gate given as logits, above 0 and at most 2.
         backend: "torch" (any device, the reference), "triton" or "auto" (see resolve_backend).
@@ -93,20 +88,12 @@ def chunk_gdn2(
         NotImplementedError: the backend does not exist for this device, or lacks the widths or the dtype (see
             require_triton_support).
     """
-    check_gdn2(q, k, v, g, b, w, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    check_raw_decay(A_log, dt_bias, q)
-    check_erase_scale(erase_scale)
-    options: dict[str, Any] = {
-        "scale": _scale(scale, q), "initial_state": initial_state, "output_final_state": output_final_state,
-        "cu_seqlens": cu_seqlens,
-    }  # fmt: skip
-    if resolve_backend(backend, q.device) == "triton":
-        from . import chunk
-
-        options |= {"A_log": A_log, "dt_bias": dt_bias, "gate_logits": gate_logits, "erase_scale": erase_scale}
-        return chunk.chunk_gdn2(q, k, v, g, b, w, **options)
-    g, b, w = _plain_gdn2(g, b, w, A_log, dt_bias, gate_logits, erase_scale)
-    return reference.chunk_gdn2(q, k, v, g, b, w, **options)
+    call = OpCall(
+        op="gdn2", q=q, k=k, v=v, g=g, b=b, w=w, scale=scale, initial_state=initial_state,
+        output_final_state=output_final_state, cu_seqlens=cu_seqlens, A_log=A_log, dt_bias=dt_bias,
+        gate_logits=gate_logits, erase_scale=erase_scale,
+    )  # fmt: skip
+    return _chunk_backend(call, backend).chunk_op(call)
 
 
 def chunk_carve(
@@ -116,11 +103,14 @@ def chunk_carve(
     g: Tensor,
     erase_logits: Tensor,
     w: Tensor,
-    content_down: Tensor,
-    content_up: Tensor,
+    content_down: Tensor | None,
+    content_up: Tensor | None,
     *,
+    erase: str = "diagonal",
+    prediction: str = "previous",
     content_chunk: int = 64,
     content_grad: str = "full",
+    erase_bias: Tensor | None = None,
     erase_scale: float = 1.0,
     scale: float | None = None,
     initial_state: CarveState | None = None,
@@ -133,37 +123,41 @@ def chunk_carve(
 ) -> tuple[Tensor, CarveState | None]:
     """CARVE over whole sequences, differentiable in every float input and the floats of the initial state.
 
-    GDN-2's recurrence with one write scalar per head and an erase gate that sees the content already written:
+    "CARVE: Content-Aware Recurrent with Value Efficiency for Chunk-Parallel Linear Attention" (arXiv 2606.27229),
+    equations 5 to 10. The recurrence is in the package docstring; its erase gate sees the content written before:
 
-        b_t = erase_scale * sigmoid(erase_logits_t + U D m),
-        m = mean of o over the previous content chunk, 0 before the first
+        b_t = sigmoid(erase_logits_t + erase_bias + U tanh(D m)),
+        m = mean of S_t^T q_t over the content chunk before (without s), 0 in the first
 
-    after "CARVE: Content-Aware Recurrent with Value Efficiency for Chunk-Parallel Linear Attention" (arXiv
-    2606.27229; its full text was not available, so where and how m enters is this package's reading). Content chunks
-    are counted from each sequence's own start. With content_up = 0 the result is that of chunk_gdn2 with
-    b = erase_scale * sigmoid(erase_logits): bit for bit on the torch backend, within rounding on Triton, whose two ops
-    have kernels of their own.
+    Content chunks are counted from each sequence's own start. Without content (D and U None) and with the prediction
+    "decayed" this is Kimi Delta Attention with the log-decay g + log(1 - b) and beta = w.
 
     Args:
         q, k: queries and keys, [B, T, H, K], L2-normalised by the caller.
         v: values, [B, T, HV, V].
         g: log-decay per key channel, natural logarithm, <= 0, [B, T, H, K]. Down to -inf (forget everything).
-        erase_logits: erase gate before content term and sigmoid, [B, T, H, K].
+        erase_logits: erase gate before bias, content term and sigmoid, [B, T, H, K].
         w: write gate, one scalar per head, [B, T, HV].
-        content_down: D, [HV, R, V].
-        content_up: U, [HV, K, R].
+        content_down: D, [R, V] for all heads or [HV, R, V]; None for no content.
+        content_up: U, [K, R] or [HV, K, R], as content_down.
+        erase: "diagonal", the paper's decay by 1 - b, or "delta", which erases along the key as GDN-2 does:
+            S_t = (I - k_t (b_t * k_t)^T) Diag(exp g_t) S_{t-1} + w_t k_t v_t^T.
+        prediction: what the diagonal form's write is the difference to: "previous" (equation 5), the state before this
+            token's decay, or "decayed" (appendix E), after it.
         content_chunk: tokens in a content chunk, a positive multiple of 64 below 2**31. Part of the model.
         content_grad: "full", or "detached" to let no gradient into the mean where it enters the gate.
-        erase_scale: upper end of the erase gate, above 0 and at most 2; above 1 the transition may have negative
-            eigenvalues.
-        scale: output scale s; K ** -0.5 if None. The mean is of the scaled output, before it is cast to v's dtype.
-        initial_state: state of an earlier call to continue from; it is not modified. Its counts are read on the host.
+        erase_bias: [H, K], float32 (float64 beside float64), added to the erase logits; None for zeros.
+        erase_scale: upper end of the erase gate of "delta", above 0 and at most 2; above 1 the transition may have
+            negative eigenvalues. 1 with "diagonal".
+        scale: output scale s, not 0; K ** -0.5 if None.
+        initial_state: state of an earlier call to continue from; it is not modified. The torch backend reads its
+            counts on the host.
         output_final_state: also return the state after the last token of each sequence. Any split of a sequence into
             calls, of either CARVE op, computes what one call computes.
         cu_seqlens: boundaries of packed sequences, [N + 1], int32 or int64, from 0 to T, nondecreasing; needs B = 1.
             The torch backend reads them on the host.
-        A_log, dt_bias: [H] and [H, K], float32 (float64 beside float64). Where they are given, g is the raw decay x,
-            [B, T, H, K], and the log-decay is -exp(A_log) * softplus(x + dt_bias), formed in the kernels.
+        A_log, dt_bias: [H] or [H, K], and [H, K], float32 (float64 beside float64). Where they are given, g is the raw
+            decay x, [B, T, H, K], and the log-decay is -exp(A_log) * softplus(x + dt_bias), formed in the kernels.
         gate_logits: w is a logit, it stands for sigmoid(w).
         backend: "torch" (any device, the reference), "triton" or "auto" (see resolve_backend).
 
@@ -175,24 +169,14 @@ def chunk_carve(
         NotImplementedError: the backend does not exist for this device, or lacks the widths or the dtype (see
             require_triton_support).
     """
-    check_carve(
-        q, k, v, g, erase_logits, w, content_down, content_up,
-        content_chunk=content_chunk, content_grad=content_grad, erase_scale=erase_scale,
-        initial_state=initial_state, cu_seqlens=cu_seqlens,
+    call = OpCall(
+        op="carve", q=q, k=k, v=v, g=g, b=erase_logits, w=w, content_down=content_down, content_up=content_up,
+        erase=erase, prediction=prediction, content_chunk=content_chunk, content_grad=content_grad,
+        erase_bias=erase_bias, erase_scale=erase_scale, scale=scale, initial_state=initial_state,
+        output_final_state=output_final_state, cu_seqlens=cu_seqlens, A_log=A_log, dt_bias=dt_bias,
+        gate_logits=gate_logits,
     )  # fmt: skip
-    check_raw_decay(A_log, dt_bias, q)
-    options: dict[str, Any] = {
-        "content_chunk": content_chunk, "content_grad": content_grad, "erase_scale": erase_scale,
-        "scale": _scale(scale, q), "initial_state": initial_state, "output_final_state": output_final_state,
-        "cu_seqlens": cu_seqlens,
-    }  # fmt: skip
-    if resolve_backend(backend, q.device) == "triton":
-        from . import chunk
-
-        options |= {"A_log": A_log, "dt_bias": dt_bias, "gate_logits": gate_logits}
-        return chunk.chunk_carve(q, k, v, g, erase_logits, w, content_down, content_up, **options)
-    g, w = plain_decay(g, A_log, dt_bias), torch.sigmoid(w) if gate_logits else w
-    return reference.chunk_carve(q, k, v, g, erase_logits, w, content_down, content_up, **options)
+    return _chunk_backend(call, backend).chunk_op(call)
 
 
 def recurrent_gdn2(
@@ -220,18 +204,12 @@ def recurrent_gdn2(
     torch.no_grad: the results carry no gradient. With inplace_state the state is written into initial_state, which
     must be contiguous, and is returned as the final state.
     """
-    check_gdn2(q, k, v, g, b, w, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    check_raw_decay(A_log, dt_bias, q)
-    check_erase_scale(erase_scale)
-    if inplace_state:
-        check_in_place(initial_state)
-    with torch.no_grad():
-        g, b, w = _plain_gdn2(g, b, w, A_log, dt_bias, gate_logits, erase_scale)
-    return _recurrent_ops(resolve_backend(backend, q.device), q, v).recurrent_gdn2(
-        q, k, v, g, b, w,
-        scale=_scale(scale, q), initial_state=initial_state, output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens, inplace_state=inplace_state,
+    call = OpCall(
+        op="gdn2", q=q, k=k, v=v, g=g, b=b, w=w, scale=scale, initial_state=initial_state,
+        output_final_state=output_final_state, cu_seqlens=cu_seqlens, A_log=A_log, dt_bias=dt_bias,
+        gate_logits=gate_logits, erase_scale=erase_scale, inplace_state=inplace_state,
     )  # fmt: skip
+    return _recurrent_backend(call, backend).recurrent_op(call)
 
 
 def recurrent_carve(
@@ -241,11 +219,14 @@ def recurrent_carve(
     g: Tensor,
     erase_logits: Tensor,
     w: Tensor,
-    content_down: Tensor,
-    content_up: Tensor,
+    content_down: Tensor | None,
+    content_up: Tensor | None,
     *,
+    erase: str = "diagonal",
+    prediction: str = "previous",
     content_chunk: int = 64,
     content_grad: str = "full",
+    erase_bias: Tensor | None = None,
     erase_scale: float = 1.0,
     scale: float | None = None,
     initial_state: CarveState | None = None,
@@ -263,30 +244,33 @@ def recurrent_carve(
     torch.no_grad: the results carry no gradient, and content_grad is checked but has no effect. With inplace_state the
     state is written into the tensors of initial_state, which must be contiguous, and is returned as the final state.
     """
-    check_carve(
-        q, k, v, g, erase_logits, w, content_down, content_up,
-        content_chunk=content_chunk, content_grad=content_grad, erase_scale=erase_scale,
-        initial_state=initial_state, cu_seqlens=cu_seqlens,
+    call = OpCall(
+        op="carve", q=q, k=k, v=v, g=g, b=erase_logits, w=w, content_down=content_down, content_up=content_up,
+        erase=erase, prediction=prediction, content_chunk=content_chunk, content_grad=content_grad,
+        erase_bias=erase_bias, erase_scale=erase_scale, scale=scale, initial_state=initial_state,
+        output_final_state=output_final_state, cu_seqlens=cu_seqlens, A_log=A_log, dt_bias=dt_bias,
+        gate_logits=gate_logits, inplace_state=inplace_state,
     )  # fmt: skip
-    check_raw_decay(A_log, dt_bias, q)
-    if inplace_state:
-        check_in_place(initial_state)
-    with torch.no_grad():
-        g, w = plain_decay(g, A_log, dt_bias), torch.sigmoid(w) if gate_logits else w
-    return _recurrent_ops(resolve_backend(backend, q.device), q, v).recurrent_carve(
-        q, k, v, g, erase_logits, w, content_down, content_up,
-        content_chunk=content_chunk, erase_scale=erase_scale, scale=_scale(scale, q), initial_state=initial_state,
-        output_final_state=output_final_state, cu_seqlens=cu_seqlens, inplace_state=inplace_state,
-    )  # fmt: skip
+    return _recurrent_backend(call, backend).recurrent_op(call)
 
 
-def _plain_gdn2(
-    g: Tensor, b: Tensor, w: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, gate_logits: bool, erase_scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Decay and gates as the reference takes them."""
-    w = torch.sigmoid(w) if gate_logits else w
-    return plain_decay(g, A_log, dt_bias), plain_erase_gate(b, gate_logits, erase_scale), w
+def _chunk_backend(call: OpCall, backend: str) -> Any:
+    """The module whose chunk_op serves a call, which is checked; Triton is imported only when asked for."""
+    check_call(call)
+    if resolve_backend(backend, call.q.device) == "torch":
+        return reference
+    from . import chunk
+
+    require_triton_support(call.op, call.q.dtype, call.q.shape[3], call.v.shape[3], erase=call.erase)
+    return chunk
 
 
-def _scale(scale: float | None, q: Tensor) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
+def _recurrent_backend(call: OpCall, backend: str) -> Any:
+    """The same for recurrent_op."""
+    check_call(call)
+    if resolve_backend(backend, call.q.device) == "torch":
+        return recurrent
+    from . import decode
+
+    require_triton_support("recurrent", call.q.dtype, call.q.shape[3], call.v.shape[3])
+    return decode

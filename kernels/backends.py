@@ -43,28 +43,33 @@ HEAD_WIDTHS = (32, 64, 96, 128, 256)
 WIDEST_CONVOLUTION = 8
 
 
-def require_triton_support(op: str, dtype: torch.dtype, K: int, V: int) -> None:
+def require_triton_support(op: str, dtype: torch.dtype, K: int, V: int, *, erase: str = "diagonal") -> None:
     """Refuse what the Triton kernels lack.
 
     Args:
         op: "gdn2" or "carve" for the chunk ops, "recurrent" for decoding.
         dtype: of q, k, v.
         K, V: head widths.
+        erase: of "carve".
 
     Raises:
         NotImplementedError: a width or dtype that no kernel takes, or one whose tiles exceed the shared memory of a
-            Hopper SM. That is so for CARVE, one program of which holds a whole head: in float16 and float32, both held
-            as float32, with K above 128; in float32, whose operands are split in two, with V above 128 beside K above
-            64.
+            Hopper SM. That is so for CARVE, one program of which holds a whole head: with diagonal erase above 128, and
+            above 64 in float16 and float32, both held as float32; with delta erase in these two with K above 128, and
+            in float32, whose operands are split in two, with V above 128 beside K above 64.
     """
     require_triton_dtype(dtype)
     widest_K = widest_V = HEAD_WIDTHS[-1]
-    if op == "carve" and dtype != torch.bfloat16:
-        widest_K = 128
-        if dtype == torch.float32 and K > 64:
-            widest_V = 128
+    beside = ""
+    if op == "carve":
+        op = f"{op} with {erase} erase"
+        if erase == "diagonal":
+            widest_K = widest_V = 128 if dtype == torch.bfloat16 else 64
+        elif dtype != torch.bfloat16:
+            widest_K = 128
+            if dtype == torch.float32 and K > 64:
+                widest_V, beside = 128, f" beside K = {K}"
     require_triton_width(f"{op} in {_name(dtype)}", "K", K, widest_K)
-    beside = f" beside K = {K}" if widest_V < HEAD_WIDTHS[-1] else ""
     require_triton_width(f"{op} in {_name(dtype)}{beside}", "V", V, widest_V)
 
 

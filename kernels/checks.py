@@ -1,93 +1,122 @@
 """Argument checks of the public ops: every message names the argument, what was expected and what came."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from .call import OpCall
 from .state import CarveState
 
 CHUNK_TOKENS = 64
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ERASES = ("diagonal", "delta")
+PREDICTIONS = ("previous", "decayed")
 CONTENT_GRADS = ("full", "detached")
-ACTIVATIONS = ("silu", "sigmoid")
+ACTIVATIONS = ("silu", "sigmoid", "none")
 
 
-def check_gdn2(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    b: Tensor,
-    w: Tensor,
-    *,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """Check everything about a GDN-2 call that can be checked without reading values from the device."""
-    _check_tokens(q, k, v)
-    _check_like(q, g=g, b=b)
-    _check_tensor("w", w, q)
-    if tuple(w.shape) not in (tuple(v.shape), tuple(v.shape[:3])):
-        expected = f"[B, T, HV, V] = {_show(v.shape)} or [B, T, HV] = {_show(v.shape[:3])}"
-        raise ValueError(f"w: expected shape {expected}, got {_show(w.shape)}")
-    rows = _check_cu_seqlens(cu_seqlens, q)
-    if initial_state is not None:
-        shape = (rows, v.shape[2], q.shape[3], v.shape[3])
-        _check_state("initial_state", initial_state, "[N, HV, K, V]", shape, q)
+def check_call(call: OpCall) -> None:
+    """Check everything about a call that can be checked without reading values from the device."""
+    _check_tokens(call.q, call.k, call.v)
+    _check_like(call.q, g=call.g)
+    rows = _check_cu_seqlens(call.cu_seqlens, call.q)
+    _check_raw_decay(call)
+    _check_scale(call.scale)
+    if call.op == "gdn2":
+        _check_gdn2(call, rows)
+    else:
+        _check_carve(call, rows)
+    if call.inplace_state:
+        check_in_place(call.initial_state)
 
 
-def check_carve(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    erase_logits: Tensor,
-    w: Tensor,
-    content_down: Tensor,
-    content_up: Tensor,
-    *,
-    content_chunk: int,
-    content_grad: str,
-    erase_scale: float,
-    initial_state: CarveState | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """Check everything about a CARVE call that can be checked without reading values from the device."""
-    _check_tokens(q, k, v)
-    _check_like(q, g=g, erase_logits=erase_logits)
-    value_heads, value_dim, key_dim = v.shape[2], v.shape[3], q.shape[3]
-    _check_tensor("w", w, q)
-    _check_shape("w", w, "[B, T, HV]", tuple(v.shape[:3]))
-    _check_tensor("content_down", content_down, q)
-    _check_tensor("content_up", content_up, q)
-    if content_down.ndim != 3 or content_down.shape[1] < 1:
-        raise ValueError(f"content_down: expected shape [HV, R, V] with R >= 1, got {_show(content_down.shape)}")
-    rank = content_down.shape[1]
-    _check_shape("content_down", content_down, "[HV, R, V]", (value_heads, rank, value_dim))
-    _check_shape("content_up", content_up, "[HV, K, R]", (value_heads, key_dim, rank))
-    _check_content_options(content_chunk, content_grad)
-    check_erase_scale(erase_scale)
-    rows = _check_cu_seqlens(cu_seqlens, q)
-    if initial_state is not None:
-        _check_carve_state(initial_state, rows, q, v)
+def _check_gdn2(call: OpCall, rows: int) -> None:
+    q, v = call.q, call.v
+    _check_one_of("b", call.b, q, {"[B, T, H, K]": q.shape, "[B, T, H]": q.shape[:3]})
+    _check_one_of("w", call.w, q, {"[B, T, HV, V]": v.shape, "[B, T, HV]": v.shape[:3]})
+    _check_erase_scale(call.erase_scale)
+    if call.initial_state is not None:
+        _check_state("initial_state", call.initial_state, "[N, HV, K, V]", _state_shape(call, rows), q)
 
 
-def check_raw_decay(A_log: Tensor | None, dt_bias: Tensor | None, q: Tensor) -> None:
+def _check_carve(call: OpCall, rows: int) -> None:
+    q, v = call.q, call.v
+    _check_like(q, erase_logits=call.b)
+    _check_tensor("w", call.w, q)
+    _check_shape("w", call.w, "[B, T, HV]", tuple(v.shape[:3]))
+    for name, value, known in (
+        ("erase", call.erase, ERASES), ("prediction", call.prediction, PREDICTIONS),
+        ("content_grad", call.content_grad, CONTENT_GRADS),
+    ):  # fmt: skip
+        if value not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    _check_erase_scale(call.erase_scale)
+    if call.erases_by_decay and call.erase_scale != 1:
+        raise ValueError(
+            f"erase_scale: expected 1 with erase='diagonal', which decays by 1 - b, got {call.erase_scale!r}"
+        )
+    _check_content(call)
+    if call.erase_bias is not None:
+        _check_state("erase_bias", call.erase_bias, "[H, K]", (q.shape[2], q.shape[3]), q)
+    if call.scale == 0:  # the state's mean would be lost
+        raise ValueError(f"scale: expected a number other than 0, got {call.scale!r}")
+    if call.initial_state is not None:
+        _check_carve_state(call.initial_state, rows, call)
+
+
+def _check_content(call: OpCall) -> None:
+    """Check D and U, for all heads or one a head, and the length of content chunks."""
+    q, v, down, up = call.q, call.v, call.content_down, call.content_up
+    if (down is None) != (up is None):
+        missing, given = ("content_down", "content_up") if down is None else ("content_up", "content_down")
+        raise ValueError(f"{missing}: expected a tensor beside {given}, got None")
+    if down is not None and up is not None:
+        _check_tensor("content_down", down, q)
+        _check_tensor("content_up", up, q)
+        if down.ndim not in (2, 3) or down.shape[-2] < 1:
+            expected = "[R, V] or [HV, R, V] with R >= 1"
+            raise ValueError(f"content_down: expected shape {expected}, got {_show(down.shape)}")
+        rank, heads = down.shape[-2], v.shape[2:3] if down.ndim == 3 else ()
+        letters = "HV, " if down.ndim == 3 else ""
+        _check_shape("content_down", down, f"[{letters}R, V]", (*heads, rank, v.shape[3]))
+        _check_shape("content_up", up, f"[{letters}K, R]", (*heads, q.shape[3], rank))
+    # bool is an int to Python
+    chunk = call.content_chunk
+    whole = isinstance(chunk, int) and not isinstance(chunk, bool)
+    if not whole or chunk < 1 or chunk % CHUNK_TOKENS:
+        raise ValueError(f"content_chunk: expected a positive multiple of {CHUNK_TOKENS}, got {chunk!r}")
+    if chunk >= 2**31:
+        raise ValueError(f"content_chunk: expected less than 2**31, got {chunk}")
+
+
+def _check_raw_decay(call: OpCall) -> None:
     """Check the parameters of a raw decay: both or neither, in the dtype that the op computes in."""
+    A_log, dt_bias, q = call.A_log, call.dt_bias, call.q
     if A_log is None and dt_bias is None:
         return
     if A_log is None or dt_bias is None:
         missing, given = ("A_log", "dt_bias") if A_log is None else ("dt_bias", "A_log")
         raise ValueError(f"{missing}: expected a tensor beside {given}, got None")
-    _check_state("A_log", A_log, "[H]", (q.shape[2],), q)
-    _check_state("dt_bias", dt_bias, "[H, K]", (q.shape[2], q.shape[3]), q)
+    by_channel = (q.shape[2], q.shape[3])
+    _check_one_of("A_log", A_log, q, {"[H]": by_channel[:1], "[H, K]": by_channel}, dtypes=(call.state_dtype,))
+    _check_state("dt_bias", dt_bias, "[H, K]", by_channel, q)
 
 
-def check_erase_scale(erase_scale: float) -> None:
-    if isinstance(erase_scale, bool) or not isinstance(erase_scale, int | float) or not 0 < erase_scale <= 2:
+def _check_erase_scale(erase_scale: float) -> None:
+    if not _is_number(erase_scale) or not 0 < erase_scale <= 2:
         raise ValueError(f"erase_scale: expected a number above 0 and at most 2, got {erase_scale!r}")
+
+
+def _check_scale(scale: float | None) -> None:
+    if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
+        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 def check_convolution(
@@ -111,17 +140,21 @@ def check_convolution(
     _check_cu_seqlens(cu_seqlens, x, like="x")
 
 
-def check_gated_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, activation: str) -> None:
+def check_gated_norm(x: Tensor, gate: Tensor | None, weight: Tensor, *, eps: float, activation: str) -> None:
     """Check a call of gated_head_norm."""
     _check_first("x", x, "[B, T, H, V]")
-    _check_tensor("gate", gate, x, like="x")
-    _check_shape("gate", gate, "[B, T, H, V]", tuple(x.shape))
+    if gate is not None:
+        _check_tensor("gate", gate, x, like="x")
+        _check_shape("gate", gate, "[B, T, H, V]", tuple(x.shape))
     _check_tensor("weight", weight, x, like="x")
     _check_shape("weight", weight, "[V]", (x.shape[3],))
     if eps < 0:
         raise ValueError(f"eps: expected a number of at least 0, got {eps!r}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if (gate is None) != (activation == "none"):
+        given = "no gate" if gate is None else "a gate"
+        raise ValueError(f"activation: expected 'none' without a gate and only then, got {activation!r} with {given}")
 
 
 def check_in_place(state: Tensor | CarveState | None) -> None:
@@ -190,7 +223,7 @@ def _check_like(q: Tensor, **tensors: Tensor) -> None:
 
 
 def _check_tensor(
-    name: str, tensor: Tensor, q: Tensor, dtypes: Sequence[torch.dtype] | None = None, *, like: str = "q"
+    name: str, tensor: object, q: Tensor, dtypes: Sequence[torch.dtype] | None = None, *, like: str = "q"
 ) -> None:
     """Check type, device and dtype beside q, named `like`; gates may stay in float32 beside narrower q, k, v."""
     if not isinstance(tensor, Tensor):
@@ -206,6 +239,22 @@ def _check_tensor(
 def _check_shape(name: str, tensor: Tensor, letters: str, expected: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{name}: expected shape {letters} = {_show(expected)}, got {_show(tensor.shape)}")
+
+
+def _check_one_of(
+    name: str,
+    tensor: object,
+    q: Tensor,
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> None:
+    """As _check_tensor and _check_shape, of a tensor that may have any of several shapes, by their letters."""
+    _check_tensor(name, tensor, q, dtypes)
+    assert isinstance(tensor, Tensor)
+    if tuple(tensor.shape) not in [tuple(shape) for shape in shapes.values()]:
+        expected = " or ".join(f"{letters} = {_show(shape)}" for letters, shape in shapes.items())
+        raise ValueError(f"{name}: expected shape {expected}, got {_show(tensor.shape)}")
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor, *, like: str = "q") -> int:
@@ -225,33 +274,26 @@ def _check_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor, *, like: str = "q") 
     return cu_seqlens.shape[0] - 1
 
 
-def _check_state(name: str, state: Tensor, letters: str, shape: tuple[int, ...], q: Tensor) -> None:
-    """Check one float part of a state, held in the dtype that the op computes in."""
+def _check_state(name: str, state: object, letters: str, shape: tuple[int, ...], q: Tensor) -> None:
+    """Check one float part of a state, or a parameter, held in the dtype that the op computes in."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    _check_tensor(name, state, q, dtypes=(dtype,))
-    _check_shape(name, state, letters, shape)
+    _check_one_of(name, state, q, {letters: shape}, dtypes=(dtype,))
 
 
-def _check_carve_state(state: CarveState, rows: int, q: Tensor, v: Tensor) -> None:
+def _state_shape(call: OpCall, rows: int) -> tuple[int, int, int, int]:
+    return rows, call.v.shape[2], call.q.shape[3], call.v.shape[3]
+
+
+def _check_carve_state(state: object, rows: int, call: OpCall) -> None:
     if not isinstance(state, CarveState):
         raise ValueError(f"initial_state: expected a CarveState, got {type(state).__name__}")
-    value_heads, value_dim, key_dim = v.shape[2], v.shape[3], q.shape[3]
-    _check_state("initial_state.S", state.S, "[N, HV, K, V]", (rows, value_heads, key_dim, value_dim), q)
-    _check_state("initial_state.mean", state.mean, "[N, HV, V]", (rows, value_heads, value_dim), q)
-    _check_state("initial_state.partial", state.partial, "[N, HV, V]", (rows, value_heads, value_dim), q)
-    _check_tensor("initial_state.count", state.count, q, dtypes=(torch.int64,))
+    shape = _state_shape(call, rows)
+    vector = (*shape[:2], shape[3])
+    _check_state("initial_state.S", state.S, "[N, HV, K, V]", shape, call.q)
+    _check_state("initial_state.mean", state.mean, "[N, HV, V]", vector, call.q)
+    _check_state("initial_state.partial", state.partial, "[N, HV, V]", vector, call.q)
+    _check_tensor("initial_state.count", state.count, call.q, dtypes=(torch.int64,))
     _check_shape("initial_state.count", state.count, "[N]", (rows,))
-
-
-def _check_content_options(content_chunk: int, content_grad: str) -> None:
-    # bool is an int to Python
-    whole = isinstance(content_chunk, int) and not isinstance(content_chunk, bool)
-    if not whole or content_chunk < 1 or content_chunk % CHUNK_TOKENS:
-        raise ValueError(f"content_chunk: expected a positive multiple of {CHUNK_TOKENS}, got {content_chunk!r}")
-    if content_chunk >= 2**31:
-        raise ValueError(f"content_chunk: expected less than 2**31, got {content_chunk}")
-    if content_grad not in CONTENT_GRADS:
-        raise ValueError(f"content_grad: expected one of {', '.join(CONTENT_GRADS)}, got {content_grad!r}")
 
 
 def _show(shape: Sequence[int]) -> str:

@@ -1,35 +1,52 @@
-"""The Triton backend of the chunk ops: what they support, and their forward and backward as stages in data order."""
+"""The Triton backend of the chunk ops: forward and backward of each form as stages in data order."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .backends import require_triton_support
+from .call import OpCall
 from .chunks import make_chunks
+from .content import content_gradient, content_terms
+from .erasing_decay import DecayInputs, erasing_decay, erasing_decay_gradient
 from .stages import (
     SEES_CONTENT,
     WIDEST_VALUES,
     Call,
+    Content,
+    Gradients,
     Inputs,
-    carve_operands,
-    carve_state,
-    carve_state_gradient,
     chunk_gradient,
     chunk_operands,
     chunk_output,
     chunk_state,
     chunk_state_gradient,
     decay_factors,
+    delta_operands,
+    delta_state,
+    delta_state_gradient,
     gradient_operands,
 )
 from .state import CarveState
+from .tiles import GATE_LOGITS, GATE_SCALAR, GATE_SCALAR_LOGITS, GATE_VALUES
 from .wide_copy import contiguous
 
-# A raw decay whose softplus is an exact 0.
-NO_DECAY = -1e4
+# A raw decay whose softplus, and an erase logit whose sigmoid, is an exact 0.
+NONE = -1e4
+
+
+def chunk_op(op: OpCall) -> tuple[Tensor, Any]:
+    """The Triton backend of the public chunk ops, after their checks."""
+    if op.op == "gdn2":
+        return _chunk_gdn2(op)
+    o, final = _chunk_diagonal(op) if op.erases_by_decay else _chunk_delta(op)
+    if not op.output_final_state:
+        return o, None
+    count = op.initial_state.count if isinstance(op.initial_state, CarveState) else 0
+    return o, CarveState(*final, (_chunks(op).lengths + count) % op.content_chunk)
 
 
 class ChunkGDN2(torch.autograd.Function):
@@ -38,13 +55,7 @@ class ChunkGDN2(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, want_final: bool, *tensors: Any) -> tuple[Tensor, Tensor | None]:
         *given, initial_state = tensors
-        x = Inputs(*given)
-        factors = decay_factors(call, x)
-        A, P, erasure, update, k_to_end, q_from_start = chunk_operands(call, x, factors)
-        states, residuals, final_state = chunk_state(
-            call, factors, erasure, update, k_to_end, initial_state, want_final
-        )
-        o = chunk_output(call, x, q_from_start, P, states, residuals)
+        o, final_state, A, states = forward_stages(call, Inputs(*given), initial_state, want_final)
         ctx.call = call
         ctx.has_initial = initial_state is not None
         ctx.save_for_backward(*given, A, states)
@@ -53,52 +64,138 @@ class ChunkGDN2(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
-        call = ctx.call
         *given, A, states = ctx.saved_tensors
-        x = Inputs(*given)
-        do = do.contiguous()
         d_final_state = None if d_final_state is None else d_final_state.contiguous()
-        factors = decay_factors(call, x)
-        operands = gradient_operands(call, x, factors, A, states, do, for_carve_loop=False)
-        d_states, d_residuals, d_initial = chunk_state_gradient(
-            call, factors, operands, do, d_final_state, ctx.has_initial
-        )
-        d = chunk_gradient(call, x, factors, operands, A, states, do, None, d_residuals, d_states, None)
+        d, d_initial = backward_stages(
+            ctx.call, Inputs(*given), A, states, do.contiguous(), d_final_state, ctx.has_initial
+        )  # fmt: skip
         return None, None, *d[:-1], d_initial
 
 
-class ChunkCarve(torch.autograd.Function):
-    """CARVE: the op's tensors, then the parts of the initial state -> o, S, mean, partial."""
+def forward_stages(
+    call: Call, x: Inputs, initial_state: Tensor | None, want_final: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """o, final state, and what the backward needs: A and states."""
+    factors = decay_factors(call, x)
+    A, P, erasure, update, k_to_end, q_from_start = chunk_operands(call, x, factors)
+    states, residuals, final_state = chunk_state(call, factors, erasure, update, k_to_end, initial_state, want_final)
+    return chunk_output(call, x, q_from_start, P, states, residuals), final_state, A, states
+
+
+def backward_stages(
+    call: Call, x: Inputs, A: Tensor, states: Tensor, do: Tensor, d_final_state: Tensor | None, has_initial: bool
+) -> tuple[Gradients, Tensor | None]:
+    """Gradients of the inputs and of the initial state."""
+    factors = decay_factors(call, x)
+    operands = gradient_operands(call, x, factors, A, states, do)
+    d_states, d_residuals, d_initial = chunk_state_gradient(call, factors, operands, do, d_final_state, has_initial)
+    return chunk_gradient(call, x, factors, operands, A, states, do, None, d_residuals, d_states, None), d_initial
+
+
+class ContentOptions(NamedTuple):
+    """How CARVE's ops treat the content: tokens of a content chunk, and whether its mean is detached."""
+
+    content_chunk: int
+    detached: bool
+
+
+class ChunkDiagonal(torch.autograd.Function):
+    """CARVE with diagonal erase: q, k, v, g, erase logits, w, A_log, dt_bias, D, U, bias, S, mean, partial, count ->
+    o, S, mean, partial."""
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, content_chunk: int, detached: bool, want_final: bool, *tensors: Any
+        ctx: Any, call: Call, options: ContentOptions, want_final: bool, *tensors: Any
     ) -> tuple[Tensor | None, ...]:
-        down, up, *initial, count = tensors[8:]
+        q, k, v, g, logits, w, A_log, dt_bias, down, up, bias, *initial = tensors
+        x = Inputs(q, k, v, g, w, w, None, None)
+        terms = code = mean = final_mean = final_partial = None
+        decay = DecayInputs(g, logits, A_log, dt_bias, None)
+        if down is not None:
+            content = Content(down, up, bias)
+            terms, code, mean, final_mean, final_partial = content_terms(
+                call, x, decay, content, tuple(initial), options.content_chunk
+            )
+        elif bias is not None:
+            terms = bias.expand(call.chunks.count, *bias.shape).contiguous()
+        log_decay = erasing_decay(call, decay._replace(content=terms))
+        o, S, A, states = forward_stages(call, x._replace(g=log_decay), initial[0], want_final)
+        ctx.call, ctx.options, ctx.has_initial = call, options, initial[0] is not None
+        ctx.save_for_backward(*tensors[:11], initial[3], A, states, terms, code, mean)
+        ctx.set_materialize_grads(False)
+        if want_final and down is None:
+            final_mean, final_partial = (S.new_zeros(*S.shape[:2], call.V) for _ in range(2))
+        return (o, S, final_mean, final_partial) if want_final else (o, None, None, None)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do: Tensor | None, *d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, (content_chunk, detached), has_initial = ctx.call, ctx.options, ctx.has_initial
+        # asked for once: under activation recomputation each asking would compute the op again
+        *given, count, A, states, terms, code, mean = ctx.saved_tensors
+        q, k, v, g, logits, w, A_log, dt_bias, down, up, bias = given
+        decay = DecayInputs(g, logits, A_log, dt_bias, terms)
+        x = Inputs(q, k, v, erasing_decay(call, decay), w, w, None, None)
+        do = torch.zeros_like(v) if do is None else do.contiguous()
+        # whether anything goes from a content chunk to the outputs of the one before
+        through_means = down is not None and (not detached or has_initial or any(d is not None for d in d_final[1:]))
+        d_initial: list[Tensor | None] = [None, None, None]
+        if through_means:
+            factors = decay_factors(call, x)
+            operands = gradient_operands(call, x, factors, A, states, do, with_P_sum=True)
+            found = content_gradient(
+                call, x, decay, Content(down, up, bias), code, factors, operands, A, states, do,
+                d_final, count, has_initial, content_chunk, detached,
+            )  # fmt: skip
+            d_states, d_residuals, d_rows, *d_initial = found
+            d = chunk_gradient(call, x, factors, operands, A, states, do, d_rows, d_residuals, d_states, None)
+        else:
+            d_S = None if d_final[0] is None else d_final[0].contiguous()
+            d, d_initial[0] = backward_stages(call, x, A, states, do, d_S, has_initial)
+        of_decay = erasing_decay_gradient(call, decay, d.g)
+        of_content = content_map_gradients(of_decay.content, code, mean, down, up)
+        d_bias = None if bias is None else of_decay.content.sum(0)
+        given_gradients = d.q, d.k, d.v, of_decay.g, of_decay.erase_logits, d.b + d.w, *_sums(of_decay)
+        return None, None, None, *given_gradients, *of_content, d_bias, *d_initial, None
+
+
+def _sums(d: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of A_log and dt_bias, [H, K], from sums by chunk."""
+    return tuple(None if x is None else x.sum(0) for x in (d.A_log, d.dt_bias))
+
+
+class ChunkDelta(torch.autograd.Function):
+    """CARVE with delta erase: arguments and results as ChunkDiagonal's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, options: ContentOptions, want_final: bool, *tensors: Any
+    ) -> tuple[Tensor | None, ...]:
+        down, up, bias, *initial, count = tensors[8:]
         x = Inputs(*tensors[:8])
         factors = decay_factors(call, x)
-        operands = carve_operands(call, x, factors)
-        loop = carve_state(call, x, down, up, factors, operands, initial, count, content_chunk)
-        A, states, residuals, codes, content, means, *final = loop
+        operands = delta_operands(call, x, factors)
+        content = Content(down, up, bias)
+        loop = delta_state(call, x, content, factors, operands, initial, count, options.content_chunk)
+        A, states, residuals, codes, terms, means, *final = loop
         o = chunk_output(call, x, operands.q_from_start, operands.P, states, residuals)
-        ctx.call, ctx.content_chunk, ctx.detached = call, content_chunk, detached
-        ctx.has_initial = initial[0] is not None
-        ctx.save_for_backward(*tensors[:8], down, up, count, A, states, codes, content, means)
+        ctx.call, ctx.options, ctx.has_initial = call, options, initial[0] is not None
+        ctx.save_for_backward(*tensors[:11], count, A, states, codes, terms, means)
         ctx.set_materialize_grads(False)
         return (o, *final) if want_final else (o, None, None, None)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor | None, *d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        call = ctx.call
+        call, (content_chunk, detached), has_initial = ctx.call, ctx.options, ctx.has_initial
         # asked for once: under activation recomputation each asking would compute the op again
-        *given, down, up, count, A, states, codes, content, means = ctx.saved_tensors
-        x = Inputs(*given, content)
+        *given, down, up, bias, count, A, states, codes, terms, means = ctx.saved_tensors
+        x = Inputs(*given, terms)
         do = torch.zeros_like(x.v) if do is None else do.contiguous()
         # without a gradient through the means nothing of the content path runs from chunk to chunk
-        parallel = ctx.detached and d_final[1] is None and d_final[2] is None and not ctx.has_initial
+        parallel = detached and d_final[1] is None and d_final[2] is None and not has_initial
         factors = decay_factors(call, x)
-        operands = gradient_operands(call, x, factors, A, states, do, for_carve_loop=not parallel)
+        operands = gradient_operands(call, x, factors, A, states, do, for_delta_loop=not parallel)
         d_rows: Tensor | None = None
         d_content: Tensor | None = None
         d_initial: list[Tensor | None] = [None, None, None]
@@ -106,69 +203,111 @@ class ChunkCarve(torch.autograd.Function):
             d_S = None if d_final[0] is None else split_values(d_final[0], call.split)
             d_states, d_residuals, _ = chunk_state_gradient(call, factors, operands, do, d_S, False)
         else:
-            d_states, d_residuals, d_rows, d_content, d_initial = carve_state_gradient(
-                call, x, down, up, factors, operands, A, states, do,
-                d_final, count, ctx.has_initial, ctx.content_chunk, ctx.detached,
+            d_states, d_residuals, d_rows, d_content, d_initial = delta_state_gradient(
+                call, x, Content(down, up, bias), codes, factors, operands, A, states, do,
+                d_final, count, has_initial, content_chunk, detached,
             )  # fmt: skip
         d = chunk_gradient(call, x, factors, operands, A, states, do, d_rows, d_residuals, d_states, d_content)
-        assert d.content is not None
-        d_up = torch.einsum("chk,chr->hkr", d.content, codes)
-        d_down = torch.einsum("chr,chv->hrv", torch.einsum("hkr,chk->chr", up.float(), d.content), means)
-        return None, None, None, None, *d[:-1], d_down.to(down.dtype), d_up.to(up.dtype), *d_initial, None
+        of_content = content_map_gradients(d.content, codes, means, down, up)
+        d_bias = None if bias is None else d.b.sum((0, 1), dtype=torch.float32)
+        return None, None, None, *d[:-1], *of_content, d_bias, *d_initial, None
 
 
-def chunk_gdn2(
-    q, k, v, g, b, w, *, scale, initial_state, output_final_state, cu_seqlens,
-    A_log=None, dt_bias=None, gate_logits=False, erase_scale=1.0,
-):  # fmt: skip
-    """The Triton backend of the public chunk_gdn2, after its checks."""
-    require_triton_support("gdn2", q.dtype, q.shape[3], v.shape[3])
-    K, V = q.shape[3], v.shape[3]
-    q, k, g, b, dt_bias = widen_keys(q, k, g, b, A_log, dt_bias)
-    v, w = widen(v), w if w.ndim == 3 else widen(w)
-    call = make_call(
-        q, v, w, cu_seqlens, None, scale, erase_scale, gate=int(gate_logits), logits_w=gate_logits, raw_decay=A_log
-    )
+def content_map_gradients(
+    d_terms: Tensor | None, codes: Tensor | None, means: Tensor | None, down: Tensor | None, up: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of D and U, from that of every chunk's content term, [NC, HV, K], and its code and mean."""
+    if down is None or up is None:
+        return None, None
+    assert d_terms is not None and codes is not None and means is not None
+    d_codes = torch.einsum("hkr,chk->chr", up.float().expand(codes.shape[1], -1, -1), d_terms) * (1 - codes.square())
+    d_down, d_up = torch.einsum("chr,chv->hrv", d_codes, means), torch.einsum("chk,chr->hkr", d_terms, codes)
+    return d_down.sum_to_size(down.shape).to(down.dtype), d_up.sum_to_size(up.shape).to(up.dtype)
+
+
+def _chunk_gdn2(op: OpCall) -> tuple[Tensor, Tensor | None]:
+    gate = GATE_VALUES, GATE_LOGITS, GATE_SCALAR, GATE_SCALAR_LOGITS
+    call = _call(op, gate[2 * (op.b.ndim == 3) + op.gate_logits].value)
+    return _run_gdn2(op, call, op.b, None if op.initial_state is None else op.initial_state)
+
+
+def _run_gdn2(op: OpCall, call: Call, b: Tensor, initial_state: Any) -> tuple[Tensor, Tensor | None]:
+    K, V = op.q.shape[3], op.v.shape[3]
+    q, k, v, g, b, w = _tokens(op, b)
+    A_log, dt_bias = _raw_decay(op)
     if initial_state is not None:
         initial_state = split_values(widen(widen(initial_state), axis=2), call.split)
-    q, k, v, g, b, w = (contiguous(x) for x in (q, k, v, g, b, w))
     v_heads, w_heads = (x if x.ndim == 3 else x.view(*x.shape[:2], call.HV, call.V) for x in (v, w))
-    o, S = ChunkGDN2.apply(call, output_final_state, q, k, v_heads, g, b, w_heads, A_log, dt_bias, initial_state)
+    o, S = ChunkGDN2.apply(call, op.output_final_state, q, k, v_heads, g, b, w_heads, A_log, dt_bias, initial_state)
     if S is not None:
         S = S.unflatten(1, (-1, call.split)).transpose(2, 3).flatten(3)[..., :K, :V].contiguous()
     return o.view(v.shape)[..., :V], S
 
 
-def chunk_carve(
-    q, k, v, g, erase_logits, w, content_down, content_up, *,
-    content_chunk, content_grad, erase_scale, scale, initial_state, output_final_state, cu_seqlens,
-    A_log=None, dt_bias=None, gate_logits=False,
-):  # fmt: skip
-    """The Triton backend of the public chunk_carve, after its checks."""
-    require_triton_support("carve", q.dtype, q.shape[3], v.shape[3])
-    K, V = q.shape[3], v.shape[3]
-    count = None if initial_state is None else initial_state.count
-    q, k, g, erase_logits, dt_bias = widen_keys(q, k, g, erase_logits, A_log, dt_bias)
-    v, down, up = widen(v), widen(content_down), widen(content_up, axis=1)
-    call = make_call(
-        q, v, w, cu_seqlens, count, scale, erase_scale, gate=SEES_CONTENT, logits_w=gate_logits, raw_decay=A_log
-    )
-    q, k, v, g, erase_logits, w, down, up = (contiguous(x) for x in (q, k, v, g, erase_logits, w, down, up))
+def _chunk_delta(op: OpCall) -> tuple[Tensor, Sequence[Tensor]]:
+    if not op.has_content:  # then it is GDN-2, with the bias in its logits
+        logits = op.b if op.erase_bias is None else op.b.float() + op.erase_bias
+        state = op.initial_state.S if isinstance(op.initial_state, CarveState) else None
+        o, S = _run_gdn2(op, _call(op, GATE_LOGITS.value), logits, state)
+        return o, () if S is None else (S, *(S.new_zeros(*S.shape[:2], S.shape[3]) for _ in range(2)))
+    return _run_carve(op, ChunkDelta, _call(op, SEES_CONTENT))
+
+
+def _chunk_diagonal(op: OpCall) -> tuple[Tensor, Sequence[Tensor]]:
+    call = _call(op, (GATE_SCALAR_LOGITS if op.gate_logits else GATE_SCALAR).value)
+    return _run_carve(op, ChunkDiagonal, call)
+
+
+def _run_carve(op: OpCall, function: type[torch.autograd.Function], call: Call) -> tuple[Tensor, Sequence[Tensor]]:
+    K, V = op.q.shape[3], op.v.shape[3]
+    q, k, v, g, logits, w = _tokens(op, op.b)
+    A_log, dt_bias = _raw_decay(op)
+    down, up = op.content_down, op.content_up
+    if down is not None and up is not None:
+        down, up = (x if x.ndim == 3 else x[None] for x in (down, up))
+        down, up = contiguous(widen(down)), contiguous(widen(up, axis=1))
+    bias = None if op.erase_bias is None else widen(op.erase_bias)
     initial: list[Tensor | None] = [None] * 4
-    if initial_state is not None:
-        S, mean, partial, _ = initial_state
+    if isinstance(op.initial_state, CarveState):
+        S, mean, partial, count = op.initial_state
         initial = [x.contiguous() for x in (widen(widen(S), axis=2), widen(mean), widen(partial), count)]
-    o, *final = ChunkCarve.apply(
-        call, content_chunk, content_grad == "detached", output_final_state,
-        q, k, v.view(*v.shape[:2], call.HV, call.V), g, erase_logits, w, A_log, dt_bias, down, up, *initial,
+    if op.erases_by_decay:
+        q, k, g, logits = (by_value_head(x, call.H, 2) for x in (q, k, g, logits))
+        A_log, dt_bias, bias = (by_value_head(x, call.H, 0) for x in (A_log, dt_bias, bias))
+    o, *final = function.apply(
+        call, ContentOptions(op.content_chunk, op.detached), op.output_final_state,
+        q, k, v.view(*v.shape[:2], call.HV, call.V), g, logits, w, A_log, dt_bias, down, up, bias, *initial,
     )  # fmt: skip
     o = o.view(v.shape)[..., :V]
-    if not output_final_state:
-        return o, None
+    if not op.output_final_state:
+        return o, ()
     S, mean, partial = final
-    lengths = call.chunks.lengths if count is None else call.chunks.lengths + count
-    state = S[..., :K, :V].contiguous(), mean[..., :V].contiguous(), partial[..., :V].contiguous()
-    return o, CarveState(*state, lengths % content_chunk)
+    return o, (S[..., :K, :V].contiguous(), mean[..., :V].contiguous(), partial[..., :V].contiguous())
+
+
+def by_value_head(x: Any, heads: int, axis: int) -> Any:
+    """A tensor of key heads with one entry for every value head that shares it."""
+    if x is None or x.shape[axis] == heads:
+        return x
+    group = heads // x.shape[axis]
+    shared = x.unsqueeze(axis + 1).expand(*x.shape[: axis + 1], group, *x.shape[axis + 1 :])
+    return contiguous(shared).flatten(axis, axis + 1)
+
+
+def _tokens(op: OpCall, b: Tensor) -> tuple[Tensor, ...]:
+    """q, k, v, g, b, w, contiguous, with channels added that hold nothing and, raw or not, neither decay nor erase."""
+    g = widen(op.g, fill=0.0 if op.A_log is None else NONE)
+    b = b if b.ndim == 3 else widen(b, fill=NONE if op.op == "carve" else 0.0)
+    w = op.w if op.w.ndim == 3 else widen(op.w)
+    return tuple(contiguous(x) for x in (widen(op.q), widen(op.k), widen(op.v), g, b, w))
+
+
+def _raw_decay(op: OpCall) -> tuple[Tensor | None, Tensor | None]:
+    """A_log and dt_bias by channel, [H, K] both, or None."""
+    if op.A_log is None or op.dt_bias is None:
+        return None, None
+    A_log = op.A_log if op.A_log.ndim == 2 else op.A_log[:, None].expand(op.dt_bias.shape)
+    return widen(A_log).contiguous(), widen(op.dt_bias).contiguous()
 
 
 def widen(x: Tensor, axis: int = -1, fill: float = 0.0) -> Tensor:
@@ -180,23 +319,21 @@ def widen(x: Tensor, axis: int = -1, fill: float = 0.0) -> Tensor:
     return F.pad(x, (0, 0) * (x.ndim - 1 - axis) + (0, missing), value=fill)
 
 
-def widen_keys(
-    q: Tensor, k: Tensor, g: Tensor, b: Tensor, A_log: Tensor | None, dt_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Key-side tensors with channels added that hold nothing and, raw or not, do not decay."""
-    g = widen(g, fill=0.0 if A_log is None else NO_DECAY)
-    return widen(q), widen(k), g, widen(b), None if dt_bias is None else widen(dt_bias)
+def _chunks(op: OpCall) -> Any:
+    count = op.initial_state.count if isinstance(op.initial_state, CarveState) else None
+    return make_chunks(op.q, op.cu_seqlens, count)
 
 
-def make_call(
-    q: Tensor, v: Tensor, w: Tensor, cu_seqlens: Tensor | None, count: Tensor | None, scale: float, erase_scale: float,
-    *, gate: int, logits_w: bool, raw_decay: Tensor | None,
-) -> Call:  # fmt: skip
-    (H, K), (HV, V) = q.shape[2:], v.shape[2:]
-    split = max(V // WIDEST_VALUES, 1)
+def _call(op: OpCall, gate: int) -> Call:
+    """What the stages need besides tensors: widths as _tokens makes them; with diagonal erase every value head has a
+    key head of its own."""
+    K, V = (triton.next_power_of_2(x.shape[3]) for x in (op.q, op.v))
+    H, HV, split = op.q.shape[2], op.v.shape[2], max(V // WIDEST_VALUES, 1)
+    by_decay = op.erases_by_decay
     return Call(
-        make_chunks(q, cu_seqlens, count), H, HV * split, K, V // split, split, scale, erase_scale,
-        gate=gate, scalar_w=w.ndim == 3, logits_w=logits_w, raw_decay=raw_decay is not None, dtype=q.dtype,
+        _chunks(op), HV if by_decay else H, HV * split, K, V // split, split, op.output_scale, op.erase_scale,
+        gate=gate, scalar_w=op.w.ndim == 3, logits_w=op.gate_logits, raw_decay=op.A_log is not None and not by_decay,
+        before=op.predicts_before_decay, precise_decay=by_decay, dtype=op.q.dtype,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import triton.language as tl
 from .decay import (
     LOG2_E,
     UNSHIFT,
+    erase_left,
     load_decay_to_end,
     load_left,
     load_log2_decay,
@@ -14,6 +15,8 @@ from .decay import (
     sum_rows,
 )
 from .tiles import (
+    GATE_SCALAR,
+    GATE_SCALAR_LOGITS,
     GATE_VALUES,
     chunk_rows,
     load_columns,
@@ -34,12 +37,12 @@ def chunk_value_gradient_kernel(
     dv, dw, d_written, dT, dP, dP_own,
     table, H, HV, HE,
     V: tl.constexpr, SPLIT: tl.constexpr, SCALAR_W: tl.constexpr, LOGITS_W: tl.constexpr,
-    FROM_CARVE_LOOP: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and value head: gradients of values, write gates and both score matrices.
 
-    HE heads have an erase gate, and so A, of their own. FROM_CARVE_LOOP: residuals and their gradients are [V, C], and
-    a row of d_output_rows [NC, HV, V] is added to do.
+    HE heads have an erase gate, and so A, of their own. TRANSPOSED: residuals and their gradients are [V, C]. A row of
+    d_output_rows [NC, HV, V], if there are any, is added to do.
 
     Writes dv like v; dw like w, of a scalar gate [B, T, HV]; and per chunk
         d_written [NC, HV, C, V]: A^T dR, gradient of w v,
@@ -52,7 +55,7 @@ def chunk_value_gradient_kernel(
     o_r, o_v = tl.arange(0, 64), tl.arange(0, V)
     m_r = (o_r >= low) & (o_r < high)
     b_At = load_matrix(A, i_c * HE + i_hv // (HV // HE), o_r, o_r, 64, 64, True)
-    b_dz = matmul(b_At, load_matrix(d_residuals, i_chv, o_r, o_v, 64, V, FROM_CARVE_LOOP), CT, PRECISION)
+    b_dz = matmul(b_At, load_matrix(d_residuals, i_chv, o_r, o_v, 64, V, TRANSPOSED), CT, PRECISION)
     store_tile(d_written, i_chv, o_r, V, o_v, b_dz)
     b_v = load_rows(v, start, o_r, m_r, i_hv, HV, V, o_v).to(tl.float32)
     b_w = load_write_gate(w, start, o_r, m_r, i_hv, HV, V, o_v, SPLIT, SCALAR_W, LOGITS_W)
@@ -64,11 +67,11 @@ def chunk_value_gradient_kernel(
         tl.store(dw + (start + o_r) * HV + i_hv, tl.sum(b_dw, 1).to(dw.dtype.element_ty), mask=m_r)
     else:
         store_rows(dw, start, o_r, m_r, i_hv, HV, V, o_v, b_dw)
-    b_R = load_matrix(residuals, i_chv, o_r, o_v, 64, V, FROM_CARVE_LOOP)
+    b_R = load_matrix(residuals, i_chv, o_r, o_v, 64, V, TRANSPOSED)
     b_dT = -matmul(b_dz, tl.trans(b_R), CT, PRECISION)
     store_tile(dT, i_chv, o_r, 64, o_r, tl.where(o_r[None, :] < o_r[:, None], b_dT, 0.0))
     b_do = load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v)
-    if FROM_CARVE_LOOP:
+    if d_output_rows is not None:
         b_do = b_do.to(tl.float32) + load_columns(d_output_rows, i_chv, V, o_v)[None, :]
         b_do = tl.where(m_r[:, None], b_do, 0.0)
     b_dP = matmul(b_do, tl.trans(b_R), CT, PRECISION)
@@ -79,41 +82,45 @@ def chunk_value_gradient_kernel(
 @triton.jit
 def chunk_key_gradient_kernel(
     q, k, g, b, A_log, dt_bias, content, left, last, rest, steep_from,
-    states, d_states, do, d_output_rows, residuals, d_written, dT, dP, dP_own, steep_dk,
+    states, d_states, do, d_output_rows, residuals, d_written, dT, dP, dP_own, steep_dk, steep_dbk,
     dq, dk, dg, db, d_content, dA_log, d_dt_bias,
     table, scale, erase_scale, H, HV, HE,
-    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, RAW_DECAY: tl.constexpr,
-    CONTENT: tl.constexpr, STATES_T: tl.constexpr, FROM_CARVE_LOOP: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
+    GATE: tl.constexpr, BEFORE: tl.constexpr, PRECISE: tl.constexpr, RAW_DECAY: tl.constexpr,
+    CONTENT: tl.constexpr, STATES_T: tl.constexpr, TRANSPOSED: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per block of key columns, chunk and value head: gradients of everything on the key axis.
 
     They come through the states before and after the chunk, and through the scores. STATES_T: the states are [V, K].
-    FROM_CARVE_LOOP: so are their gradients, the residuals are [V, C], and a row of d_output_rows is added to do.
+    TRANSPOSED: so are their gradients, and the residuals are [V, C]. A row of d_output_rows, if there are any, is added
+    to do.
 
-    Writes a value head's share of dq, dk, dg, db [B, T, HV, K]; and sums over the chunk's tokens [NC, HV, K] float32:
-    d_content for CONTENT, dA_log and d_dt_bias for RAW_DECAY. On entry dq, db and steep_dk of a chunk with steep
-    rows hold what steep_gradient_kernel wrote there.
+    Writes a value head's share of dq, dk, dg, db [B, T, HV, K], of a scalar gate's db a share by block of key columns,
+    [B, T, HV, K // BK]; and sums over the chunk's tokens [NC, HV, K] float32: d_content for CONTENT, dA_log and
+    d_dt_bias for RAW_DECAY. On entry dq, steep_dk, steep_dbk and, if PRECISE, dg of a chunk with steep rows hold what
+    steep_gradient_kernel wrote there. BEFORE is PRECISE.
     """
     i_c, i_hv = tl.program_id(0).to(tl.int64) // (K // BK), tl.program_id(1)
+    i_k = tl.program_id(0) % (K // BK)
     i_h = i_hv // (HV // H)
     i_ch, i_chv, i_e = i_c * H + i_h, i_c * HV + i_hv, i_c * HE + i_hv // (HV // HE)
     start, low, high = chunk_rows(table, i_c)
     o_r, o_v = tl.arange(0, 64), tl.arange(0, V)
     m_r = (o_r >= low) & (o_r < high)
-    o_k = (tl.program_id(0) % (K // BK)) * BK + tl.arange(0, BK)
+    o_k = i_k * BK + tl.arange(0, BK)
     first_steep = tl.load(steep_from + i_ch)
     # The products. What they need is loaded for them alone: loaded again below it takes no registers meanwhile.
     b_S = load_matrix(states, i_chv, o_k, o_v, K, V, STATES_T)
-    b_dS = load_matrix(d_states, i_chv, o_k, o_v, K, V, FROM_CARVE_LOOP)
+    b_dS = load_matrix(d_states, i_chv, o_k, o_v, K, V, TRANSPOSED)
     b_dtotal = tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1) * load_total_decay(last, i_ch, K, o_k)
-    if FROM_CARVE_LOOP:
+    if d_output_rows is not None:
         b_S_row = tl.sum(b_S.to(tl.float32) * load_columns(d_output_rows, i_chv, V, o_v)[None, :], 1) * UNSHIFT
-    b_R = load_matrix(residuals, i_chv, o_r, o_v, 64, V, FROM_CARVE_LOOP)
+    b_R = load_matrix(residuals, i_chv, o_r, o_v, 64, V, TRANSPOSED)
     b_dk = matmul(b_R, tl.trans(b_dS), CT, PRECISION)
     b_do = load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v)
     b_dq = matmul(b_do, tl.trans(b_S), CT, PRECISION) * UNSHIFT
-    if FROM_CARVE_LOOP:
+    if d_output_rows is not None:
         b_dq += b_S_row[None, :]
     b_dbk = matmul(load_tile(d_written, i_chv, o_r, V, o_v), tl.trans(b_S), CT, PRECISION) * -UNSHIFT
     b_left = load_left(left, i_ch, o_r, K, o_k)
@@ -122,7 +129,8 @@ def chunk_key_gradient_kernel(
     b_columns = (b_k * right_factor(b_left)).to(CT)
     b_dq += matmul(b_dP, b_columns, CT, PRECISION)
     b_dbk += matmul(b_dT, b_columns, CT, PRECISION)
-    b_k *= load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_e, K, o_k, erase_scale, GATE) * b_left
+    b_k *= load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_e, K, o_k, erase_scale, GATE)
+    b_k *= erase_left(b_left, left, i_ch, o_r, K, o_k, BEFORE)
     b_dcolumn = matmul(tl.trans(b_dT), b_k, CT, PRECISION)
     b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale * b_left
     b_dcolumn += matmul(tl.trans(b_dP), b_q, CT, PRECISION)
@@ -131,18 +139,36 @@ def chunk_key_gradient_kernel(
     b_left = load_left(left, i_ch, o_r, K, o_k)
     b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
     b_dk *= load_decay_to_end(b_left, last, rest, first_steep, i_ch, o_r, K, o_k)
-    b_dtotal += tl.sum(b_dk * b_k, 0)
+    # The log-decays: what a row gains with its decay from the start, a key loses. The decay of the whole chunk is in
+    # that of every step, and a key's decay to the chunk's end in that of the steps after it: all keys' minus those of
+    # later ones. PRECISE is without differences that cancel: of the keys before, and of pairs of rows with the factors
+    # as the products above took them, rounded alike in what a row gains and a key loses.
+    if PRECISE:
+        b_dg_end = sum_rows(o_r[None, :] < o_r[:, None], b_dk * b_k, CT) + b_dtotal[None, :]
+        b_dg = (b_k * right_factor(b_left)).to(CT).to(tl.float32) * -b_dcolumn
+        b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
+        b_dg += (b_q * b_left).to(CT).to(tl.float32) * b_dq
+        b_erase_left = erase_left(b_left, left, i_ch, o_r, K, o_k, BEFORE)
+        b_b = load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_e, K, o_k, erase_scale, GATE)
+        b_dg_erased = (b_b * b_k * b_erase_left).to(CT).to(tl.float32) * b_dbk
+        b_dg += b_dg_erased
+        b_dbk *= b_erase_left
+    else:
+        b_dtotal += tl.sum(b_dk * b_k, 0)
+        b_dbk *= b_left
     b_dk += b_dcolumn * right_factor(b_left)
     b_dq *= b_left
-    b_dbk *= b_left
     if first_steep < 64:
         b_dk += load_rows(steep_dk, start, o_r, m_r, i_hv, HV, K, o_k).to(tl.float32)
         b_dq += load_rows(dq, start, o_r, m_r, i_hv, HV, K, o_k).to(tl.float32)
-        b_dbk += load_rows(db, start, o_r, m_r, i_hv, HV, K, o_k).to(tl.float32)
-    # The log-decays: what a row gains with its decay from the start, a key loses. The decay of the whole chunk and that
-    # of a key to its end also run over the steps after a row: their sum is added at every step.
+        b_steep_dbk = load_rows(steep_dbk, start, o_r, m_r, i_hv, HV, K, o_k).to(tl.float32)
+        b_dbk += b_steep_dbk
+        if PRECISE:
+            b_dg += load_rows(dg, start, o_r, m_r, i_hv, HV, K, o_k).to(tl.float32)
+            b_dg_erased += b_b * b_k * b_steep_dbk
     b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
-    b_dg = b_q * b_dq - b_k * b_dk
+    if not PRECISE:
+        b_dg = b_q * b_dq - b_k * b_dk
     # a query meets the key of its own row without decay
     b_own = tl.load(dP_own + i_chv * 64 + o_r)[:, None]
     store_rows(dq, start, o_r, m_r, i_hv, HV, K, o_k, scale * (b_dq + b_own * b_k))
@@ -150,19 +176,27 @@ def chunk_key_gradient_kernel(
     b_b = load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_e, K, o_k, erase_scale, GATE)
     store_rows(dk, start, o_r, m_r, i_hv, HV, K, o_k, b_dk + b_b * b_dbk)
     b_db = b_k * b_dbk
-    b_dg += b_b * b_db
-    if GATE != GATE_VALUES:
+    if not PRECISE:
+        b_dg += b_b * b_db
+    if (GATE != GATE_VALUES) & (GATE != GATE_SCALAR):
         b_db *= b_b * (1.0 - b_b / erase_scale)
     if CONTENT:
         tl.store(d_content + i_chv * K + o_k, tl.sum(tl.where(m_r[:, None], b_db, 0.0), 0))
-    store_rows(db, start, o_r, m_r, i_hv, HV, K, o_k, b_db)
-    b_dg = sum_rows(o_r[None, :] >= o_r[:, None], b_dg, CT) + b_dtotal[None, :]
+    if (GATE == GATE_SCALAR) | (GATE == GATE_SCALAR_LOGITS):
+        tl.store(db + ((start + o_r) * HV + i_hv) * (K // BK) + i_k, tl.sum(b_db, 1), mask=m_r)
+    else:
+        store_rows(db, start, o_r, m_r, i_hv, HV, K, o_k, b_db)
+    if PRECISE:
+        b_dg_end += sum_rows(o_r[None, :] > o_r[:, None], b_dg, CT) + b_dg
+        b_dg = b_dg_end - b_dg_erased if BEFORE else b_dg_end
+    else:
+        b_dg = sum_rows(o_r[None, :] >= o_r[:, None], b_dg, CT) + b_dtotal[None, :]
     if RAW_DECAY:
         b_dg = tl.where(m_r[:, None], b_dg, 0.0)
         b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
         tl.store(dA_log + i_chv * K + o_k, tl.sum(b_dg * b_g, 0) / LOG2_E)
         b_x = load_rows(g, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
         b_x += tl.load(dt_bias + i_h * K + o_k)[None, :]
-        b_dg *= -tl.exp(tl.load(A_log + i_h)) * tl.sigmoid(b_x)
+        b_dg *= -tl.exp(tl.load(A_log + i_h * K + o_k))[None, :] * tl.sigmoid(b_x)
         tl.store(d_dt_bias + i_chv * K + o_k, tl.sum(b_dg, 0))
     store_rows(dg, start, o_r, m_r, i_hv, HV, K, o_k, b_dg)

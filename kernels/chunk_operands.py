@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .decay import UNSHIFT, load_decay_to_end, load_left, right_factor
+from .decay import UNSHIFT, erase_left, load_decay_to_end, load_left, right_factor
 from .steep import merge_scores
 from .tiles import (
     chunk_rows,
@@ -22,12 +22,13 @@ def chunk_operands_kernel(
     A, P, erasure, update, k_to_end, q_from_start,
     table, scale, erase_scale, H, HV,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr,
-    GATE: tl.constexpr, SCALAR_W: tl.constexpr, LOGITS_W: tl.constexpr,
+    GATE: tl.constexpr, BEFORE: tl.constexpr, SCALAR_W: tl.constexpr, LOGITS_W: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and key head.
 
-    Writes, with C = 64 rows per chunk and G the sum of log-decays from the chunk's start:
+    Writes, with C = 64 rows per chunk and G the sum of log-decays from the chunk's start, in erased keys up to the row
+    before if BEFORE:
         A [NC, H, C, C]: (I + T)^-1, T the scores of the erased keys b k. On entry A and P hold those of steep rows.
         P [NC, H, C, C]: scores of the scaled queries.
         erasure [NC, H, C, K]: A (exp(G) b k), what the chunk erases of the state.
@@ -56,7 +57,8 @@ def chunk_operands_kernel(
         store_tile(q_from_start, i_ch, o_r, K, o_k, b_q * UNSHIFT)
         b_P += matmul(b_q, b_columns, CT, PRECISION)
         b_k *= load_erase_gate(b, b, start, o_r, m_r, i_h, H, 0, K, o_k, erase_scale, GATE)
-        b_T += matmul(b_k * b_left, b_columns, CT, PRECISION)
+        b_k *= erase_left(b_left, left, i_ch, o_r, K, o_k, BEFORE)
+        b_T += matmul(b_k, b_columns, CT, PRECISION)
     o_square = i_ch * 64 * 64 + (o_r[:, None] * 64 + o_r[None, :])
     b_P = merge_scores(b_P, P + o_square, first_steep, o_r)
     tl.store(P + o_square, tl.where(o_r[:, None] == o_r[None, :], b_own[:, None], b_P).to(P.dtype.element_ty))
@@ -71,7 +73,8 @@ def chunk_operands_kernel(
         b_to_end = load_decay_to_end(b_left, last, rest, first_steep, i_ch, o_r, K, o_k)
         store_tile(k_to_end, i_ch, o_r, K, o_k, b_k * b_to_end)
         b_k *= load_erase_gate(b, b, start, o_r, m_r, i_h, H, 0, K, o_k, erase_scale, GATE)
-        store_tile(erasure, i_ch, o_r, K, o_k, matmul(b_A, b_k * b_left * UNSHIFT, CT, PRECISION))
+        b_k *= erase_left(b_left, left, i_ch, o_r, K, o_k, BEFORE) * UNSHIFT
+        store_tile(erasure, i_ch, o_r, K, o_k, matmul(b_A, b_k, CT, PRECISION))
     G = HV // H
     for i_hv in range(i_h * G, i_h * G + G):
         for i_v in range(V // BV):

@@ -31,6 +31,7 @@ STEEPEST_LOG2_DECAY = tl.constexpr(-256.0)
 # small as 2^-36 at no loss.
 SHIFT = tl.constexpr(90.0)
 UNSHIFT = tl.constexpr(2.0**-90)
+SHIFTED = tl.constexpr(2.0**90)
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K: tl.constexpr,
     b_g = load_rows(g, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
     if RAW:
         b_g += load_columns(dt_bias, i_h, K, o_k)[None, :]
-        b_g = -tl.exp(tl.load(A_log + i_h)) * softplus(b_g)
+        b_g = -tl.exp(load_columns(A_log, i_h, K, o_k))[None, :] * softplus(b_g)
         b_g = tl.where(m_r[:, None], b_g, 0.0)
     return tl.maximum(b_g * LOG2_E, STEEPEST_LOG2_DECAY)
 
@@ -100,6 +101,19 @@ def load_left(left, i_ch, o_r, K: tl.constexpr, o_k):
 
 
 @triton.jit
+def erase_left(b_left, left, i_ch, o_r, K: tl.constexpr, o_k, BEFORE: tl.constexpr, FIRST: tl.constexpr = 0):
+    """left of the rows that predict: that of their own, b_left, or if BEFORE their own decay that of the rows before.
+
+    FIRST: the row from which the factors count, where nothing has decayed yet; rows before it get 0.
+    """
+    if BEFORE:
+        p_left = left + i_ch * 64 * K + ((o_r[:, None] - 1) * K + o_k[None, :])
+        b_left = tl.load(p_left, mask=(o_r > FIRST)[:, None], other=0.0).to(tl.float32)
+        b_left = tl.where((o_r == FIRST)[:, None], SHIFTED, b_left)
+    return b_left
+
+
+@triton.jit
 def load_late_factors(late, i_ch, o_r, K: tl.constexpr, o_k):
     """left of late rows, and right of them and all before them, [64, BK] float32; something finite elsewhere."""
     b_late = load_tile(late, i_ch, o_r, K, o_k).to(tl.float32)
@@ -132,7 +146,7 @@ def load_first_chunks(first_chunks, i_n, i_h, H, end):
 
 @triton.jit
 def takes_loop_for_steep_rows(first_chunks, table, i_c, i_h, H):
-    """Whether a chunk of CARVE has steep rows or comes after one of its sequence that has."""
+    """Whether a chunk of CARVE's delta form has steep rows or comes after one of its sequence that has."""
     return i_c >= tl.load(first_chunks_of(first_chunks, chunk_sequence(table, i_c), i_h, H))
 
 
@@ -162,7 +176,8 @@ def decay_kernel(
     Writes left [NC, H, C, K]; last [NC, H, K] float32, left's last row; [NC, H] int32, 64 if there is none: steep_from,
     the first steep row, and halved_from, the first halved row of the second half; and, only for a chunk with steep
     rows, [NC, H, C, K]: rest, the decay from after each row to the chunk's end, and late (see late_factor).
-    For CARVE it lowers first_chunks [N, H, 2] int32, on entry NC, to the first chunks with steep and with halved rows.
+    For CARVE's delta form it lowers first_chunks [N, H, 2] int32, on entry NC, to the first chunks with steep and with
+    halved rows.
     """
     i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_ch = i_c * H + i_h

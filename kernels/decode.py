@@ -15,13 +15,18 @@ last read, that it is done; the last one to do so writes what is shared and with
 waits, and nothing has to be reset between launches, so a captured CUDA graph can be replayed.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_in_place
+from .call import OpCall
+from .decay import softplus
+from .gates import plain_decay, plain_erase_gate, plain_write_gate
 from .state import CarveState
+from .tiles import tanh
 
 # Numbers in a tile of S, and warps of its program: of 2048 to 16384 numbers and 2 to 8 warps these moved the most bytes
 # on an H200 at 64 and 512 sequences (K = V = 128; carve_sequences was not timed). Four warps hold 32 to 64 registers of
@@ -39,110 +44,76 @@ TOKEN_BITS = tl.constexpr((1 << 32) - 1)
 
 
 @torch.no_grad()
-def recurrent_gdn2(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    b: Tensor,
-    w: Tensor,
-    *,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    inplace_state: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """The Triton backend of the public recurrent_gdn2, after its checks.
+def recurrent_op(call: OpCall) -> tuple[Tensor, Any]:
+    """The Triton backend of the public recurrent ops, after their checks.
 
-    Boundaries of packed sequences are not read on the host; ones that fall or leave [0, T] are brought into order.
-
-    Args:
-        inplace_state: update initial_state (contiguous) in place and return it as the final state.
-
-    Raises:
-        ValueError: inplace_state without an initial_state, or with one that is not contiguous.
+    Neither boundaries of packed sequences nor counts are read on the host: boundaries that fall or leave [0, T] are
+    brought into order; a count outside [0, content_chunk) ends its content chunk at the next token.
     """
-    if inplace_state:
-        check_in_place(initial_state)
-    S = None if initial_state is None else initial_state.contiguous()
+    with torch.cuda.device_of(call.q):
+        return _recurrent_gdn2(call) if call.op == "gdn2" else _recurrent_carve(call)
+
+
+def _recurrent_gdn2(call: OpCall) -> tuple[Tensor, Tensor | None]:
+    q, v = call.q, call.v
+    S = None if call.initial_state is None else call.initial_state.contiguous()  # type: ignore[union-attr]
     new_S = S
-    if not inplace_state:
-        new_S = _new_state(q, v, cu_seqlens) if output_final_state else None
+    if not call.inplace_state:
+        new_S = _new_state(call) if call.output_final_state else None
     o = v.new_empty(v.shape)
-    tensors, strides = _rows(q, k, v, g, b, w)
+    b = plain_erase_gate(call)
+    b = b if call.b.ndim == 4 else b.squeeze(-1)
+    tensors, strides = _rows(q, call.k, v, plain_decay(call), b, plain_write_gate(call))
     blocks = _blocks(q, v, TILES["gdn2"])
-    with torch.cuda.device_of(q):
-        gdn2_kernel[(_sequences(q, cu_seqlens) * v.shape[2] * (v.shape[3] // blocks["BV"]),)](
-            *tensors, S, new_S, o, cu_seqlens, *strides, scale, q.shape[1], q.shape[2], v.shape[2],
-            SCALAR_W=w.ndim == 3, num_warps=NUM_WARPS, **blocks,
-        )  # fmt: skip
+    gdn2_kernel[(call.sequences * v.shape[2] * (v.shape[3] // blocks["BV"]),)](
+        *tensors, S, new_S, o, call.cu_seqlens, *strides, call.output_scale, q.shape[1], q.shape[2], v.shape[2],
+        SCALAR_B=b.ndim == 3, SCALAR_W=call.w.ndim == 3, num_warps=NUM_WARPS, **blocks,
+    )  # fmt: skip
     return o, new_S
 
 
-@torch.no_grad()
-def recurrent_carve(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    erase_logits: Tensor,
-    w: Tensor,
-    content_down: Tensor,
-    content_up: Tensor,
-    *,
-    content_chunk: int,
-    erase_scale: float,
-    scale: float,
-    initial_state: CarveState | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    inplace_state: bool = False,
-) -> tuple[Tensor, CarveState | None]:
-    """The Triton backend of the public recurrent_carve, after its checks.
-
-    Neither boundaries nor counts are read on the host: boundaries as in recurrent_gdn2; a count outside
-    [0, content_chunk) ends its content chunk at the next token.
-
-    Args:
-        inplace_state: update the tensors of initial_state (contiguous) in place and return them as the final state.
-
-    Raises:
-        ValueError: inplace_state without an initial_state, or with tensors that are not contiguous.
-    """
-    if inplace_state:
-        check_in_place(initial_state)
-    one_token = cu_seqlens is None and q.shape[1] == 1
-    state = None if initial_state is None else CarveState(*(part.contiguous() for part in initial_state))
+def _recurrent_carve(call: OpCall) -> tuple[Tensor, CarveState | None]:
+    q, v = call.q, call.v
+    one_token = call.cu_seqlens is None and q.shape[1] == 1
+    state = call.initial_state
+    state = CarveState(*(part.contiguous() for part in state)) if isinstance(state, CarveState) else None
     new_state = state
-    if not inplace_state:
+    if not call.inplace_state:
         # with several content chunks S waits in memory from one to the next, asked for or not
-        new_state = _new_carve_state(q, v, cu_seqlens) if output_final_state or not one_token else None
+        new_state = _new_carve_state(call) if call.output_final_state or not one_token else None
     o = v.new_empty(v.shape)
-    tensors, strides = _rows(q, k, v, g, erase_logits, w)
+    tensors, strides = _rows(q, call.k, v, plain_decay(call), call.b, plain_write_gate(call))
+    down, up = (None if x is None else x.contiguous() for x in (call.content_down, call.content_up))
     blocks = _blocks(q, v, TILES["carve_token" if one_token else "carve_sequences"])
-    options = {"IN_PLACE": inplace_state, "num_warps": NUM_WARPS, **blocks, **_content_blocks(content_down)}
-    programs = _sequences(q, cu_seqlens) * v.shape[2]
+    options: dict[str, Any] = {
+        "DIAGONAL": call.erases_by_decay, "BEFORE": call.predicts_before_decay, "IN_PLACE": call.inplace_state,
+        "num_warps": NUM_WARPS, **blocks, **_content_blocks(call),
+    }  # fmt: skip
+    programs = call.sequences * v.shape[2]
     if one_token:
         kernel = carve_token_kernel
         programs *= v.shape[3] // blocks["BV"]
     else:
         kernel = carve_sequences_kernel
-        options |= {"cu_seqlens": cu_seqlens, "T": q.shape[1]}
-    with torch.cuda.device_of(q):
-        kernel[(programs,)](
-            *tensors, content_down.contiguous(), content_up.contiguous(),
-            *(state or [None] * 4), *(new_state or [None] * 4), o,
-            *strides, scale, erase_scale, content_chunk, q.shape[2], v.shape[2], **options,
-        )  # fmt: skip
-    return o, new_state if output_final_state or inplace_state else None
+        options |= {"cu_seqlens": call.cu_seqlens, "T": q.shape[1]}
+    kernel[(programs,)](
+        *tensors, down, up, None if call.erase_bias is None else call.erase_bias.contiguous(),
+        *(state or [None] * 4), *(new_state or [None] * 4), o,
+        *strides, call.output_scale, call.erase_scale, call.content_chunk, q.shape[2], v.shape[2],
+        int(down is not None and down.ndim == 3), **options,
+    )  # fmt: skip
+    if new_state is not None and not call.has_content:
+        for unused in (new_state.mean, new_state.partial):
+            unused.zero_()
+    return o, new_state if call.output_final_state or call.inplace_state else None
 
 
 @triton.jit
 def gdn2_kernel(
     q, k, v, g, b, w, S, new_S, o, cu_seqlens,
     q_stride, k_stride, v_stride, g_stride, b_stride, w_stride, scale, T, H, HV,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SCALAR_W: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    SCALAR_B: tl.constexpr, SCALAR_W: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, value head and block of columns; S may be None (zeros), new_S too, or both the same."""
     i_nh, i_v = tl.program_id(0) // (V // BV), tl.program_id(0) % (V // BV)
@@ -156,25 +127,29 @@ def gdn2_kernel(
     start, length = token_range(cu_seqlens, i_n, T)
     for i_t in range(length):
         i_row = start + i_t
-        b_b = load_keys(b + i_row * b_stride + i_h * K, o_k, K, BK)
-        b_q, b_k, b_decay, b_z = load_token(
+        if SCALAR_B:
+            b_b = tl.load(b + i_row * b_stride + i_h).to(tl.float32)
+        else:
+            b_b = load_keys(b + i_row * b_stride + i_h * K, o_k, K, BK)
+        b_q, b_k, b_g, b_w, b_v = load_token(
             q, k, v, g, w, q_stride, k_stride, v_stride, g_stride, w_stride,
-            i_row, i_h, i_hv, o_k, o_v, scale, K, V, BK, SCALAR_W,
+            i_row, i_h, i_hv, o_k, o_v, K, V, BK, SCALAR_W,
         )  # fmt: skip
-        b_S, b_o = advance(b_S, b_q, b_k, b_decay, b_b, b_z)
-        tl.store(o + (i_row * HV + i_hv) * V + o_v, b_o.to(o.dtype.element_ty))
+        b_S, b_y = advance(b_S, b_q, b_k, tl.exp(b_g), b_b, b_w * b_v, False)
+        tl.store(o + (i_row * HV + i_hv) * V + o_v, (scale * b_y).to(o.dtype.element_ty))
     if new_S is not None:
         store_tile(new_S + o_head, b_S, o_k, o_v, K, V, BK)
 
 
 @triton.jit
 def carve_token_kernel(
-    q, k, v, g, erase_logits, w, content_down, content_up,
+    q, k, v, g, erase_logits, w, content_down, content_up, bias,
     S, mean, partial, count, new_S, new_mean, new_partial, new_count, o,
     q_stride, k_stride, v_stride, g_stride, erase_stride, w_stride,
-    scale, erase_scale, content_chunk, H, HV,
+    scale, erase_scale, content_chunk, H, HV, content_heads,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, VP: tl.constexpr, IN_PLACE: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, VP: tl.constexpr,
+    DIAGONAL: tl.constexpr, BEFORE: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     """One token of every sequence, programs as in gdn2_kernel; the old state may be None, the new one too.
 
@@ -196,18 +171,21 @@ def carve_token_kernel(
         b_S = load_tile(S + i_head * K * V, o_k, o_v, K, V, BK)
         tokens = tokens_before(count, i_n)
         b_partial = tl.load(partial + i_head * V + o_v)
-        b_content = content_term(mean + i_head * V, content_down, content_up, i_hv, o_k, K, V, R, BK, BR, VP)
-    b_b = load_keys(erase_logits + i_n * erase_stride + i_h * K, o_k, K, BK)
-    b_b = erase_scale * tl.sigmoid(b_b + b_content)
-    b_q, b_k, b_decay, b_z = load_token(
-        q, k, v, g, w, q_stride, k_stride, v_stride, g_stride, w_stride,
-        i_n, i_h, i_hv, o_k, o_v, scale, K, V, BK, True,
+        if content_down is not None:
+            b_content = content_term(
+                mean + i_head * V, content_down, content_up, i_hv * content_heads, o_k, K, V, R, BK, BR, VP
+            )  # fmt: skip
+    if bias is not None:
+        b_content += load_keys(bias + i_h * K, o_k, K, BK)
+    b_S, b_y = advance_carve(
+        q, k, v, g, erase_logits, w, q_stride, k_stride, v_stride, g_stride, erase_stride, w_stride,
+        b_S, b_content, i_n, i_h, i_hv, o_k, o_v, erase_scale, K, V, BK, DIAGONAL, BEFORE,
     )  # fmt: skip
-    b_S, b_o = advance(b_S, b_q, b_k, b_decay, b_b, b_z)
-    tl.store(o + i_head * V + o_v, b_o.to(o.dtype.element_ty))
+    tl.store(o + i_head * V + o_v, (scale * b_y).to(o.dtype.element_ty))
     if new_S is not None:
         store_tile(new_S + i_head * K * V, b_S, o_k, o_v, K, V, BK)
-        b_partial += b_o
+        if content_down is not None:
+            b_partial += b_y
         tokens += 1
         full = tokens >= content_chunk
         next_tokens = tl.where(full, 0, tokens)
@@ -228,12 +206,13 @@ def carve_token_kernel(
 
 @triton.jit
 def carve_sequences_kernel(
-    q, k, v, g, erase_logits, w, content_down, content_up,
+    q, k, v, g, erase_logits, w, content_down, content_up, bias,
     S, mean, partial, count, new_S, new_mean, new_partial, new_count, o,
     q_stride, k_stride, v_stride, g_stride, erase_stride, w_stride,
-    scale, erase_scale, content_chunk, H, HV, cu_seqlens, T,
+    scale, erase_scale, content_chunk, H, HV, content_heads, cu_seqlens, T,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, VP: tl.constexpr, IN_PLACE: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, VP: tl.constexpr,
+    DIAGONAL: tl.constexpr, BEFORE: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     """Any tokens of every sequence, one program per sequence and value head; the old state may be None, not the new.
 
@@ -258,23 +237,27 @@ def carve_sequences_kernel(
         known = (i_s > 0) | (S is not None)
         section_start = tl.where(i_s > 0, missing + (i_s - 1) * content_chunk, 0)
         chunk_end = missing + i_s * content_chunk
-        b_content = content_term(old_mean + i_head * V, content_down, content_up, i_hv, o_k, K, V, R, BK, BR, VP)
-        b_content = tl.where(known, b_content, 0.0)
+        b_content = tl.zeros([BK], tl.float32)
+        if content_down is not None:
+            b_content = content_term(
+                old_mean + i_head * V, content_down, content_up, i_hv * content_heads, o_k, K, V, R, BK, BR, VP
+            )  # fmt: skip
+            b_content = tl.where(known, b_content, 0.0)
+        if bias is not None:
+            b_content += load_keys(bias + i_h * K, o_k, K, BK)
         for i_v in range(V // BV):
             o_v = i_v * BV + tl.arange(0, BV)
             b_S = tl.where(known, load_tile(old_S + i_head * K * V, o_k, o_v, K, V, BK), 0.0)
             b_partial = tl.where(known, tl.load(old_partial + i_head * V + o_v), 0.0)
             for i_t in range(section_start, tl.minimum(chunk_end, length)):
                 i_row = start + i_t
-                b_b = load_keys(erase_logits + i_row * erase_stride + i_h * K, o_k, K, BK)
-                b_b = erase_scale * tl.sigmoid(b_b + b_content)
-                b_q, b_k, b_decay, b_z = load_token(
-                    q, k, v, g, w, q_stride, k_stride, v_stride, g_stride, w_stride,
-                    i_row, i_h, i_hv, o_k, o_v, scale, K, V, BK, True,
+                b_S, b_y = advance_carve(
+                    q, k, v, g, erase_logits, w, q_stride, k_stride, v_stride, g_stride, erase_stride, w_stride,
+                    b_S, b_content, i_row, i_h, i_hv, o_k, o_v, erase_scale, K, V, BK, DIAGONAL, BEFORE,
                 )  # fmt: skip
-                b_S, b_o = advance(b_S, b_q, b_k, b_decay, b_b, b_z)
-                b_partial += b_o
-                tl.store(o + (i_row * HV + i_hv) * V + o_v, b_o.to(o.dtype.element_ty))
+                if content_down is not None:
+                    b_partial += b_y
+                tl.store(o + (i_row * HV + i_hv) * V + o_v, (scale * b_y).to(o.dtype.element_ty))
             store_tile(new_S + i_head * K * V, b_S, o_k, o_v, K, V, BK)
             tl.store(new_partial + i_head * V + o_v, b_partial)
         b_mean = tl.where(known, tl.load(old_mean + i_head * V + o_w, mask=m_w, other=0.0), 0.0)
@@ -308,47 +291,70 @@ def token_range(cu_seqlens, i_n, T):
 @triton.jit
 def load_token(
     q, k, v, g, w, q_stride, k_stride, v_stride, g_stride, w_stride,
-    i_row, i_h, i_hv, o_k, o_v, scale, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, SCALAR_W: tl.constexpr,
+    i_row, i_h, i_hv, o_k, o_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, SCALAR_W: tl.constexpr,
 ):  # fmt: skip
-    """Of one token in float32: scale * q, k, exp(g), [BK], and w * v, [BV]; channels beyond K have k = q = 0."""
-    b_q = load_keys(q + i_row * q_stride + i_h * K, o_k, K, BK) * scale
+    """Of one token in float32: q, k, g, [BK], w, [BV] or a scalar, and v, [BV]; channels beyond K have k = q = 0."""
+    b_q = load_keys(q + i_row * q_stride + i_h * K, o_k, K, BK)
     b_k = load_keys(k + i_row * k_stride + i_h * K, o_k, K, BK)
-    b_decay = tl.exp(load_keys(g + i_row * g_stride + i_h * K, o_k, K, BK))
+    b_g = load_keys(g + i_row * g_stride + i_h * K, o_k, K, BK)
     b_v = tl.load(v + i_row * v_stride + i_hv * V + o_v).to(tl.float32)
     if SCALAR_W:
         b_w = tl.load(w + i_row * w_stride + i_hv).to(tl.float32)
     else:
         b_w = tl.load(w + i_row * w_stride + i_hv * V + o_v).to(tl.float32)
-    return b_q, b_k, b_decay, b_w * b_v
+    return b_q, b_k, b_g, b_w, b_v
 
 
 @triton.jit
-def advance(b_S, b_q, b_k, b_decay, b_b, b_z):
-    """One token: (S, o) after S = exp(g) S; r = z - S^T (b k); S += k r^T; o = S^T q."""
-    b_S *= b_decay[:, None]
-    b_r = b_z - tl.sum(b_S * (b_b * b_k)[:, None], 0)
+def advance(b_S, b_q, b_k, b_decay, b_b, b_z, BEFORE: tl.constexpr):
+    """One token: (S, y) after r = z - S^T (b k); S = decay S + k r^T; y = S^T q. What r is the difference to is taken
+    from S decayed or, if BEFORE, as it was."""
+    if BEFORE:
+        b_r = b_z - tl.sum(b_S * (b_b * b_k)[:, None], 0)
+        b_S *= b_decay[:, None]
+    else:
+        b_S *= b_decay[:, None]
+        b_r = b_z - tl.sum(b_S * (b_b * b_k)[:, None], 0)
     b_S += b_k[:, None] * b_r[None, :]
     return b_S, tl.sum(b_S * b_q[:, None], 0)
 
 
 @triton.jit
+def advance_carve(
+    q, k, v, g, erase_logits, w, q_stride, k_stride, v_stride, g_stride, erase_stride, w_stride,
+    b_S, b_content, i_row, i_h, i_hv, o_k, o_v, erase_scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, DIAGONAL: tl.constexpr, BEFORE: tl.constexpr,
+):  # fmt: skip
+    """One token of CARVE: (S, S^T q)."""
+    b_l = load_keys(erase_logits + i_row * erase_stride + i_h * K, o_k, K, BK) + b_content
+    b_q, b_k, b_g, b_w, b_v = load_token(
+        q, k, v, g, w, q_stride, k_stride, v_stride, g_stride, w_stride, i_row, i_h, i_hv, o_k, o_v, K, V, BK, True,
+    )  # fmt: skip
+    if DIAGONAL:  # log(1 - sigmoid(x)) is -softplus(x)
+        b_S, b_y = advance(b_S, b_q, b_k, tl.exp(b_g - softplus(b_l)), b_w, b_w * b_v, BEFORE)
+    else:
+        b_S, b_y = advance(b_S, b_q, b_k, tl.exp(b_g), erase_scale * tl.sigmoid(b_l), b_w * b_v, False)
+    return b_S, b_y
+
+
+@triton.jit
 def content_term(
-    mean, content_down, content_up, i_hv, o_k,
+    mean, content_down, content_up, i_map, o_k,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, VP: tl.constexpr,
 ):  # fmt: skip
-    """U (D mean) of one value head, [BK], with `mean` at the head's own V numbers."""
+    """U tanh(D mean) of one value head, [BK], `mean` at the head's own V numbers; D and U are maps number i_map."""
     o_v = tl.arange(0, VP)
     b_mean = load_keys(mean, o_v, V, VP)
     b_content = tl.zeros([BK], tl.float32)
     for i_r in range((R + BR - 1) // BR):
         o_r = i_r * BR + tl.arange(0, BR)
-        p_down = content_down + i_hv.to(tl.int64) * R * V + o_r[:, None] * V + o_v[None, :]
+        p_down = content_down + i_map.to(tl.int64) * R * V + o_r[:, None] * V + o_v[None, :]
         b_down = tl.load(p_down, mask=(o_r[:, None] < R) & (o_v[None, :] < V), other=0.0).to(tl.float32)
         # as [BR, BK]: a sum over the last axis would have the compiler move all of S to the layout of U
-        p_up = content_up + i_hv.to(tl.int64) * K * R + o_k[None, :] * R + o_r[:, None]
+        p_up = content_up + i_map.to(tl.int64) * K * R + o_k[None, :] * R + o_r[:, None]
         b_up = tl.load(p_up, mask=(o_k[None, :] < K) & (o_r[:, None] < R), other=0.0).to(tl.float32)
-        b_low = tl.sum(b_down * b_mean[None, :], 1)
-        b_content += tl.sum(b_up * b_low[:, None], 0)
+        b_code = tanh(tl.sum(b_down * b_mean[None, :], 1))
+        b_content += tl.sum(b_up * b_code[:, None], 0)
     return b_content
 
 
@@ -408,17 +414,13 @@ def store_tile(S, b_S, o_k, o_v, K: tl.constexpr, V: tl.constexpr, BK: tl.conste
         tl.store(p_S, b_S, mask=o_k[:, None] < K)
 
 
-def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
-    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def _new_state(call: OpCall) -> Tensor:
+    q, v = call.q, call.v
+    return q.new_empty((call.sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
 
 
-def _new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    shape = (_sequences(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
-    return q.new_empty(shape, dtype=torch.float32)
-
-
-def _new_carve_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> CarveState:
-    S = _new_state(q, v, cu_seqlens)
+def _new_carve_state(call: OpCall) -> CarveState:
+    S = _new_state(call)
     mean, partial = (S.new_empty(S.shape[0], S.shape[1], S.shape[3]) for _ in range(2))
     return CarveState(S, mean, partial, S.new_empty(S.shape[0], dtype=torch.int64))
 
@@ -451,6 +453,7 @@ def _blocks(q: Tensor, v: Tensor, numbers: int) -> dict[str, int]:
     return {"K": K, "V": V, "BK": BK, "BV": min(max(numbers // BK, 1), V & -V)}
 
 
-def _content_blocks(content_down: Tensor) -> dict[str, int]:
-    _, R, V = content_down.shape
-    return {"R": R, "BR": min(triton.next_power_of_2(R), RANK_BLOCK), "VP": triton.next_power_of_2(V)}
+def _content_blocks(call: OpCall) -> dict[str, int]:
+    R = 1 if call.content_down is None else call.content_down.shape[-2]
+    BR = min(triton.next_power_of_2(R), RANK_BLOCK)
+    return {"R": R, "BR": BR, "VP": triton.next_power_of_2(call.v.shape[3])}

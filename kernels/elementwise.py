@@ -57,29 +57,32 @@ def log_decay(raw: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
 
     Args:
         raw: [..., H, K], any floating dtype.
-        A_log: [H] float32.
+        A_log: [H] or [H, K] float32.
         dt_bias: [H, K] float32.
 
     Returns:
         [..., H, K] float32 (float64 when the parameters are).
 
-    Source: GDN-2 (arXiv 2605.22791), the decay of the recurrence.
+    Source: the decay of GDN-2 (arXiv 2605.22791), with A_log [H], and of CARVE (arXiv 2606.27229), with A_log [H, K].
     """
-    return -A_log.exp().unsqueeze(-1) * F.softplus(raw.to(A_log.dtype) + dt_bias)
+    rate = A_log.exp() if A_log.ndim == 2 else A_log.exp().unsqueeze(-1)
+    return -rate * F.softplus(raw.to(A_log.dtype) + dt_bias)
 
 
-def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, activation: str) -> Tensor:
+def gated_rms_norm(x: Tensor, gate: Tensor | None, weight: Tensor, *, eps: float, activation: str) -> Tensor:
     """RMSNorm over the last axis, times weight, times activation(gate).
 
     Args:
-        x, gate: [..., V].
+        x: [..., V].
+        gate: [..., V], or None with the activation "none".
         weight: [V].
-        activation: "silu" or "sigmoid".
+        activation: "silu", "sigmoid" or "none".
 
     Returns:
         [..., V], dtype of x; computed in float32 (float64 for float64 input).
     """
     compute = torch.promote_types(x.dtype, torch.float32)
-    act = {"silu": F.silu, "sigmoid": torch.sigmoid}[activation]
     normed = F.rms_norm(x.to(compute), (x.shape[-1],), weight.to(compute), eps)
-    return (normed * act(gate.to(compute))).to(x.dtype)
+    if gate is not None:
+        normed = normed * {"silu": F.silu, "sigmoid": torch.sigmoid}[activation](gate.to(compute))
+    return normed.to(x.dtype)

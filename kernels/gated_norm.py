@@ -1,4 +1,4 @@
-"""RMSNorm of heads, times a weight, times an activated gate, in Triton: one pass over x and gate in each direction.
+"""RMSNorm of heads, times a weight, times an activated gate if there is one, in Triton: one pass in each direction.
 
 A tile is one head of some tokens. The backward computes the norm and the activation again; its programs add what their
 tokens give to the gradient of the weight, and torch adds up the programs.
@@ -19,15 +19,15 @@ STEPS = 4
 
 
 class GatedNorm(torch.autograd.Function):
-    """x, gate, weight, then eps and the activation -> RMSNorm(x) * weight * activation(gate).
+    """x, gate or None, weight, then eps and the activation -> RMSNorm(x) * weight * activation(gate).
 
     The heads of every token of x and gate must be one piece of memory.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, activation: str) -> Tensor:
         B, T, H, V = x.shape
-        out = _empty_like(x, gate)
+        out = _empty_like(x, x if gate is None else gate)
         BV, BT = _tile(V)
         with torch.cuda.device_of(x):
             forward_kernel[(H * triton.cdiv(T, BT) * B,)](
@@ -46,7 +46,7 @@ class GatedNorm(torch.autograd.Function):
         BV, BT = _tile(V)
         programs = H * triton.cdiv(T, BT * STEPS) * B
         d_out = whole_tokens(d_out)
-        dx, d_gate = _empty_like(x, x), _empty_like(gate, gate)
+        dx, d_gate = _empty_like(x, x), None if gate is None else _empty_like(gate, gate)
         d_weight = x.new_empty(programs, V, dtype=torch.float32)
         with torch.cuda.device_of(x):
             backward_kernel[(programs,)](
@@ -71,9 +71,9 @@ def _empty_like(x: Tensor, order: Tensor) -> Tensor:
     return x.new_empty(B, T, H, V)
 
 
-def _strides(x: Tensor) -> tuple[int, int]:
+def _strides(x: Tensor | None) -> tuple[int, int]:
     """From one batch entry, and from one token, to the next."""
-    return x.stride(0), x.stride(1)
+    return (0, 0) if x is None else (x.stride(0), x.stride(1))
 
 
 def _tile(V: int) -> tuple[int, int]:
@@ -96,10 +96,11 @@ def forward_kernel(
     o_t, o_v = i_t * BT + tl.arange(0, BT), tl.arange(0, BV)
     m_x = (o_t < T)[:, None] & (o_v < V)[None, :]
     b_x = load_head(x, x_batch, x_token, i_b, i_h, o_t, o_v, V, m_x)
-    b_gate = load_head(gate, gate_batch, gate_token, i_b, i_h, o_t, o_v, V, m_x)
     b_weight = tl.load(weight + o_v, mask=o_v < V, other=0.0).to(tl.float32)
-    b_act, _ = activate(b_gate, SILU)
-    b_out = b_x * inverse_rms(b_x, V, eps) * b_weight[None, :] * b_act
+    b_out = b_x * inverse_rms(b_x, V, eps) * b_weight[None, :]
+    if gate is not None:
+        b_act, _ = activate(load_head(gate, gate_batch, gate_token, i_b, i_h, o_t, o_v, V, m_x), SILU)
+        b_out *= b_act
     store_head(out, out_batch, out_token, i_b, i_h, o_t, o_v, V, m_x, b_out)
 
 
@@ -123,14 +124,14 @@ def backward_kernel(
         o_t = (i_t * STEPS + i) * BT + tl.arange(0, BT)
         m_x = (o_t < T)[:, None] & (o_v < V)[None, :]
         b_x = load_head(x, x_batch, x_token, i_b, i_h, o_t, o_v, V, m_x)
-        b_gate = load_head(gate, gate_batch, gate_token, i_b, i_h, o_t, o_v, V, m_x)
-        b_d_out = load_head(d_out, d_out_batch, d_out_token, i_b, i_h, o_t, o_v, V, m_x)
+        b_d_scaled = load_head(d_out, d_out_batch, d_out_token, i_b, i_h, o_t, o_v, V, m_x)
         b_inverse = inverse_rms(b_x, V, eps)
         b_normed = b_x * b_inverse
-        b_act, b_slope = activate(b_gate, SILU)
-        b_d_gate = b_d_out * b_normed * b_weight * b_slope
-        store_head(d_gate, d_gate_batch, d_gate_token, i_b, i_h, o_t, o_v, V, m_x, b_d_gate)
-        b_d_scaled = b_d_out * b_act
+        if gate is not None:
+            b_act, b_slope = activate(load_head(gate, gate_batch, gate_token, i_b, i_h, o_t, o_v, V, m_x), SILU)
+            b_d_gate = b_d_scaled * b_normed * b_weight * b_slope
+            store_head(d_gate, d_gate_batch, d_gate_token, i_b, i_h, o_t, o_v, V, m_x, b_d_gate)
+            b_d_scaled *= b_act
         b_d_weight += b_d_scaled * b_normed
         b_d_normed = b_d_scaled * b_weight
         b_along = tl.sum(b_d_normed * b_normed, 1)[:, None] / V

@@ -5,19 +5,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .call import OpCall
 from .elementwise import log_decay
 
 
-def plain_decay(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None) -> Tensor:
-    """The log-decay, from the raw projection g where A_log and dt_bias are given."""
-    return g if A_log is None or dt_bias is None else log_decay(g, A_log, dt_bias)
+def plain_decay(call: OpCall) -> Tensor:
+    """The log-decay, formed from the raw projection where A_log and dt_bias are given."""
+    if call.A_log is None or call.dt_bias is None:
+        return call.g
+    return log_decay(call.g, call.A_log, call.dt_bias)
 
 
-def plain_erase_gate(b: Tensor, gate_logits: bool, erase_scale: float) -> Tensor:
-    """GDN-2's erase gate, from its logits in float32, as CARVE's is, so that the two agree in every bit."""
-    if not gate_logits:
+def plain_write_gate(call: OpCall) -> Tensor:
+    return torch.sigmoid(call.w) if call.gate_logits else call.w
+
+
+def plain_erase_gate(call: OpCall) -> Tensor:
+    """GDN-2's erase gate, [B, T, H, K] or [B, T, H, 1]; from logits in float32, as CARVE's is, so that the two agree in
+    every bit."""
+    b = call.b if call.b.ndim == 4 else call.b.unsqueeze(-1)
+    if not call.gate_logits:
         return b
-    return erase_scale * torch.sigmoid(b.to(torch.promote_types(b.dtype, torch.float32)))
+    return call.erase_scale * torch.sigmoid(b.to(torch.promote_types(b.dtype, torch.float32)))
+
+
+def erase_logits(call: OpCall) -> Tensor:
+    """CARVE's erase logits with their bias, in the dtype to compute in, [B, T, H, K]."""
+    logits = call.b.to(call.state_dtype)
+    return logits if call.erase_bias is None else logits + call.erase_bias
 
 
 def erase_gate(logits: Tensor, plain: Tensor, content: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .decay import UNSHIFT, load_decay_to_end, load_left, right_factor, takes_loop_for_steep_rows
+from .decay import UNSHIFT, erase_left, load_decay_to_end, load_left, right_factor, takes_loop_for_steep_rows
 from .steep import merge_scores
 from .tiles import (
     chunk_rows,
@@ -21,21 +21,22 @@ from .tiles import (
 @triton.jit
 def gradient_operands_kernel(
     q, k, v, b, w, content, left, last, rest, steep_from, first_chunks, A, P, states, do,
-    erasure, k_to_end, q_from_start, residuals, d_residuals_here, k_right, gate_slope,
+    erasure, k_to_end, q_from_start, residuals, d_residuals_here, k_right, gate_slope, P_sum,
     table, scale, erase_scale, H, HV, HE,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, SPLIT: tl.constexpr,
-    GATE: tl.constexpr, SCALAR_W: tl.constexpr, LOGITS_W: tl.constexpr,
-    STATES_T: tl.constexpr, FOR_CARVE_LOOP: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, BEFORE: tl.constexpr, SCALAR_W: tl.constexpr, LOGITS_W: tl.constexpr,
+    STATES_T: tl.constexpr, FOR_DELTA_LOOP: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and value head. STATES_T: the states are [V, K].
 
     HE heads have an erase gate of their own: the key heads, or where the gate sees content the value heads. Writes per
     chunk
-        k_to_end, q_from_start [NC, H, C, K] as in the forward: for CARVE's loop k_to_end only where it takes it,
-        erasure [NC, HE, C, K]: A (exp(G) b k); for CARVE's loop exp(G) b k.
-        residuals [NC, HV, C, V]: R = A (w v - exp(G) b k S); for CARVE's loop [NC, HV, V, C].
-        d_residuals_here [NC, HV, C, V]: P^T do, what the chunk's own outputs give its residuals; not for CARVE's loop.
-    and for CARVE's loop alone, in the shifted factors of decay.py:
+        k_to_end, q_from_start [NC, H, C, K] as in the forward: for the delta form's loop k_to_end where it takes it,
+        erasure [NC, HE, C, K]: A (exp(G) b k); for the delta form's loop exp(G) b k.
+        residuals [NC, HV, C, V]: R = A (w v - exp(G) b k S); for the delta form's loop [NC, HV, V, C].
+        d_residuals_here [NC, HV, C, V]: P^T do, what the chunk's own outputs give its residuals; not for that loop.
+        P_sum [NC, HV, C] float32, where there is one: column sums of P; not for that loop.
+    and for the delta form's loop alone, in the shifted factors of decay.py:
         P [NC, H, C, C], k_right [NC, H, C, K] as in the forward,
         gate_slope [NC, HE, K, C]: derivative of the rows left b k by the erase logits.
     On entry P holds the scores of steep rows.
@@ -50,7 +51,7 @@ def gradient_operands_kernel(
     o_r, o_v = tl.arange(0, 64), tl.arange(0, V)
     m_r = (o_r >= low) & (o_r < high)
     first_steep = tl.load(steep_from + i_ch)
-    wants_k_to_end = takes_loop_for_steep_rows(first_chunks, table, i_c, i_h, H) if FOR_CARVE_LOOP else True
+    wants_k_to_end = takes_loop_for_steep_rows(first_chunks, table, i_c, i_h, H) if FOR_DELTA_LOOP else True
 
     b_P = tl.zeros([64, 64], tl.float32)
     b_own = tl.zeros([64], tl.float32)
@@ -65,7 +66,7 @@ def gradient_operands_kernel(
         b_P += matmul(b_q, tl.trans(b_k_right), CT, PRECISION)
         if leads_keys:
             store_tile(q_from_start, i_ch, o_r, K, o_k, b_q * UNSHIFT)
-            if FOR_CARVE_LOOP:
+            if FOR_DELTA_LOOP:
                 store_tile(k_right, i_ch, o_r, K, o_k, b_k_right)
             if wants_k_to_end:
                 b_to_end = load_decay_to_end(b_left, last, rest, first_steep, i_ch, o_r, K, o_k)
@@ -73,10 +74,12 @@ def gradient_operands_kernel(
     o_square = i_ch * 64 * 64 + (o_r[:, None] * 64 + o_r[None, :])
     b_P = merge_scores(b_P, P + o_square, first_steep, o_r)
     b_P = tl.where(o_r[:, None] == o_r[None, :], b_own[:, None], b_P).to(CT)
-    if FOR_CARVE_LOOP:
+    if FOR_DELTA_LOOP:
         if leads_keys:
             tl.store(P + o_square, b_P)
     else:
+        if P_sum is not None:
+            tl.store(P_sum + i_chv * 64 + o_r, tl.sum(b_P.to(tl.float32), 0))
         b_do = load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v)
         store_tile(d_residuals_here, i_chv, o_r, V, o_v, matmul(tl.trans(b_P), b_do, CT, PRECISION))
 
@@ -85,14 +88,15 @@ def gradient_operands_kernel(
     b_z = b_z * load_rows(v, start, o_r, m_r, i_hv, HV, V, o_v).to(tl.float32)
     for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)
-        b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * load_left(left, i_ch, o_r, K, o_k)
+        b_left = erase_left(load_left(left, i_ch, o_r, K, o_k), left, i_ch, o_r, K, o_k, BEFORE)
+        b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * b_left
         b_b = load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_e, K, o_k, erase_scale, GATE)
         b_E = (b_b * b_k * UNSHIFT).to(CT)
-        if FOR_CARVE_LOOP:
+        if FOR_DELTA_LOOP:
             if leads_gate:
                 store_tile(erasure, i_e, o_r, K, o_k, b_E)
                 store_matrix(gate_slope, i_e, o_r, o_k, 64, K, True, b_b * (1.0 - b_b / erase_scale) * b_k)
         elif leads_gate:
             store_tile(erasure, i_e, o_r, K, o_k, matmul(b_A, b_E, CT, PRECISION))
         b_z -= matmul(b_E, load_matrix(states, i_chv, o_k, o_v, K, V, STATES_T), CT, PRECISION)
-    store_matrix(residuals, i_chv, o_r, o_v, 64, V, FOR_CARVE_LOOP, matmul(b_A, b_z, CT, PRECISION))
+    store_matrix(residuals, i_chv, o_r, o_v, 64, V, FOR_DELTA_LOOP, matmul(b_A, b_z, CT, PRECISION))

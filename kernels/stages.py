@@ -9,17 +9,17 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .carve_operands import SUM_ROWS, carve_operands_kernel
-from .carve_state import carve_state_gradient_kernel, carve_state_kernel
 from .chunk_gradient import chunk_key_gradient_kernel, chunk_value_gradient_kernel
 from .chunk_operands import chunk_operands_kernel
 from .chunk_output import chunk_output_kernel
 from .chunk_state import chunk_state_gradient_kernel, chunk_state_kernel
 from .chunks import Chunks
 from .decay import decay_kernel
+from .delta_operands import SUM_ROWS, delta_operands_kernel
+from .delta_state import delta_state_gradient_kernel, delta_state_kernel
 from .gradient_operands import gradient_operands_kernel
 from .steep import GROUP, steep_gradient_kernel, steep_scores_kernel
-from .tiles import GATE_CONTENT
+from .tiles import GATE_CONTENT, GATE_SCALAR, GATE_SCALAR_LOGITS
 
 SEES_CONTENT = GATE_CONTENT.value
 # Values wider than this count as several heads of this width wherever columns of values do not depend on each other.
@@ -52,9 +52,9 @@ class Tuning(NamedTuple):
 TUNING = {
     "decay": Tuning(64, 0, 4),
     "steep": Tuning(64, 0, 4),
-    "carve_operands": Tuning(64, 0, 4),
-    "carve_state": Tuning(0, 0, 8, 2),
-    "carve_state_gradient": Tuning(0, 0, 8, 2),
+    "delta_operands": Tuning(64, 0, 4),
+    "delta_state": Tuning(0, 0, 8, 2),
+    "delta_state_gradient": Tuning(0, 0, 8, 2),
     "chunk_operands": Tuning(64, 64, 4, 2),
     "chunk_state": Tuning(0, 64, 4, 3),
     "chunk_output": Tuning(64, 128, 4, 1, 168),
@@ -62,6 +62,7 @@ TUNING = {
     "chunk_state_gradient": Tuning(0, 64, 8, 2),
     "chunk_value_gradient": Tuning(0, 0, 4),
     "chunk_key_gradient": Tuning(64, 0, 4),
+    "precise_key_gradient": Tuning(64, 0, 8),
 }
 
 
@@ -69,7 +70,7 @@ class Inputs(NamedTuple):
     """The tensors of a call that belong to tokens, and the parameters that act on each of them.
 
     b and w are gates, or their logits; content, [NC, HV, K] float32, is added to the logits of an erase gate that sees
-    it. A_log and dt_bias are given where g is the raw decay.
+    it. A_log and dt_bias, [H, K] both, are given where g is the raw decay.
     """
 
     q: Tensor
@@ -83,8 +84,21 @@ class Inputs(NamedTuple):
     content: Tensor | None = None
 
 
+class Content(NamedTuple):
+    """D [HV or 1, R, V], U [HV or 1, K, R], and the bias [H, K] float32 or None."""
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor | None
+
+    @property
+    def by_head(self) -> int:
+        """1 where every value head has D and U of its own, else 0."""
+        return int(self.down.shape[0] > 1)
+
+
 class Factors(NamedTuple):
-    """What decay_kernel writes, first_chunks for CARVE alone."""
+    """What decay_kernel writes, first_chunks for CARVE's delta form alone."""
 
     left: Tensor
     last: Tensor
@@ -105,8 +119,8 @@ class Factors(NamedTuple):
         return self.late, self.steep_from, self.halved_from
 
 
-class CarveOperands(NamedTuple):
-    """What carve_operands_kernel writes."""
+class DeltaOperands(NamedTuple):
+    """What delta_operands_kernel writes."""
 
     P: Tensor
     q_sum: Tensor
@@ -118,7 +132,8 @@ class CarveOperands(NamedTuple):
 
 
 class GradientOperands(NamedTuple):
-    """What gradient_operands_kernel writes; d_residuals_here only without CARVE's loop, the last three only for it."""
+    """What gradient_operands_kernel writes; d_residuals_here only without the delta form's loop, P, k_right and
+    gate_slope only for it, P_sum only for the diagonal form's."""
 
     erasure: Tensor
     k_to_end: Tensor
@@ -128,6 +143,7 @@ class GradientOperands(NamedTuple):
     P: Tensor | None
     k_right: Tensor | None
     gate_slope: Tensor | None
+    P_sum: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -135,7 +151,8 @@ class Call:
     """What all stages of one call need besides its tensors.
 
     HV heads of V value columns each, at most WIDEST_VALUES: `split` of them make a head of the caller. K and V are
-    powers of two.
+    powers of two. before: the erased keys are those before a token's own decay. precise_decay: the gradients of
+    log-decays will be summed up over many tokens.
     """
 
     chunks: Chunks
@@ -151,6 +168,8 @@ class Call:
     logits_w: bool
     raw_decay: bool
     dtype: torch.dtype
+    before: bool = False
+    precise_decay: bool = False
 
     @property
     def arithmetic(self) -> dict[str, Any]:
@@ -166,11 +185,17 @@ class Call:
 
     @property
     def gates(self) -> dict[str, Any]:
-        return {"GATE": self.gate, "SPLIT": self.split, "SCALAR_W": self.scalar_w, "LOGITS_W": self.logits_w}
+        writes = {"SPLIT": self.split, "SCALAR_W": self.scalar_w, "LOGITS_W": self.logits_w}
+        return {"GATE": self.gate, "BEFORE": self.before, **writes}
 
     @property
     def sees_content(self) -> bool:
+        """The erase gate does: CARVE's delta form, whose loops keep what goes from chunk to chunk transposed."""
         return self.gate == SEES_CONTENT
+
+    @property
+    def scalar_b(self) -> bool:
+        return self.gate in (GATE_SCALAR.value, GATE_SCALAR_LOGITS.value)
 
     @property
     def erase_heads(self) -> int:
@@ -223,7 +248,8 @@ def steep_scores(call: Call, x: Inputs, factors: Factors, T: Tensor | None) -> T
     steep_scores_kernel[(triton.cdiv(call.chunks.count, GROUP.value), call.H)](
         x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, *factors.of_steep_rows, T, P,
         call.chunks.table, call.scale, call.erase_scale, call.chunks.count, call.H,
-        K=call.K, BK=BK, GATE=call.gate, RAW_DECAY=call.raw_decay, WITH_T=T is not None, **call.launch("steep", BK),
+        K=call.K, BK=BK, GATE=call.gate, BEFORE=call.before, RAW_DECAY=call.raw_decay, WITH_T=T is not None,
+        **call.launch("steep", BK),
     )  # fmt: skip
     return P
 
@@ -277,16 +303,16 @@ def chunk_output(call: Call, x: Inputs, q_from_start: Tensor, P: Tensor, states:
     return o
 
 
-def carve_operands(call: Call, x: Inputs, factors: Factors) -> CarveOperands:
-    operands = CarveOperands(
+def delta_operands(call: Call, x: Inputs, factors: Factors) -> DeltaOperands:
+    operands = DeltaOperands(
         steep_scores(call, x, factors, None),
         call.tiles(x.q, call.H, SUM_ROWS.value, call.K), call.tiles(x.q, call.H, SUM_ROWS.value, 64),
         *(call.tiles(x.q, call.H, 64, call.K) for _ in range(4)),
     )  # fmt: skip
-    BK = call.key_block("carve_operands")
-    carve_operands_kernel[(call.chunks.count, call.H)](
+    BK = call.key_block("delta_operands")
+    delta_operands_kernel[(call.chunks.count, call.H)](
         x.q, x.k, *factors.of_rows, factors.first_chunks, *operands, call.chunks.table, call.scale, call.H,
-        K=call.K, BK=BK, **call.launch("carve_operands", BK),
+        K=call.K, BK=BK, **call.launch("delta_operands", BK),
     )  # fmt: skip
     return operands
 
@@ -297,52 +323,53 @@ def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 
-def carve_sizes(call: Call, content_down: Tensor) -> dict[str, int]:
+def delta_sizes(call: Call, content_down: Tensor) -> dict[str, int]:
     _, R, V = content_down.shape
     return {"K": call.K, "BK": column_block(call.K, 64), "V": V, "R": R, "RP": triton.next_power_of_2(R)}
 
 
-def carve_state(
-    call: Call, x: Inputs, down: Tensor, up: Tensor, factors: Factors, operands: CarveOperands,
+def delta_state(
+    call: Call, x: Inputs, content: Content, factors: Factors, operands: DeltaOperands,
     initial: Sequence[Tensor | None], count: Tensor | None, content_chunk: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """A, states, residuals (both transposed), codes, content, means, and the three tensors of the final state, which
     carry the state from the first launch to the second."""
-    heads, sizes = call.erase_heads, carve_sizes(call, down)
+    heads, sizes = call.erase_heads, delta_sizes(call, content.down)
     V = sizes["V"]
     A, residuals = call.tiles(x.v, heads, 64, 64), call.tiles(x.v, heads, V, 64)
     states = call.tiles(x.v, heads, V, call.K)
     # zeros: chunks beyond the last one enter the sums of the backward with weight zero
-    codes, content, means = (call.floats(x.v, heads, size).zero_() for size in (sizes["R"], call.K, V))
+    codes, terms, means = (call.floats(x.v, heads, size).zero_() for size in (sizes["R"], call.K, V))
     shape = (call.chunks.sequences, heads)
     final = [means.new_empty(*shape, *tail) for tail in ((call.K, V), (V,), (V,))]
     K = call.K
     read = (
-        x.k, x.g, x.b, x.w, x.A_log, x.dt_bias, down, up,
+        x.k, x.g, x.b, x.w, x.A_log, x.dt_bias, *content,
         descriptor(x.b.flatten(2), 64, K), descriptor(x.v.flatten(2), 64, V),
         descriptor(operands.q_sum, SUM_ROWS.value, K), descriptor(operands.P_sum, SUM_ROWS.value, 64),
         descriptor(operands.k_left, 64, K), descriptor(operands.k_right, 64, K),
         descriptor(operands.k_to_end, 64, K), factors.last, *factors.of_steep_rows, factors.first_chunks,
     )  # fmt: skip
-    written = A, descriptor(states, V, K), descriptor(residuals, V, 64), codes, content, means, *final
+    written = A, descriptor(states, V, K), descriptor(residuals, V, 64), codes, terms, means, *final
     for steep, start in ((False, initial), (True, final)):
-        carve_state_kernel[(call.chunks.sequences * heads,)](
+        delta_state_kernel[(call.chunks.sequences * heads,)](
             *read, *start, count, *written,
-            call.chunks.table, call.chunks.first, content_chunk, call.erase_scale, call.H, heads,
+            call.chunks.table, call.chunks.first, content_chunk, call.scale, call.erase_scale, call.H, heads,
+            content.by_head,
             **sizes, STEEP=steep, HAS_INITIAL=start[0] is not None,
-            RAW_DECAY=call.raw_decay, LOGITS_W=call.logits_w, **call.launch("carve_state", call.K, V),
+            RAW_DECAY=call.raw_decay, LOGITS_W=call.logits_w, **call.launch("delta_state", call.K, V),
         )  # fmt: skip
-    return A, states, residuals, codes, content, means, *final
+    return A, states, residuals, codes, terms, means, *final
 
 
-def carve_state_gradient(
-    call: Call, x: Inputs, down: Tensor, up: Tensor, factors: Factors, operands: GradientOperands,
+def delta_state_gradient(
+    call: Call, x: Inputs, content: Content, codes: Tensor, factors: Factors, operands: GradientOperands,
     A: Tensor, states: Tensor, do: Tensor,
     d_final: Sequence[Tensor | None], count: Tensor | None, has_initial: bool, content_chunk: int, detached: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor | None]]:  # fmt: skip
     """Gradients of states and residuals (both transposed), what is added to outputs', that of the content terms unless
     detached, those of the initial state."""
-    heads, sizes = call.erase_heads, carve_sizes(call, down)
+    heads, sizes = call.erase_heads, delta_sizes(call, content.down)
     V = sizes["V"]
     # one more tile a head, for the state before the first chunk
     d_states = states.new_empty(call.chunks.count + 1, *states.shape[1:])
@@ -358,8 +385,8 @@ def carve_state_gradient(
     d_initial = [d_rows.new_empty(*shape, *tail) if has_initial else None for tail in tails]
     K = call.K
     d_content = None if detached else call.floats(do, heads, K).zero_()
-    carve_state_gradient_kernel[(call.chunks.sequences * heads,)](
-        x.k, x.g, x.b, x.A_log, x.dt_bias, down, up, x.content,
+    delta_state_gradient_kernel[(call.chunks.sequences * heads,)](
+        x.k, x.g, x.b, x.A_log, x.dt_bias, content.down, content.up, codes, x.content,
         descriptor(operands.P, 64, 64), descriptor(operands.k_right, 64, K), descriptor(operands.k_to_end, 64, K),
         descriptor(operands.q_from_start, 64, K), descriptor(operands.erasure, 64, K),
         operands.gate_slope, factors.last, *factors.of_steep_rows, factors.first_chunks,
@@ -367,35 +394,38 @@ def carve_state_gradient(
         descriptor(do.flatten(2), 64, V),
         *d_final, count,
         descriptor(d_states, V, K), d_residuals, d_rows, d_content, *d_initial,
-        call.chunks.table, call.chunks.first, content_chunk, call.erase_scale, call.chunks.count, call.H, heads,
+        call.chunks.table, call.chunks.first, content_chunk, call.scale, call.erase_scale, call.chunks.count,
+        call.H, heads, content.by_head,
         **sizes, HAS_FINAL=has_final, HAS_INITIAL=has_initial, DETACHED=detached, RAW_DECAY=call.raw_decay,
-        **call.launch("carve_state_gradient", call.K, V),
+        **call.launch("delta_state_gradient", call.K, V),
     )  # fmt: skip
     return d_states[:-1], d_residuals, d_rows, d_content, d_initial
 
 
 def gradient_operands(
-    call: Call, x: Inputs, factors: Factors, A: Tensor, states: Tensor, do: Tensor, for_carve_loop: bool
-) -> GradientOperands:
+    call: Call, x: Inputs, factors: Factors, A: Tensor, states: Tensor, do: Tensor, *,
+    for_delta_loop: bool = False, with_P_sum: bool = False,
+) -> GradientOperands:  # fmt: skip
     key_tile, gate_heads = (64, call.K), call.erase_heads
-    value_tile = (call.V, 64) if for_carve_loop else (64, call.V)
+    value_tile = (call.V, 64) if for_delta_loop else (64, call.V)
     P = steep_scores(call, x, factors, None)
     operands = GradientOperands(
         call.tiles(x.q, gate_heads, *key_tile), call.tiles(x.q, call.H, *key_tile), call.tiles(x.q, call.H, *key_tile),
         call.tiles(x.q, call.HV, *value_tile),
-        None if for_carve_loop else call.tiles(x.q, call.HV, *value_tile),
-        P if for_carve_loop else None,
-        call.tiles(x.q, call.H, *key_tile) if for_carve_loop else None,
-        call.tiles(x.q, gate_heads, call.K, 64) if for_carve_loop else None,
+        None if for_delta_loop else call.tiles(x.q, call.HV, *value_tile),
+        P if for_delta_loop else None,
+        call.tiles(x.q, call.H, *key_tile) if for_delta_loop else None,
+        call.tiles(x.q, gate_heads, call.K, 64) if for_delta_loop else None,
+        call.floats(x.q, call.HV, 64) if with_P_sum else None,
     )  # fmt: skip
     BK = call.key_block("gradient_operands")
     gradient_operands_kernel[(call.chunks.count, call.HV)](
         x.q, x.k, x.v, x.b, x.w, x.content, *factors.of_rows, factors.first_chunks, A, P, states, do,
         operands.erasure, operands.k_to_end, operands.q_from_start, operands.residuals, operands.d_residuals_here,
-        operands.k_right, operands.gate_slope,
+        operands.k_right, operands.gate_slope, operands.P_sum,
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV, gate_heads,
         K=call.K, BK=BK, V=call.V, **call.gates,
-        STATES_T=call.sees_content, FOR_CARVE_LOOP=for_carve_loop, **call.launch("gradient_operands", BK, call.V),
+        STATES_T=call.sees_content, FOR_DELTA_LOOP=for_delta_loop, **call.launch("gradient_operands", BK, call.V),
     )  # fmt: skip
     return operands
 
@@ -444,6 +474,9 @@ def chunk_gradient(
     d_output_rows: Tensor | None, d_residuals: Tensor, d_states: Tensor, d_content: Tensor | None,
 ) -> Gradients:  # fmt: skip
     tokens = x.q.shape[:2]
+    stage = "precise_key_gradient" if call.precise_decay else "chunk_key_gradient"
+    BK = call.key_block(stage)
+    blocks = call.K // BK
 
     def share(given: Tensor, heads: int, *width: int) -> Tensor:
         """A gradient per value head, summed up afterwards where value heads share what is given."""
@@ -455,12 +488,14 @@ def chunk_gradient(
 
     shares = Gradients(
         share(x.q, call.HV, call.K), share(x.k, call.HV, call.K), torch.empty_like(x.v),
-        share(x.g, call.HV, call.K), share(x.b, call.HV, call.K),
+        share(x.g, call.HV, call.K),
+        torch.empty(*tokens, call.HV, blocks, dtype=torch.float32, device=x.b.device)
+        if call.scalar_b else share(x.b, call.HV, call.K),
         share(x.w, call.HV) if call.scalar_w else torch.empty_like(x.w),
         vector() if call.raw_decay else None, vector() if call.raw_decay else None,
         vector() if call.sees_content and d_content is None else None,
     )  # fmt: skip
-    from_loop = d_output_rows is not None
+    transposed = call.sees_content and d_output_rows is not None  # from the delta form's loop
     dq, dk, dv, dg, db, dw, dA_log, d_dt_bias, d_content_share = shares
     d_written, dT, dP = call.tiles(do, call.HV, 64, call.V), *(call.tiles(do, call.HV, 64, 64) for _ in range(2))
     dP_own = call.floats(do, call.HV, 64)
@@ -469,24 +504,26 @@ def chunk_gradient(
         dv, dw, d_written, dT, dP, dP_own,
         call.chunks.table, call.H, call.HV, call.erase_heads,
         V=call.V, SPLIT=call.split, SCALAR_W=call.scalar_w, LOGITS_W=call.logits_w,
-        FROM_CARVE_LOOP=from_loop, **call.launch("chunk_value_gradient", call.V),
+        TRANSPOSED=transposed, **call.launch("chunk_value_gradient", call.V),
     )  # fmt: skip
     steep_dk = torch.empty_like(dk)
-    BK = call.key_block("steep")
+    steep_dbk = torch.empty_like(dk) if call.scalar_b else db
+    steep_BK = call.key_block("steep")
     steep_gradient_kernel[(triton.cdiv(call.chunks.count, GROUP.value), call.HV)](
-        x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, x.content, *factors.of_steep_rows, dT, dP, dq, steep_dk, db,
+        x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, x.content, *factors.of_steep_rows, dT, dP, dq, steep_dk, steep_dbk,
+        dg,
         call.chunks.table, call.scale, call.erase_scale, call.chunks.count, call.H, call.HV, call.erase_heads,
-        K=call.K, BK=BK, GATE=call.gate, RAW_DECAY=call.raw_decay, **call.launch("steep", BK),
+        K=call.K, BK=steep_BK, GATE=call.gate, BEFORE=call.before, PRECISE=call.precise_decay, RAW_DECAY=call.raw_decay,
+        **call.launch("steep", steep_BK),
     )  # fmt: skip
-    BK = call.key_block("chunk_key_gradient")
-    chunk_key_gradient_kernel[(call.chunks.count * (call.K // BK), call.HV)](
+    chunk_key_gradient_kernel[(call.chunks.count * blocks, call.HV)](
         x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, x.content, *factors.of_rows,
-        states, d_states, do, d_output_rows, operands.residuals, d_written, dT, dP, dP_own, steep_dk,
+        states, d_states, do, d_output_rows, operands.residuals, d_written, dT, dP, dP_own, steep_dk, steep_dbk,
         dq, dk, dg, db, d_content_share, dA_log, d_dt_bias,
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV, call.erase_heads,
-        K=call.K, BK=BK, V=call.V, GATE=call.gate, RAW_DECAY=call.raw_decay,
-        CONTENT=d_content_share is not None, STATES_T=call.sees_content, FROM_CARVE_LOOP=from_loop,
-        **call.launch("chunk_key_gradient", BK, call.V),
+        K=call.K, BK=BK, V=call.V, GATE=call.gate, BEFORE=call.before, PRECISE=call.precise_decay,
+        RAW_DECAY=call.raw_decay, CONTENT=d_content_share is not None, STATES_T=call.sees_content,
+        TRANSPOSED=transposed, **call.launch(stage, BK, call.V),
     )  # fmt: skip
 
     def gather(dx: Tensor, given: Tensor) -> Tensor:
@@ -494,9 +531,10 @@ def chunk_gradient(
             return dx
         return dx.unflatten(2, (given.shape[2], -1)).sum(3).to(given.dtype)
 
+    if call.scalar_b:
+        db = db.unflatten(2, (call.H, -1)).sum((3, 4)).to(x.b.dtype)
     if dA_log is not None and d_dt_bias is not None:
-        dA_log = dA_log.sum(0).view(call.H, -1).sum(1)
-        d_dt_bias = d_dt_bias.sum(0).view(call.H, -1, call.K).sum(1)
+        dA_log, d_dt_bias = (d.sum(0).view(call.H, -1, call.K).sum(1) for d in (dA_log, d_dt_bias))
     if d_content_share is not None:
         d_content = d_content_share.unflatten(1, (call.erase_heads, -1)).sum(2)
     return Gradients(

@@ -8,12 +8,14 @@ from torch import Tensor
 class CarveState(NamedTuple):
     """Everything a later call needs to continue a CARVE sequence exactly.
 
-    N is the batch size, or the number of packed sequences. Floats are float32, or float64 for float64 inputs.
+    N is the batch size, or the number of packed sequences. Floats are float32, or float64 for float64 inputs. A call
+    without content keeps S alone: its mean and partial are zero.
 
     Attributes:
         S: recurrent state, [N, HV, K, V].
-        mean: mean output of the last finished content chunk, [N, HV, V]; zero before the first one ends.
-        partial: sum of the outputs in the running content chunk, [N, HV, V].
+        mean: m of the last finished content chunk, the mean of S^T q (without the output scale), [N, HV, V]; zero
+            before the first one ends.
+        partial: sum of S^T q in the running content chunk, [N, HV, V].
         count: tokens in the running content chunk, [N], int64, 0 <= count < content_chunk.
     """
 

@@ -64,21 +64,22 @@ def convolve_qkv(
 
 
 def gated_head_norm(
-    x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, activation: str, backend: str = "auto"
+    x: Tensor, gate: Tensor | None, weight: Tensor, *, eps: float, activation: str, backend: str = "auto"
 ) -> Tensor:
     """RMSNorm of every head, times weight, times activation(gate); differentiable in x, gate and weight.
 
     Args:
         x: output of the recurrence, [B, T, H, V].
-        gate: [B, T, H, V]. A slice of a wider projection need not be copied, nor one whose time lies outside the batch.
+        gate: [B, T, H, V], or None with the activation "none". A slice of a wider projection need not be copied, nor
+            one whose time lies outside the batch.
         weight: [V], shared by the heads.
         eps: added to the mean of squares.
-        activation: "silu" or "sigmoid".
+        activation: "silu", "sigmoid" or "none".
         backend: "torch" (any device, the reference), "triton" or "auto" (see resolve_backend).
 
     Returns:
         [B, T, H, V] in the dtype of x; computed in float32 (float64 for float64 input). From Triton its order in memory
-        is that of the gate, or batch, time, head where the gate had to be copied.
+        is that of the gate (without one, of x), or batch, time, head where that had to be copied.
 
     Raises:
         ValueError: an argument has a wrong type, shape, dtype, device or value; the message names it.
@@ -90,5 +91,6 @@ def gated_head_norm(
         require_triton_width("gated_head_norm", "V", x.shape[3])
         from .gated_norm import GatedNorm, whole_tokens
 
-        return GatedNorm.apply(whole_tokens(x), whole_tokens(gate), weight, eps, activation)
+        gate = None if gate is None else whole_tokens(gate)
+        return GatedNorm.apply(whole_tokens(x), gate, weight, eps, activation)
     return elementwise.gated_rms_norm(x, gate, weight, eps=eps, activation=activation)

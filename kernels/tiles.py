@@ -6,10 +6,13 @@ A tile has the 64 rows of a chunk.
 import triton
 import triton.language as tl
 
-# How the erase gate is given: its values, its logits, or logits to which a content term is added.
+# How the erase gate is given: its values, its logits, or logits to which a content term is added; or one value, or one
+# logit, per head.
 GATE_VALUES = tl.constexpr(0)
 GATE_LOGITS = tl.constexpr(1)
 GATE_CONTENT = tl.constexpr(2)
+GATE_SCALAR = tl.constexpr(3)
+GATE_SCALAR_LOGITS = tl.constexpr(4)
 
 
 @triton.jit
@@ -115,9 +118,13 @@ def store_columns(x, i, D: tl.constexpr, o_d, b_x):
 def load_erase_gate(
     b, content, start, o_r, m_r, i_h, H, i_content, K: tl.constexpr, o_k, erase_scale, GATE: tl.constexpr
 ):
-    """The erase gate, [rows, BK] float32. Empty rows hold something finite: their keys are zero."""
-    b_b = load_rows(b, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
-    if GATE != GATE_VALUES:
+    """The erase gate, [rows, BK] float32, [rows, 1] where it is a scalar. Empty rows hold something finite: their keys
+    are zero."""
+    if (GATE == GATE_SCALAR) | (GATE == GATE_SCALAR_LOGITS):
+        b_b = tl.load(b + start * H + (o_r * H + i_h), mask=m_r, other=0.0).to(tl.float32)[:, None]
+    else:
+        b_b = load_rows(b, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
+    if (GATE != GATE_VALUES) & (GATE != GATE_SCALAR):
         if GATE == GATE_CONTENT:
             b_b += tl.load(content + i_content * K + o_k)[None, :]
         b_b = erase_scale * tl.sigmoid(b_b)
@@ -137,6 +144,13 @@ def load_write_gate(
     if LOGITS:
         b_w = tl.sigmoid(b_w)
     return b_w
+
+
+@triton.jit
+def load_scalar_gate(x, start, o_r, m_r, i_h, H, LOGITS: tl.constexpr):
+    """A gate of one number per head and token, [rows] float32; 0 in empty rows, or half where LOGITS are given."""
+    b_x = tl.load(x + start * H + (o_r * H + i_h), mask=m_r, other=0.0).to(tl.float32)
+    return tl.sigmoid(b_x) if LOGITS else b_x
 
 
 @triton.jit
@@ -161,3 +175,20 @@ def pairs_of_halves(o_r, step, UPPER: tl.constexpr = False):
     half = o_r >> step
     lower, upper = (half[None, :], half[:, None]) if UPPER else (half[:, None], half[None, :])
     return ((lower & 1) == 1) & (lower - 1 == upper)
+
+
+@triton.jit
+def tanh(x):
+    """tanh to float32 rounding, small arguments included."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - e) / (1.0 + e)
+    large = tl.where(x < 0, -large, large)
+    s = x * x
+    small = x * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
+    return tl.where(s < 0.05, small, large)
+
+
+@triton.jit
+def content_code(b_down, b_mean):
+    """tanh(D m) from D as [V, RP]."""
+    return tanh(tl.sum(b_down * b_mean[:, None], 0))

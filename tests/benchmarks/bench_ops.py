@@ -6,7 +6,8 @@
 
 Inputs: bfloat16, K = V = 128, g in float32 drawn as logsigmoid(normal), at least -5 as one of the peer's paths demands;
 or --log2-decay at every step, or at those of a share of chunks times heads: beyond -180 / 64 chunks are steep for our
-kernels, beyond -180 / 32 halves of them too.
+kernels, beyond -180 / 32 halves of them too. CARVE's erase logits are normal around --erase-mean, of its delta form
+around 0.
 Times are medians of triton.testing.do_bench, of a replayed CUDA graph for decoding; memory is counted by torch. Peers
 tune themselves for minutes at first use.
 """
@@ -29,7 +30,8 @@ CASES = [(4, 4096, 16), (1, 16384, 16), (1, 65536, 16), (4, 4096, 2), (1, 4096, 
 DECODE_BATCHES = [1, 64, 512]
 DECODE_HEADS = 16
 K = V = 128
-RANK = 16
+RANK = 32
+CONTENT_CHUNK = 128
 Op = Callable[..., Any]
 
 
@@ -41,23 +43,28 @@ def gdn2_inputs(B: int, T: int, H: int) -> list[Tensor]:
     return [q, k, v, g, b, w]
 
 
-def carve_inputs(B: int, T: int, H: int) -> list[Tensor]:
-    q, k, v, g, _, w = gdn2_inputs(B, T, H)
-    logits = torch.randn(B, T, H, K, device="cuda").bfloat16()
-    down = torch.randn(H, RANK, V, device="cuda").bfloat16()
-    up = torch.randn(H, K, RANK, device="cuda").bfloat16()
-    return [q, k, v, g, logits, w[..., 0].contiguous(), down, up]
+def carve_inputs(erase_mean: float) -> Callable[[int, int, int], list[Tensor]]:
+    def draw(B: int, T: int, H: int) -> list[Tensor]:
+        q, k, v, g, _, w = gdn2_inputs(B, T, H)
+        logits = (torch.randn(B, T, H, K, device="cuda") + erase_mean).bfloat16()
+        down = (torch.randn(RANK, V, device="cuda") * V**-0.5).bfloat16()
+        up = torch.randn(K, RANK, device="cuda").bfloat16()
+        return [q, k, v, g, logits, w[..., 0].contiguous(), down, up]
+
+    return draw
 
 
-def ours() -> dict[str, tuple[Op, Callable[[int, int, int], list[Tensor]]]]:
+def ours(erase_mean: float) -> dict[str, tuple[Op, Callable[[int, int, int], list[Tensor]]]]:
     def carve(**options: Any) -> Op:
-        return lambda *x: chunk_carve(*x, backend="triton", **options)[0]
+        return lambda *x: chunk_carve(*x, content_chunk=CONTENT_CHUNK, backend="triton", **options)[0]
 
+    diagonal = carve_inputs(erase_mean)
     return {
         "GDN-2": (lambda *x: chunk_gdn2(*x, backend="triton")[0], gdn2_inputs),
-        "CARVE": (carve(), carve_inputs),
-        "CARVE detached": (carve(content_grad="detached"), carve_inputs),
-        "CARVE content_chunk=256": (carve(content_chunk=256), carve_inputs),
+        "CARVE": (carve(), diagonal),
+        "CARVE detached": (carve(content_grad="detached"), diagonal),
+        "CARVE decayed": (carve(prediction="decayed"), diagonal),
+        "CARVE delta": (carve(erase="delta"), carve_inputs(0.0)),
     }
 
 
@@ -118,9 +125,9 @@ def measure(op: Op, inputs: list[Tensor]) -> dict[str, float]:
 
 
 def bench_chunk(
-    cases: list[tuple[int, ...]], with_peers: bool, log2_decay: float | None, share: float
+    cases: list[tuple[int, ...]], with_peers: bool, log2_decay: float | None, share: float, erase_mean: float
 ) -> list[dict[str, Any]]:
-    ops = ours() | (peers() if with_peers else {})
+    ops = ours(erase_mean) | (peers() if with_peers else {})
     rows: list[dict[str, Any]] = []
     print("| (B, T, H) | op | forward ms | with backward ms | saved MiB | peak MiB | GB/s of minimum traffic |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -139,7 +146,7 @@ def decode_steps(batch: int, with_peers: bool) -> dict[str, Callable[[], Any]]:
     S = torch.randn(batch, H, K, V, device="cuda")
     vectors = [torch.zeros(batch, H, V, device="cuda") for _ in range(2)]
     state = CarveState(S.clone(), *vectors, torch.zeros(batch, dtype=torch.int64, device="cuda"))
-    gdn2, carve = gdn2_inputs(batch, 1, H), carve_inputs(batch, 1, H)
+    gdn2, carve = gdn2_inputs(batch, 1, H), carve_inputs(-4.0)(batch, 1, H)
     steps: dict[str, Callable[[], Any]] = {
         "GDN-2": lambda: recurrent_gdn2(*gdn2, initial_state=S, inplace_state=True, backend="triton"),
         "CARVE": lambda: recurrent_carve(*carve, initial_state=state, inplace_state=True, backend="triton"),
@@ -197,6 +204,7 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", help="B,T,H; all if not given")
     parser.add_argument("--log2-decay", type=float, help="of every step, instead of drawn ones")
     parser.add_argument("--steep-share", type=float, default=1.0, help="of chunks times heads that --log2-decay is for")
+    parser.add_argument("--erase-mean", type=float, default=-4.0, help="of CARVE's erase logits (default: -4)")
     parser.add_argument("--decode", action="store_true", help="time decoding instead")
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--plot", help="draw time against T into this file")
@@ -207,7 +215,7 @@ def main() -> None:
     if chosen.decode:
         rows = bench_decode(chosen.peers)
     else:
-        rows = bench_chunk(cases, chosen.peers, chosen.log2_decay, chosen.steep_share)
+        rows = bench_chunk(cases, chosen.peers, chosen.log2_decay, chosen.steep_share, chosen.erase_mean)
     device = torch.cuda.get_device_name()
     if chosen.json:
         with open(chosen.json, "w") as file:

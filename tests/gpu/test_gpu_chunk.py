@@ -6,26 +6,28 @@ root mean square of the difference over that of the truth. It may be twice that 
 round every operand of a product, to bfloat16 (2^-9), to tf32 for float16 inputs (2^-11), or hardly at all (tf32x3).
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from support.inputs import OpInputs, in_float64, make_inputs, run_with_grads
+from support.inputs import FORMS, OpInputs, in_float64, make_inputs, run_with_grads
 from support.interpreter import DEVICE
+from support.tolerances import CONTENT_PATH
 
-from megatron_carve.kernels import CarveState, chunk_carve, chunk_gdn2
+from megatron_carve.kernels import CarveState, chunk_carve, chunk_gdn2, require_triton_support
 
 pytestmark = pytest.mark.gpu
 
 OPS = {"gdn2": chunk_gdn2, "carve": chunk_carve}
-BOTH = pytest.mark.parametrize("op", OPS)
+ALL_FORMS = pytest.mark.parametrize("form", FORMS)
+CARVE_FORMS = [form for form in FORMS if form != "gdn2"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Of outputs and states, then of gradients: a few roundings of operands, one after another. The gradient of the
 # log-decays is a sum of differences, where more of it shows.
-# The gradients of the content path are sums over rows that cancel: twice as much.
-CONTENT_PATH = ("grad_mean", "grad_partial", "grad_content_down", "grad_content_up")
+# Those of CONTENT_PATH twice as much.
 FLOORS = {"bf16": (2.0**-7, 2.0**-6), "fp16": (2.0**-9, 2.0**-8), "fp32": (4e-6, 1e-5)}
 
 CASES: dict[str, dict[str, Any]] = {
@@ -46,12 +48,15 @@ CASES: dict[str, dict[str, Any]] = {
 GDN2_CASES = CASES | {
     "vector gate": {"B": 2, "T": 150, "H": 1, "HV": 2, "K": 128, "V": 128, "short_w": False},
     "wide vector gate": {"B": 2, "T": 70, "H": 1, "K": 32, "V": 256, "short_w": False, "initial_state": True},
+    "erase gate of one number": {"B": 2, "T": 150, "H": 1, "HV": 2, "K": 128, "V": 128, "short_b": True},
 }
 CARVE_CASES = CASES | {
     "content 128": {"B": 2, "T": 300, "H": 2, "K": 128, "V": 128, "content_chunk": 128, "counts": [5, 70]},
+    "content of every head": {"B": 2, "T": 300, "H": 2, "K": 64, "V": 64, "content_heads": True},
+    "strong erase": {"B": 2, "T": 300, "H": 2, "K": 128, "V": 128, "content_chunk": 128, "erase": "strong"},
     "detached": {"B": 2, "T": 300, "H": 2, "K": 128, "V": 128, "content_grad": "detached"},
 }
-ALL = [("gdn2", name) for name in GDN2_CASES] + [("carve", name) for name in CARVE_CASES]
+ALL = [(form, name) for form in FORMS for name in (GDN2_CASES if form == "gdn2" else CARVE_CASES)]
 
 
 @pytest.fixture(autouse=True)
@@ -63,10 +68,10 @@ def memory_starts_as_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def draw(op: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> OpInputs:
-    inputs = make_inputs(op, dtype=dtype, rank=16 if op == "carve" else 3, **options)
-    if op == "carve":
-        # the content term grows with V and R: back to the size it has at the widths of the other tests
+def draw(form: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> OpInputs:
+    inputs = make_inputs(form, dtype=dtype, rank=3 if form == "gdn2" else 16, **options)
+    if inputs.op == "carve":
+        # the content term grows with the square roots of V and R: back to the size it has in the other tests
         width = options["V"] * 16 / (8 * 3)
         inputs = inputs.with_tensors(content_up=inputs.tensors["content_up"] / width**0.5)
     return inputs.to(DEVICE)
@@ -82,19 +87,22 @@ def rms_error(found: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("op", "case"), ALL)
-def test_values_and_gradients(op: str, case: str, dtype: str) -> None:
-    inputs = draw(op, DTYPES[dtype], **(GDN2_CASES | CARVE_CASES)[case])
-    if case == "256" and op == "carve" and dtype != "bf16":
-        with pytest.raises(NotImplementedError, match="expected K of 32, 64, 96, 128 for"):
+@pytest.mark.parametrize(("form", "case"), ALL)
+def test_values_and_gradients(form: str, case: str, dtype: str) -> None:
+    inputs = draw(form, DTYPES[dtype], **(GDN2_CASES | CARVE_CASES)[case])
+    K, V = inputs.tensors["q"].shape[3], inputs.tensors["v"].shape[3]
+    try:
+        require_triton_support(inputs.op, DTYPES[dtype], K, V, erase=inputs.options.get("erase", "delta"))
+    except NotImplementedError as error:
+        with pytest.raises(NotImplementedError, match=re.escape(str(error))):
             run(inputs, "triton")
         return
     check(inputs, dtype)
 
 
-@BOTH
-def test_a_long_sequence(op: str) -> None:
-    check(draw(op, B=1, T=65536, H=1, K=128, V=128), "bf16")
+@ALL_FORMS
+def test_a_long_sequence(form: str) -> None:
+    check(draw(form, B=1, T=65536, H=1, K=128, V=128), "bf16")
 
 
 def check(inputs: OpInputs, dtype: str) -> None:
@@ -120,10 +128,10 @@ def check(inputs: OpInputs, dtype: str) -> None:
     assert not failures, "; ".join(failures)
 
 
-@BOTH
-def test_gradients_have_no_bias(op: str) -> None:
+@ALL_FORMS
+def test_gradients_have_no_bias(form: str) -> None:
     """The error along the gradient itself, which averages rounding away and keeps what is systematic."""
-    inputs = draw(op, B=2, T=2048, H=2, K=128, V=128)
+    inputs = draw(form, B=2, T=2048, H=2, K=128, V=128)
     truth, found = run(in_float64(inputs), "torch"), run(inputs, "triton")
     for name, expected in truth.items():
         if name.startswith("grad_"):
@@ -132,14 +140,14 @@ def test_gradients_have_no_bias(op: str) -> None:
             assert abs(along.item()) <= 2.0**-9, f"{name}: {along:.1e}"
 
 
-@BOTH
+@ALL_FORMS
 @pytest.mark.parametrize(
     ("decay", "future"), [("ordinary", "steep"), ("ordinary", "brisk"), ("brisk", "steep"), ("steep", "brisk")]
 )
-def test_causal_in_every_bit(op: str, decay: str, future: str) -> None:
-    inputs = draw(op, B=1, T=200, H=2, K=128, V=128, decay=decay)
+def test_causal_in_every_bit(form: str, decay: str, future: str) -> None:
+    inputs = draw(form, B=1, T=200, H=2, K=128, V=128, decay=decay)
     o = run(inputs, "triton")["o"]
-    others = draw(op, B=1, T=200, H=2, K=128, V=128, decay=future, seed=1)
+    others = draw(form, B=1, T=200, H=2, K=128, V=128, decay=future, seed=1)
     for t in (1, 17, 63, 64, 100, 150):
         changed = {
             name: torch.cat([x[:, :t], others.tensors[name][:, t:]], 1)
@@ -149,21 +157,21 @@ def test_causal_in_every_bit(op: str, decay: str, future: str) -> None:
         assert torch.equal(run(inputs.with_tensors(**changed), "triton")["o"][:, :t], o[:, :t]), t
 
 
-@BOTH
-def test_two_runs_are_equal_in_every_bit(op: str) -> None:
-    inputs = draw(op, B=2, T=1000, H=4, HV=8, K=128, V=128)
+@ALL_FORMS
+def test_two_runs_are_equal_in_every_bit(form: str) -> None:
+    inputs = draw(form, B=2, T=1000, H=4, HV=8, K=128, V=128)
     first, second = run(inputs, "triton"), run(inputs, "triton")
     for name, x in first.items():
         assert torch.equal(x, second[name]), name
 
 
-@BOTH
-def test_no_host_synchronisation(op: str) -> None:
-    inputs = draw(op, lengths=[100, 200], H=2, K=128, V=128)
+@ALL_FORMS
+def test_no_host_synchronisation(form: str) -> None:
+    inputs = draw(form, lengths=[100, 200], H=2, K=128, V=128)
     leaves = inputs.map_floats(lambda x: x.detach().requires_grad_())
 
     def step() -> None:
-        o, _ = leaves.call(OPS[op], CarveState, backend="triton")
+        o, _ = leaves.call(OPS[inputs.op], CarveState, backend="triton")
         o.backward(torch.ones_like(o))
 
     step()
@@ -176,28 +184,37 @@ def test_no_host_synchronisation(op: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_without_content_carve_is_gdn2() -> None:
+@pytest.mark.parametrize("form", ["previous", "decayed"])
+def test_content_that_is_zero_is_no_content_in_every_bit(form: str) -> None:
+    inputs = draw(form, B=1, T=300, H=2, K=128, V=128)
+    zero = inputs.with_tensors(content_up=torch.zeros_like(inputs.tensors["content_up"]))
+    o = run(zero, "triton")["o"]
+    assert torch.equal(run(zero.with_options(content_chunk=128), "triton")["o"], o)
+    assert torch.equal(inputs.without_content().call(chunk_carve, backend="triton")[0], o)
+
+
+def test_delta_form_without_content_is_gdn2() -> None:
     """U = 0: nothing else of the content path changes a bit; GDN-2's own kernels agree within rounding."""
-    carve = draw("carve", B=1, T=300, H=2, K=128, V=128)
+    carve = draw("delta", B=1, T=300, H=2, K=128, V=128)
     carve = carve.with_tensors(content_up=torch.zeros_like(carve.tensors["content_up"]))
     o = run(carve, "triton")["o"]
     assert torch.equal(run(carve.with_options(content_chunk=128), "triton")["o"], o)
     assert torch.equal(run(carve.with_tensors(content_down=-carve.tensors["content_down"]), "triton")["o"], o)
     names = ("q", "k", "v", "g")
-    b = torch.sigmoid(carve.tensors["erase_logits"].float())
+    b = torch.sigmoid(carve.tensors["erase_logits"].float() + carve.named["erase_bias"])
     same = OpInputs("gdn2", {n: carve.tensors[n] for n in names} | {"b": b, "w": carve.tensors["w"]}, {}, {})
     assert rms_error(o, run(same, "triton")["o"]) <= FLOORS["bf16"][0]
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_no_more_is_saved_than_inputs_and_tiles(op: str) -> None:
+@ALL_FORMS
+def test_no_more_is_saved_than_inputs_and_tiles(form: str) -> None:
     """A and the states, in bfloat16: per chunk and head 64 * 64 + K * V elements; CARVE's vectors besides."""
-    inputs = draw(op, B=1, T=4096, H=4, K=128, V=128)
+    inputs = draw(form, B=1, T=4096, H=4, K=128, V=128)
     leaves = inputs.map_floats(lambda x: x.detach().requires_grad_())
-    leaves.call(OPS[op], CarveState, backend="triton")
+    leaves.call(OPS[inputs.op], CarveState, backend="triton")
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    o, _ = leaves.call(OPS[op], CarveState, backend="triton")
+    o, _ = leaves.call(OPS[inputs.op], CarveState, backend="triton")
     saved = torch.cuda.memory_allocated() - before - o.numel() * 2
     tiles = 4096 // 64 * 4 * (64 * 64 + 128 * 128) * 2
-    assert saved <= (1.04 if op == "carve" else 1.0) * tiles + 2**20
+    assert saved <= (1.04 if inputs.op == "carve" else 1.0) * tiles + 2**20

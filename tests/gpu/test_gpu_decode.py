@@ -4,60 +4,55 @@ from typing import Any
 
 import pytest
 import torch
-from support.inputs import OpInputs, in_float64, make_inputs, named_outputs
+from support.inputs import FORMS, OpInputs, in_float64, make_inputs, named_outputs
 from support.interpreter import DEVICE
 from support.oracle import oracle_carve, oracle_gdn2
 from support.tolerances import assert_close
 from torch import Tensor
 
-from megatron_carve.kernels import CarveState, decode
+from megatron_carve.kernels import CarveState, recurrent_carve, recurrent_gdn2
 
 pytestmark = pytest.mark.gpu
 
-BOTH = pytest.mark.parametrize("op", ["gdn2", "carve"])
-DECODE = {"gdn2": decode.recurrent_gdn2, "carve": decode.recurrent_carve}
+ALL = pytest.mark.parametrize("form", FORMS)
+DECODE = {"gdn2": recurrent_gdn2, "carve": recurrent_carve}
 ORACLE = {"gdn2": oracle_gdn2, "carve": oracle_carve}
 
 
-def full_size(op: str, steps: int, **options: Any) -> OpInputs:
+def full_size(form: str, steps: int, **options: Any) -> OpInputs:
     """Batch 64, 16 value heads on 8 key heads, K = V = 128, bfloat16 with float32 gates, counts all over the chunk."""
     inputs = make_inputs(
-        op, B=64, T=steps, H=8, HV=16, K=128, V=128, rank=16, counts=list(range(64)),
+        form, B=64, T=steps, H=8, HV=16, K=128, V=128, rank=16, counts=list(range(64)),
         dtype=torch.bfloat16, gate_dtype=torch.float32, **options,
     )  # fmt: skip
-    if op == "carve":
+    if inputs.op == "carve":
         # the content term grows with V and R: back to the size it has at the widths of the other tests
         inputs = inputs.with_tensors(content_up=inputs.tensors["content_up"] / 16)
     inputs = inputs.map_floats(lambda x: x.to(DEVICE))
-    if op == "carve":
+    if inputs.op == "carve":
         inputs = inputs.with_state(CarveState(**{**inputs.state, "count": inputs.state["count"].to(DEVICE)}))
     return inputs
 
 
 def step_in_place(inputs: OpInputs) -> Tensor:
     """One call on the first token of `inputs`; returns o and leaves the new state in inputs.state."""
-    options: dict[str, Any] = {"scale": 128**-0.5, "cu_seqlens": None, "output_final_state": False}
-    if inputs.op == "carve":
-        options["erase_scale"] = 1.0
-    call = inputs.with_options(**options)
-    call.options.pop("content_grad", None)
-    return call.call(DECODE[inputs.op], CarveState, inplace_state=True)[0]
+    return inputs.call(DECODE[inputs.op], CarveState, inplace_state=True, backend="triton")[0]
 
 
-@BOTH
-def test_many_steps_against_the_recurrence(op: str) -> None:
-    inputs = full_size(op, 80)
-    expected = named_outputs(op, in_float64(inputs).call(ORACLE[op]))
+@ALL
+def test_many_steps_against_the_recurrence(form: str) -> None:
+    inputs = full_size(form, 80)
+    expected = named_outputs(in_float64(inputs).call(ORACLE[inputs.op]))
     outputs = [step_in_place(inputs.tokens(t, t + 1)) for t in range(80)]
     found = {"o": torch.cat(outputs, 1), **inputs.state}
-    if op == "carve":
+    if inputs.op == "carve":
         expected["count"] = expected["count"].to(DEVICE)
     assert_close(found, expected, "bfloat16")
 
 
-@BOTH
-def test_a_replayed_cuda_graph_equals_eager_steps(op: str) -> None:
-    inputs = full_size(op, 70)
+@ALL
+def test_a_replayed_cuda_graph_equals_eager_steps(form: str) -> None:
+    inputs = full_size(form, 70)
     names = [name for name in inputs.tensors if not name.startswith("content")]
     static = inputs.tokens(0, 1).map_floats(Tensor.clone)
     static.state.update({name: x.clone() for name, x in static.state.items()})

@@ -13,7 +13,7 @@ MIXER = {
     "num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 64, "value_head_dim": 64, "conv_width": 4,
     "conv_bias": False, "decay_projection": "low_rank", "output_gate_projection": "low_rank",
     "output_gate_activation": "silu", "negative_eigenvalues": False, "content_rank": 8, "content_chunk": 64,
-    "content_grad": "full",
+    "content_grad": "full", "short_convolution": "static", "erase": "diagonal", "prediction": "previous",
 }  # fmt: skip
 
 
@@ -24,17 +24,17 @@ def modeling():
     return modeling_carve
 
 
-def made(modeling, pattern):
+def made(modeling, pattern, erase):
     config = modeling.CarveConfig(
         pattern=pattern, vocab_size=VOCAB, hidden_size=128, ffn_hidden_size=256, num_attention_heads=2,
-        num_key_value_heads=1, attention_head_dim=64, attention_window=50, mixer=MIXER,
+        num_key_value_heads=1, attention_head_dim=64, attention_window=50, mixer={**MIXER, "erase": erase},
     )  # fmt: skip
     torch.manual_seed(0)
     model = modeling.CarveForCausalLM(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p += 0.1 * torch.randn_like(p)
-            p.copy_(p if name.endswith(("A_log", "dt_bias")) else p.bfloat16())
+            p.copy_(p if name.endswith(("A_log", "dt_bias", "erase_bias")) else p.bfloat16())
     return model.cuda()
 
 
@@ -53,12 +53,12 @@ def error(x, exact):
     return ((x - exact).square().mean() / exact.square().mean()).sqrt().item()
 
 
-@pytest.mark.parametrize("path", ["kernels", "peer"])
-def test_a_path_departs_from_float32_no_further_than_torch_in_bfloat16(modeling, monkeypatch, path):
+@pytest.mark.parametrize(("path", "erase"), [("kernels", "diagonal"), ("kernels", "delta"), ("peer", "diagonal")])
+def test_a_path_departs_from_float32_no_further_than_torch_in_bfloat16(modeling, monkeypatch, path, erase):
     if path == "peer" and importlib.util.find_spec("fla") is None:
         pytest.skip("flash-linear-attention is not installed")
     pattern = "C-2-*-" if path == "kernels" else "2-*-2-"
-    model = made(modeling, pattern)
+    model = made(modeling, pattern, erase)
     tokens = torch.randint(VOCAB, (2, 180), device="cuda")
     kernels = modeling.kernels
     calls = []
@@ -82,6 +82,6 @@ def test_a_path_departs_from_float32_no_further_than_torch_in_bfloat16(modeling,
     else:
         monkeypatch.setattr(modeling, "peer_gdn2", counted)
     found = error(logits(half, tokens), exact)
-    print(f"relative error of bfloat16: {path} {found:.2e}, torch {by_torch:.2e}")
+    print(f"relative error of bfloat16: {path}, {erase} {found:.2e}, torch {by_torch:.2e}")
     assert len(calls) == 31 * pattern.count("2")
     assert found < 1.5 * by_torch < 0.2

@@ -42,8 +42,8 @@ def carve_arguments(batch: int = B) -> dict[str, Any]:
     return shared_arguments(batch) | {
         "erase_logits": torch.randn(batch, T, H, K),
         "w": torch.rand(batch, T, HV),
-        "content_down": torch.randn(HV, R, V),
-        "content_up": torch.randn(HV, K, R),
+        "content_down": torch.randn(R, V),
+        "content_up": torch.randn(K, R),
     }
 
 
@@ -85,6 +85,8 @@ SHARED_ERRORS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "cu_seqlens too short": ({"cu_seqlens": packed(0)}, ("cu_seqlens:", "N >= 1", "[1]")),
     "cu_seqlens device": ({"cu_seqlens": packed(0, T).to("meta")}, ("cu_seqlens:", "device", "cpu", "meta")),
     "cu_seqlens with a batch": ({"cu_seqlens": packed(0, T)}, ("cu_seqlens", "B = 1", "B = 2")),
+    "scale": ({"scale": float("inf")}, ("scale:", "finite", "inf")),
+    "scale type": ({"scale": "1"}, ("scale:", "a finite number", "'1'")),
     "backend": ({"backend": "cuda"}, ("backend:", "auto, torch, triton", "'cuda'")),
 }
 PACKED_ERRORS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -93,7 +95,8 @@ PACKED_ERRORS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "order": ({"cu_seqlens": packed(0, 4, 3, T)}, ("cu_seqlens:", "nondecreasing", "got 3 after 4 at index 2")),
 }
 GDN2_ERRORS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "b shape": ({"b": X(B, T, HV, K)}, ("b:", "[2, 5, 2, 8]", "[2, 5, 4, 8]")),
+    "b shape": ({"b": X(B, T, HV, K)}, ("b:", "[2, 5, 2, 8]", "[2, 5, 2]", "[2, 5, 4, 8]")),
+    "b of value heads": ({"b": X(B, T, HV)}, ("b:", "[B, T, H] = [2, 5, 2]", "[2, 5, 4]")),
     "w shape": ({"w": X(B, T, H, V)}, ("w:", "[2, 5, 4, 6]", "[2, 5, 4]", "[2, 5, 2, 6]")),
     "state shape": ({"initial_state": X(B, HV, V, K)}, ("initial_state:", "[2, 4, 8, 6]", "[2, 4, 6, 8]")),
     "state dtype": ({"initial_state": X(B, HV, K, V).half()}, ("initial_state:", "float32", "float16")),
@@ -103,24 +106,34 @@ GDN2_ERRORS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 RAW_ERRORS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "A_log alone": ({"A_log": X(H)}, ("dt_bias:", "beside A_log", "None")),
     "dt_bias alone": ({"dt_bias": X(H, K)}, ("A_log:", "beside dt_bias", "None")),
-    "A_log shape": ({"A_log": X(HV), "dt_bias": X(H, K)}, ("A_log:", "[H] = [2]", "[4]")),
+    "A_log shape": ({"A_log": X(HV), "dt_bias": X(H, K)}, ("A_log:", "[H] = [2]", "[H, K] = [2, 8]", "[4]")),
     "dt_bias dtype": ({"A_log": X(H), "dt_bias": X(H, K).half()}, ("dt_bias:", "float32", "float16")),
     "erase_scale": ({"erase_scale": 0}, ("erase_scale:", "above 0 and at most 2", "0")),
 }
 CARVE_ERRORS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "erase_logits shape": ({"erase_logits": X(B, T, HV, K)}, ("erase_logits:", "[2, 5, 2, 8]", "[2, 5, 4, 8]")),
     "w shape": ({"w": X(B, T, HV, V)}, ("w:", "[B, T, HV] = [2, 5, 4]", "[2, 5, 4, 6]")),
-    "content_down axes": ({"content_down": X(R, V)}, ("content_down:", "[HV, R, V]", "[3, 6]")),
-    "content_down rank": ({"content_down": X(HV, 0, V)}, ("content_down:", "R >= 1", "[4, 0, 6]")),
-    "content_down shape": ({"content_down": X(H, R, V)}, ("content_down:", "[4, 3, 6]", "[2, 3, 6]")),
-    "content_down dtype": ({"content_down": X(HV, R, V).half()}, ("content_down:", "float32", "float16")),
-    "content_up shape": ({"content_up": X(HV, K, R + 1)}, ("content_up:", "[4, 8, 3]", "[4, 8, 4]")),
-    "content_up device": ({"content_up": X(HV, K, R, **META)}, ("content_up:", "device", "cpu", "meta")),
+    "content_down axes": ({"content_down": X(V)}, ("content_down:", "[R, V] or [HV, R, V]", "[6]")),
+    "content_down rank": ({"content_down": X(0, V)}, ("content_down:", "R >= 1", "[0, 6]")),
+    "content_down shape": ({"content_down": X(R, V + 1)}, ("content_down:", "[R, V] = [3, 6]", "[3, 7]")),
+    "content_down heads": ({"content_down": X(H, R, V)}, ("content_down:", "[HV, R, V] = [4, 3, 6]", "[2, 3, 6]")),
+    "content_down dtype": ({"content_down": X(R, V).half()}, ("content_down:", "float32", "float16")),
+    "content_down alone": ({"content_up": None}, ("content_up:", "beside content_down", "None")),
+    "content_up alone": ({"content_down": None}, ("content_down:", "beside content_up", "None")),
+    "content_up shape": ({"content_up": X(K, R + 1)}, ("content_up:", "[K, R] = [8, 3]", "[8, 4]")),
+    "content_up of each head": ({"content_up": X(HV, K, R)}, ("content_up:", "[K, R] = [8, 3]", "[4, 8, 3]")),
+    "content_up device": ({"content_up": X(K, R, **META)}, ("content_up:", "device", "cpu", "meta")),
+    "erase": ({"erase": "scalar"}, ("erase:", "diagonal, delta", "'scalar'")),
+    "prediction": ({"prediction": "next"}, ("prediction:", "previous, decayed", "'next'")),
+    "erase_bias shape": ({"erase_bias": X(HV, K)}, ("erase_bias:", "[H, K] = [2, 8]", "[4, 8]")),
+    "erase_bias dtype": ({"erase_bias": X(H, K).half()}, ("erase_bias:", "float32", "float16")),
+    "scale zero": ({"scale": 0}, ("scale:", "other than 0", "0")),
     "content_chunk multiple": ({"content_chunk": 96}, ("content_chunk:", "multiple of 64", "96")),
     "content_chunk zero": ({"content_chunk": 0}, ("content_chunk:", "positive", "0")),
     "content_chunk size": ({"content_chunk": 2**31}, ("content_chunk:", "less than 2**31", "2147483648")),
     "content_chunk type": ({"content_chunk": 64.0}, ("content_chunk:", "multiple of 64", "64.0")),
     "erase_scale": ({"erase_scale": 2.5}, ("erase_scale:", "above 0 and at most 2", "2.5")),
+    "erase_scale of a decay": ({"erase_scale": 2}, ("erase_scale:", "1 with erase='diagonal'", "2")),
     "erase_scale type": ({"erase_scale": True}, ("erase_scale:", "a number", "True")),
     "content_grad": ({"content_grad": "none"}, ("content_grad:", "full, detached", "'none'")),
     "state type": ({"initial_state": X(B, HV, K, V)}, ("initial_state:", "CarveState", "Tensor")),
@@ -204,18 +217,22 @@ def test_triton_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("op", "dtype", "K", "V", "words"),
+    ("op", "erase", "dtype", "K", "V", "words"),
     [
-        ("gdn2", torch.bfloat16, 48, 64, ("K of 32, 64, 96, 128, 256 for gdn2 in bfloat16", "got 48")),
-        ("carve", torch.float16, 256, 64, ("K of 32, 64, 96, 128 for carve in float16", "got 256")),
-        ("carve", torch.float32, 128, 256, ("V of 32, 64, 96, 128 for carve in float32 beside K = 128", "got 256")),
-        ("recurrent", torch.float64, 64, 64, ("no float64", "use backend='torch'")),
+        ("gdn2", "", torch.bfloat16, 48, 64, ("K of 32, 64, 96, 128, 256 for gdn2 in bfloat16", "got 48")),
+        ("carve", "delta", torch.float16, 256, 64, ("K of 32, 64, 96, 128 for carve with delta erase", "got 256")),
+        ("carve", "delta", torch.float32, 128, 256, ("V of 32, 64, 96, 128", "beside K = 128", "got 256")),
+        ("carve", "diagonal", torch.bfloat16, 256, 64, ("K of 32, 64, 96, 128 for carve with diagonal", "got 256")),
+        ("carve", "diagonal", torch.float16, 64, 128, ("V of 32, 64 for carve with diagonal erase in", "got 128")),
+        ("recurrent", "", torch.float64, 64, 64, ("no float64", "use backend='torch'")),
     ],
 )
-def test_what_triton_lacks_is_named(op: str, dtype: torch.dtype, K: int, V: int, words: tuple[str, ...]) -> None:
+def test_what_triton_lacks_is_named(
+    op: str, erase: str, dtype: torch.dtype, K: int, V: int, words: tuple[str, ...]
+) -> None:
     with pytest.raises(NotImplementedError) as caught:
-        require_triton_support(op, dtype, K, V)
-    assert all(word in str(caught.value) for word in words)
+        require_triton_support(op, dtype, K, V, erase=erase)
+    assert all(word in str(caught.value) for word in words), caught.value
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -237,7 +254,7 @@ def test_auto_is_triton_on_a_gpu_and_torch_elsewhere(caplog: pytest.LogCaptureFi
     ("change", "message"),
     [
         ("mixer.conv_width=9", "expected at most 8 taps in the short convolution, got 9"),
-        ("mixer.key_head_dim=48", "expected K of 32, 64, 96, 128 for carve in float32, got 48"),
+        ("mixer.key_head_dim=48", "expected K of 32, 64 for carve with diagonal erase in float32, got 48"),
     ],
 )
 def test_recipe_beyond_the_kernels_is_refused_before_the_start(change, message):

@@ -5,15 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from support.inputs import in_float64, make_inputs, run_with_grads
+from support.inputs import FORMS, OpInputs, in_float64, make_inputs, run_with_grads
 from support.interpreter import DEVICE
 from support.oracle import oracle_carve, oracle_gdn2
 from support.tolerances import TOLERANCES, assert_close, error
 
+from megatron_carve import kernels
 from megatron_carve.kernels import CarveState, chunk_carve, chunk_gdn2
 
 OPS = {"gdn2": chunk_gdn2, "carve": chunk_carve}
 ORACLES = {"gdn2": oracle_gdn2, "carve": oracle_carve}
+CARVE_FORMS = [form for form in FORMS if form != "gdn2"]
+DIAGONAL = ("previous", "decayed")
+ALL = pytest.mark.parametrize("form", FORMS)
 CASES: dict[str, dict[str, Any]] = {
     "one chunk": {"B": 1, "T": 64, "H": 1, "K": 32, "V": 32},
     "grouped heads, odd length": {"B": 1, "T": 75, "H": 1, "HV": 2, "K": 32, "V": 64, "initial_state": True},
@@ -27,79 +31,122 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("op", ["gdn2", "carve"])
+@ALL
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients(op: str, case: str) -> None:
-    options = CASES[case] | ({"short_w": False} if op == "gdn2" else {})
-    check(op, options)
+def test_values_and_gradients(form: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = CASES[case] | ({"short_w": False} if form == "gdn2" else {})
+    if form in DIAGONAL and max(options["K"], options["V"]) > 64:
+        with pytest.raises(
+            NotImplementedError, match=r"expected [KV] of 32, 64 for carve with diagonal erase in float32"
+        ):
+            check(form, options)
+        if options["V"] > 128 or DEVICE == "cuda":
+            return
+        # here is no shared memory that float32 tiles of 96 channels would exceed
+        monkeypatch.setattr(kernels, "require_triton_support", lambda *_, **__: None)
+    check(form, options)
+
+
+FURTHER_GATES: list[tuple[str, dict[str, Any]]] = [
+    ("gdn2", {"short_b": True, "HV": 2, "V": 64}),
+    ("gdn2", {"short_b": True, "V": 256, "decay": "steep", "initial_state": True}),
+    *((form, {"content_heads": True, "HV": 2, "T": 140, "counts": [3], "initial_state": True}) for form in CARVE_FORMS),
+    *((form, {"T": 140, "erase": "strong", "content_grad": "detached"}) for form in CARVE_FORMS),
+    *((form, {"T": 140, "erase": "extreme", "decay": "brisk"}) for form in CARVE_FORMS),
+]
+
+
+@pytest.mark.parametrize(("form", "options"), FURTHER_GATES, ids=str)
+def test_further_gates(form: str, options: dict[str, Any]) -> None:
+    check(form, {"B": 1, "T": 75, "H": 1, "K": 32, "V": 32, **options})
+
+
+@pytest.mark.parametrize("form", CARVE_FORMS)
+def test_without_content(form: str) -> None:
+    """Against the float64 recurrence; and content that is zero changes no bit of the diagonal form, whose other kernels
+    are the same then (the delta form without content is GDN-2, with kernels of its own)."""
+    inputs = make_inputs(form, B=1, T=140, H=1, HV=2, K=32, V=32, dtype=torch.float32, initial_state=True)
+    check_inputs(inputs.without_content())
+    if form == "delta":
+        return
+    zero = inputs.with_tensors(content_up=torch.zeros_like(inputs.tensors["content_up"]))
+    found, expected = (
+        x.to(DEVICE).call(chunk_carve, CarveState, backend="triton", output_final_state=True)
+        for x in (zero, inputs.without_content())
+    )
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1].S, expected[1].S)
 
 
 @pytest.mark.parametrize("step", [-3.49, -6.49])
-@pytest.mark.parametrize("op", ["gdn2", "carve"])
-def test_rows_turn_steep_where_their_factors_end(op: str, step: float) -> None:
+@ALL
+def test_rows_turn_steep_where_their_factors_end(form: str, step: float) -> None:
     """Steps whose nearest whole numbers, which float32 sums up apart, add up to far less than they do; of the second,
     those within half a chunk lead beyond the factors' range too."""
-    inputs = make_inputs(op, B=1, T=64, H=1, K=32, V=32, dtype=torch.float32)
-    tensors = inputs.tensors | {"g": torch.full_like(inputs.tensors["g"], step * math.log(2))}
-    found, _ = OPS[op](*(x.to(DEVICE) for x in tensors.values()), backend="triton", **inputs.options)
-    expected, _ = OPS[op](*(x.double() for x in tensors.values()), backend="torch", **in_float64(inputs).options)
+    inputs = make_inputs(form, B=1, T=64, H=1, K=32, V=32, dtype=torch.float32)
+    inputs = inputs.with_tensors(g=torch.full_like(inputs.tensors["g"], step * math.log(2)))
+    if form in DIAGONAL:  # which decays by the erase too
+        inputs = inputs.with_tensors(erase_logits=torch.full_like(inputs.tensors["g"], -30.0))
+    found, _ = inputs.to(DEVICE).call(OPS[inputs.op], backend="triton")
+    expected, _ = in_float64(inputs).call(OPS[inputs.op], backend="torch")
     assert error(found.cpu(), expected) < TOLERANCES["float32"].o
 
 
 @pytest.mark.parametrize("decay", ["ordinary", "steep", "brisk"])
-@pytest.mark.parametrize("op", ["gdn2", "carve"])
-def test_gradients_of_small_losses_are_small_and_else_the_same(op: str, decay: str) -> None:
+@ALL
+def test_gradients_of_small_losses_are_small_and_else_the_same(form: str, decay: str) -> None:
     """A mean over many tokens gives outputs gradients that factors of decays must not push out of float32's range."""
-    inputs = make_inputs(op, B=1, T=70, H=1, K=32, V=32, decay=decay, dtype=torch.float32)
+    inputs = make_inputs(form, B=1, T=70, H=1, K=32, V=32, decay=decay, dtype=torch.float32)
 
     def gradients(scale: float) -> list[torch.Tensor]:
-        leaves = [x.detach().to(DEVICE).requires_grad_() for x in inputs.tensors.values()]
-        o, _ = OPS[op](*leaves, backend="triton", **inputs.options)
+        leaves = inputs.to(DEVICE).map_floats(lambda x: x.detach().requires_grad_())
+        o, _ = leaves.call(OPS[inputs.op], backend="triton")
         weights = torch.randn(o.shape, generator=torch.Generator().manual_seed(2)).to(o)
-        return [x / scale for x in torch.autograd.grad(o, leaves, scale * weights)]
+        return [x / scale for x in torch.autograd.grad(o, list(leaves.tensors.values()), scale * weights)]
 
     for name, found, expected in zip(inputs.tensors, gradients(2.0**-36), gradients(1.0), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item(), msg=name)
 
 
 @pytest.mark.parametrize("decay", ["none", "ordinary", "brisk"])
-@pytest.mark.parametrize("op", ["gdn2", "carve"])
-def test_outputs_of_small_values_are_small_and_else_as_accurate(op: str, decay: str) -> None:
-    inputs = make_inputs(op, B=1, T=140, H=1, K=32, V=32, decay=decay, dtype=torch.float32)
-    tensors = inputs.tensors | {"v": inputs.tensors["v"] * 2.0**-36}
-    found, _ = OPS[op](*(x.to(DEVICE) for x in tensors.values()), backend="triton", **inputs.options)
-    expected, _ = OPS[op](*(x.double() for x in tensors.values()), backend="torch", **in_float64(inputs).options)
+@ALL
+def test_outputs_of_small_values_are_small_and_else_as_accurate(form: str, decay: str) -> None:
+    inputs = make_inputs(form, B=1, T=140, H=1, K=32, V=32, decay=decay, dtype=torch.float32)
+    inputs = inputs.with_tensors(v=inputs.tensors["v"] * 2.0**-36)
+    found, _ = inputs.to(DEVICE).call(OPS[inputs.op], backend="triton")
+    expected, _ = in_float64(inputs).call(OPS[inputs.op], backend="torch")
     assert error(found.cpu() * 2.0**36, expected * 2.0**36) < TOLERANCES["float32"].o
 
 
+@pytest.mark.parametrize("form", CARVE_FORMS)
 @pytest.mark.parametrize(
     ("content_grad", "decay"), [("full", "ordinary"), ("full", "by chunk"), ("detached", "ordinary")]
 )
-def test_carves_content_chunks_across_calls(content_grad: str, decay: str) -> None:
-    check("carve", {
+def test_carves_content_chunks_across_calls(form: str, content_grad: str, decay: str) -> None:
+    check(form, {
         "B": 2, "T": 200, "H": 1, "K": 32, "V": 32, "content_chunk": 128, "counts": [5, 70], "initial_state": True,
         "content_grad": content_grad, "decay": decay,
     })  # fmt: skip
 
 
-@pytest.mark.parametrize("op", ["gdn2", "carve"])
-def test_raw_decay_and_gate_logits(op: str) -> None:
+@ALL
+def test_raw_decay_and_gate_logits(form: str) -> None:
     """Against the torch backend in float64, which forms decay and gates before the recurrence."""
-    inputs = make_inputs(op, B=1, T=75, H=2, HV=4, K=32, V=32, dtype=torch.float64)
+    inputs = make_inputs(form, B=1, T=75, H=2, HV=4, K=32, V=32, dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
     raw = {"g": 2.0, "b": 1.0, "erase_logits": 1.0, "w": 1.0}  # projections, by their spread
     tensors = {
         name: raw[name] * torch.randn(x.shape, generator=generator, dtype=x.dtype) if name in raw else x
         for name, x in inputs.tensors.items()
     }
-    tensors |= {"A_log": torch.tensor([0.0, 1.0]), "dt_bias": torch.randn(2, 32, generator=generator) - 2}
+    rates = torch.tensor([0.0, 1.0]) if inputs.op == "gdn2" else torch.rand(2, 32, generator=generator)
+    tensors |= {**inputs.named, "A_log": rates, "dt_bias": torch.randn(2, 32, generator=generator) - 2}
 
     def run(dtype: torch.dtype, device: str, backend: str) -> dict[str, torch.Tensor]:
         leaves = {name: x.detach().to(device, dtype).requires_grad_() for name, x in tensors.items()}
-        given = [x for name, x in leaves.items() if name not in ("A_log", "dt_bias")]
-        o, _ = OPS[op](
-            *given, A_log=leaves["A_log"], dt_bias=leaves["dt_bias"], gate_logits=True, erase_scale=2.0,
-            backend=backend, **inputs.options,
+        named = {name: x for name, x in leaves.items() if name not in inputs.tensors}
+        o, _ = OPS[inputs.op](
+            *(leaves[name] for name in inputs.tensors), **named, gate_logits=True,
+            erase_scale=1.0 if form in DIAGONAL else 2.0, backend=backend, **inputs.options,
         )  # fmt: skip
         weights = torch.randn(o.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         o.backward(weights.to(o))
@@ -120,14 +167,19 @@ def test_raw_decay_and_gate_logits(op: str) -> None:
         assert error(found[name], expected) <= limit, name
 
 
-def check(op: str, options: dict[str, Any]) -> None:
-    inputs = make_inputs(op, dtype=torch.float32, **options)
-    moved = inputs.to(DEVICE)
-    found = run_with_grads(OPS[op], moved, CarveState, output_final_state=True, backend="triton")
-    expected = run_with_grads(ORACLES[op], in_float64(inputs))
-    if op == "gdn2":
-        expected.setdefault("S", None)
-    assert_close({name: x.cpu() if x is not None else x for name, x in found.items()}, expected, "float32")
+def check(form: str, options: dict[str, Any]) -> None:
+    check_inputs(make_inputs(form, dtype=torch.float32, **options))
+
+
+def check_inputs(inputs: OpInputs) -> None:
+    options = {"state_type": CarveState, "output_final_state": True}
+    found = run_with_grads(OPS[inputs.op], inputs.to(DEVICE), backend="triton", **options)
+    plain = run_with_grads(OPS[inputs.op], inputs, backend="torch", **options)
+    expected = run_with_grads(ORACLES[inputs.op], in_float64(inputs))
+    found = {name: x.cpu() if x is not None else x for name, x in found.items()}
+    unused = {name for name, x in expected.items() if x is None}  # parts of a state without content
+    assert all(found[name] is None or not found[name].any() for name in unused)
+    assert_close(*({n: x for n, x in part.items() if n not in unused} for part in (found, expected)), "float32", plain)
 
 
 @pytest.mark.parametrize(("K", "dtype"), [(48, torch.float32), (32, torch.float64)])

@@ -15,34 +15,41 @@ CHUNK = {
     "decay", "steep_scores", "chunk_output", "gradient_operands", "chunk_value_gradient", "steep_gradient",
     "chunk_key_gradient",
 }  # fmt: skip
+PARALLEL_CHUNK = CHUNK | {"chunk_operands", "chunk_state"}
 KERNELS = {
-    "gdn2": CHUNK | {"chunk_operands", "chunk_state", "chunk_state_gradient", "gdn2"},
-    "carve": CHUNK | {"carve_operands", "carve_state", "carve_state_gradient", "carve_token"},
+    "gdn2": PARALLEL_CHUNK | {"chunk_state_gradient", "gdn2"},
+    "diagonal": PARALLEL_CHUNK
+    | {"content_loop", "content_gradient_loop", "erasing_decay", "erasing_decay_gradient", "carve_token"},
+    "delta": CHUNK | {"delta_operands", "delta_state", "delta_state_gradient", "carve_token"},
 }
-RECIPES = [("gdn2", "bfloat16", 128), ("carve", "bfloat16", 128)]
+ERASE = {"gdn2": "gdn2", "previous": "diagonal", "decayed": "diagonal", "delta": "delta"}
+RECIPES = [("gdn2", "bfloat16", 128), ("previous", "bfloat16", 128), ("previous", "bfloat16", 64)]
 OTHERS = [
     ("gdn2", "bfloat16", 256), ("gdn2", "float16", 256), ("gdn2", "float32", 256), ("gdn2", "float32", 32),
-    ("carve", "bfloat16", 256), ("carve", "float16", 128), ("carve", "float32", 128), ("carve", "bfloat16", 32),
+    ("decayed", "bfloat16", 128), ("decayed", "float16", 64), ("previous", "float32", 64), ("previous", "float32", 32),
+    ("delta", "bfloat16", 128), ("delta", "bfloat16", 256), ("delta", "float16", 128), ("delta", "float32", 128),
+    ("delta", "bfloat16", 32),
 ]  # fmt: skip
+# Bytes that a thread of a sequential loop may spill: beside so much shared memory an SM's cache has room for little.
+# The content loops hold a state and rebuild a chunk's decay and write in one program, which is more than fits.
+SPILLED = {"gdn2": 0, "diagonal": 1536, "delta": 700}
 
 
 @pytest.mark.parametrize(
-    ("op", "dtype", "width"), [*RECIPES, *(pytest.param(*case, marks=pytest.mark.long) for case in OTHERS)]
+    ("form", "dtype", "width"), [*RECIPES, *(pytest.param(*case, marks=pytest.mark.long) for case in OTHERS)]
 )
-def test_kernels_fit_a_hopper_gpu(op: str, dtype: str, width: int, tmp_path: Path) -> None:
+def test_kernels_fit_a_hopper_gpu(form: str, dtype: str, width: int, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, SCRIPT, op, dtype, str(width)],
+        [sys.executable, SCRIPT, form, dtype, str(width)],
         capture_output=True, text=True, env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert {row["kernel"].removesuffix("_kernel") for row in rows} == KERNELS[op]
+    assert {row["kernel"].removesuffix("_kernel") for row in rows} == KERNELS[ERASE[form]]
     assert all(row["shared"] <= SHARED_MEMORY for row in rows), rows
-    if (op, dtype, width) in RECIPES:  # larger tiles have too few registers for either
-        loops = [row for row in rows if "_state" in row["kernel"]]
-        # CARVE's state has a launch for chunks before the first steep row, and one for the others
-        assert len(loops) == {"gdn2": 2, "carve": 3}[op] and all(row["products"] > 0 for row in loops), rows
+    if (form, dtype, width) in RECIPES:  # larger tiles have too few registers
+        loops = [row for row in rows if "_state" in row["kernel"] or "_loop" in row["kernel"]]
+        assert len(loops) == {"gdn2": 2, "diagonal": 3}[ERASE[form]] and all(row["products"] for row in loops), rows
         # a compiler that finds sums touched while a product runs makes all products of a kernel wait for each other
         assert all(row["waits"] <= row["products"] / 2 for row in rows), rows
-        # beside so much shared memory an SM's cache has room for few spilled registers
-        assert loops[0]["spilled"] <= 300 and all(row["spilled"] <= 700 for row in loops), rows
+        assert all(row["spilled"] <= SPILLED[ERASE[form]] for row in loops), rows

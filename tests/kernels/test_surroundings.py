@@ -29,6 +29,7 @@ CASES: dict[str, Convolution | Norm] = {
     "runs of several programs": Convolution(T=2100, V=3),
     "norm": Norm(B=2, T=70, H=3),
     "norm, sigmoid": Norm(B=2, T=9, H=2, activation="sigmoid"),
+    "norm, no gate": Norm(B=2, T=70, H=2, V=96, activation="none", x="time first"),
     "norm, 96 channels, sliced heads": Norm(B=2, T=9, H=2, V=96, gate="heads", x="heads"),
     "norm, 256 channels, whole gate": Norm(T=70, H=2, V=256, gate="whole"),
     "norm, several programs": Norm(T=600, H=1),
@@ -176,7 +177,9 @@ def test_convolution_refuses_wrong_arguments(changes: dict[str, Any], message: s
         ({"gate": X(2, 5, 3, 32).double()}, "gate: expected dtype float32, got float64"),
         ({"weight": X(33)}, r"weight: expected shape \[V\] = \[32\], got \[33\]"),
         ({"eps": -1.0}, "eps: expected a number of at least 0, got -1.0"),
-        ({"activation": "relu"}, "activation: expected one of silu, sigmoid, got 'relu'"),
+        ({"activation": "relu"}, "activation: expected one of silu, sigmoid, none, got 'relu'"),
+        ({"activation": "none"}, "activation: expected 'none' without a gate and only then, got 'none' with a gate"),
+        ({"gate": None}, "activation: expected 'none' without a gate and only then, got 'silu' with no gate"),
         ({"backend": "cuda"}, "backend: expected one of auto, torch, triton, got 'cuda'"),
     ],
 )

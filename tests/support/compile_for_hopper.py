@@ -1,6 +1,6 @@
-"""Compile the kernels of both ops for a Hopper GPU, on any machine: Triton needs a GPU to launch, not to compile.
+"""Compile the kernels of the ops for a Hopper GPU, on any machine: Triton needs a GPU to launch, not to compile.
 
-    python tests/support/compile_for_hopper.py gdn2|carve DTYPE WIDTH
+    python tests/support/compile_for_hopper.py gdn2|previous|decayed|delta DTYPE WIDTH
 
 calls the chunk op, forward and backward with what a mixer gives it, and one step of decoding, with launches replaced by
 compilation; prints a line of JSON for each kernel: its name, its shared memory in bytes, the registers of a thread, the
@@ -23,6 +23,9 @@ from triton.runtime.jit import JITFunction
 
 from megatron_carve import kernels
 from megatron_carve.kernels import backends
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.inputs import FORMS
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 T, HEADS, RANK = 128, 2, 16
@@ -59,7 +62,7 @@ def resources(cubin: bytes) -> dict[str, int]:
     }
 
 
-def main(op: str, dtype: torch.dtype, width: int) -> None:
+def main(form: str, dtype: torch.dtype, width: int) -> None:
     launch = JITFunction.run
     seen = set()
 
@@ -80,12 +83,16 @@ def main(op: str, dtype: torch.dtype, width: int) -> None:
     def inputs(tokens: int) -> tuple[list[torch.Tensor], dict[str, Any]]:
         keys = [leaf(1, tokens, HEADS, width) for _ in range(3)]
         gate, decay = leaf(1, tokens, HEADS, width), leaf(1, tokens, HEADS, width)
-        A_log, dt_bias = leaf(HEADS, dtype=torch.float32), leaf(HEADS, width, dtype=torch.float32)
-        given = [*keys, decay, gate, leaf(1, tokens, HEADS, width)]
-        if op == "carve":
-            given = [*keys, decay, gate, leaf(1, tokens, HEADS), leaf(HEADS, RANK, width), leaf(HEADS, width, RANK)]
-        return given, {"A_log": A_log, "dt_bias": dt_bias, "gate_logits": True, "backend": "triton"}
+        dt_bias = leaf(HEADS, width, dtype=torch.float32)
+        options: dict[str, Any] = {"dt_bias": dt_bias, "gate_logits": True, "backend": "triton"}
+        if form == "gdn2":
+            A_log = leaf(HEADS, dtype=torch.float32)
+            return [*keys, decay, gate, leaf(1, tokens, HEADS, width)], {"A_log": A_log, **options}
+        content = leaf(RANK, width), leaf(width, RANK)
+        by_channel = {name: leaf(HEADS, width, dtype=torch.float32) for name in ("A_log", "erase_bias")}
+        return [*keys, decay, gate, leaf(1, tokens, HEADS), *content], {**by_channel, **options, **FORMS[form]}
 
+    op = "gdn2" if form == "gdn2" else "carve"
     given, options = inputs(T)
     o, _ = getattr(kernels, f"chunk_{op}")(*given, **options)
     torch.autograd.grad(o, given, torch.zeros_like(o), allow_unused=True)

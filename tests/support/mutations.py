@@ -50,6 +50,27 @@ def norm_weight_mark() -> None:
     GatedHeadNorm.__init__ = unmarked  # type: ignore[method-assign]
 
 
+def content_maps() -> None:
+    """The all-reduces of the gradients of CARVE's content maps."""
+    from megatron_carve.mixers import carve
+
+    carve.summed_over_ranks = lambda parameter, *_: parameter
+
+
+def content_maps_mark() -> None:
+    """The mark by which Megatron sums these gradients under sequence parallelism."""
+    from megatron_carve.mixers.carve import CarveMixer
+
+    build = CarveMixer._build_head_parameters
+
+    def unmarked(self: Any) -> None:
+        build(self)
+        for parameter in (self.content_down, self.content_up):
+            parameter.sequence_parallel = False
+
+    CarveMixer._build_head_parameters = unmarked  # type: ignore[method-assign]
+
+
 def low_rank() -> None:
     """The reduction of the gradient of the low-rank features."""
     from megatron_carve.mixers import base

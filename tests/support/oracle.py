@@ -1,4 +1,4 @@
-"""The truth: both recurrences token by token in float64, one sequence at a time, straight from their equations."""
+"""The truth: the recurrences token by token in float64, one sequence at a time, straight from their equations."""
 
 from typing import Any, NamedTuple
 
@@ -28,6 +28,8 @@ def oracle_gdn2(
     """GDN-2; arguments as those of chunk_gdn2, results o [B, T, HV, V] and S [N, HV, K, V] in float64."""
     if w.ndim == 3:
         w = w[..., None].expand_as(v)
+    if b.ndim == 3:
+        b = b[..., None].expand_as(k)
     outputs, states = [], []
     for n, (row, start, end) in enumerate(_sequences(q, cu_seqlens)):
         qs, ks, vs, gs, bs, ws = (_sequence(x, row, start, end, v.shape[2]) for x in (q, k, v, g, b, w))
@@ -48,51 +50,83 @@ def oracle_carve(
     g: Tensor,
     erase_logits: Tensor,
     w: Tensor,
-    content_down: Tensor,
-    content_up: Tensor,
+    content_down: Tensor | None,
+    content_up: Tensor | None,
     *,
+    erase: str = "diagonal",
+    prediction: str = "previous",
     content_chunk: int = 64,
     content_grad: str = "full",
+    erase_bias: Tensor | None = None,
     erase_scale: float = 1.0,
     scale: float | None = None,
     initial_state: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, OracleState]:
     """CARVE; arguments as those of chunk_carve, results o [B, T, HV, V] and the final state in float64."""
-    D, U = content_down.double(), content_up.double()
+    heads, K = v.shape[2], q.shape[3]
+    key_head = [head // (heads // q.shape[2]) for head in range(heads)]
+    D, U = (None if x is None else x.double().expand(heads, *x.shape[-2:]) for x in (content_down, content_up))
+    scale = K**-0.5 if scale is None else scale
     outputs: list[Tensor] = []
     states: list[tuple[Any, ...]] = []
     for n, (row, start, end) in enumerate(_sequences(q, cu_seqlens)):
-        qs, ks, vs, gs, ls, ws = (_sequence(x, row, start, end, v.shape[2]) for x in (q, k, v, g, erase_logits, w))
-        if initial_state is None:
-            S, mean, partial, count = _zeros(q, v), _zeros(q, v)[:, 0], _zeros(q, v)[:, 0], 0
-        else:
-            S, mean, partial = (part[n].double() for part in initial_state[:3])
-            count = int(initial_state[3][n])
+        qs, ks, vs, gs, ls, ws = (_sequence(x, row, start, end, heads) for x in (q, k, v, g, erase_logits, w))
+        S, mean, partial, count = _zeros(q, v), _zeros(q, v)[:, 0], _zeros(q, v)[:, 0], 0
+        if initial_state is not None:
+            S, count = initial_state[0][n].double(), int(initial_state[3][n])
+            if content_down is not None:
+                mean, partial = (part[n].double() for part in initial_state[1:3])
         o = []
         for t in range(end - start):
-            m = mean.detach() if content_grad == "detached" else mean
-            U_D_m = torch.stack([U[head] @ (D[head] @ m[head]) for head in range(v.shape[2])])
-            b = erase_scale * torch.sigmoid(ls[t] + U_D_m)
-            o_t, S = _token(qs[t], ks[t], vs[t], gs[t], b, ws[t][:, None], S, scale)
-            o.append(o_t)
-            partial, count = partial + o_t, count + 1
-            if count == content_chunk:
-                mean, partial, count = partial / content_chunk, torch.zeros_like(partial), 0
+            logits = ls[t] if erase_bias is None else ls[t] + erase_bias[key_head].double()
+            if D is not None and U is not None:
+                m = mean.detach() if content_grad == "detached" else mean
+                code = torch.tanh(torch.einsum("hrv,hv->hr", D, m))
+                logits = logits + torch.einsum("hkr,hr->hk", U, code)
+            token = (qs[t], ks[t], vs[t], gs[t], logits, ws[t][:, None], S)
+            if erase == "delta":
+                y, S = _delta_token(*token, erase_scale)
+            else:
+                y, S = _diagonal_token(*token, prediction)
+            o.append(scale * y)
+            count += 1
+            if content_down is not None:
+                partial = partial + y
+                if count == content_chunk:
+                    mean, partial = partial / content_chunk, torch.zeros_like(partial)
+            count %= content_chunk
         outputs.append(_stack(o, v))
         states.append((S, mean, partial, count))
     S, mean, partial = (torch.stack([state[part] for state in states]) for part in range(3))
     return torch.cat(outputs).reshape(v.shape), OracleState(S, mean, partial, [state[3] for state in states])
 
 
+def _diagonal_token(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, logits: Tensor, w: Tensor, S: Tensor, prediction: str
+) -> tuple[Tensor, Tensor]:
+    """S' = Diag(e^a) S + w k (v - P^T k)^T, a = g + log(1 - b), and S'^T q, for all heads of one token."""
+    a = g + torch.nn.functional.logsigmoid(-logits)
+    decayed = a.exp()[:, :, None] * S
+    predicted = torch.einsum("hkv,hk->hv", S if prediction == "previous" else decayed, k)
+    S = decayed + torch.einsum("hk,hv->hkv", k, w * (v - predicted))
+    return torch.einsum("hkv,hk->hv", S, q), S
+
+
+def _delta_token(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, logits: Tensor, w: Tensor, S: Tensor, erase_scale: float
+) -> tuple[Tensor, Tensor]:
+    """S' = (I - k (b * k)^T) Diag(exp g) S + w k v^T, and S'^T q, for all heads of one token."""
+    return _token(q, k, v, g, erase_scale * torch.sigmoid(logits), w, S, 1.0)
+
+
 def _token(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, S: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """S' = (I - k (b * k)^T) Diag(exp g) S + k (w * v)^T, o = scale * S'^T q, for all heads of one token."""
-    K = q.shape[-1]
-    eye = torch.eye(K, dtype=torch.float64, device=q.device)
-    erase = eye - torch.einsum("hi,hj->hij", k, b * k)
-    S = erase @ (g.exp()[:, :, None] * S) + torch.einsum("hk,hv->hkv", k, w * v)
+    """S' = (I - k (b * k)^T) Diag(exp g) S + k (w * v)^T, o = scale * S'^T q, for all heads of one token of GDN-2."""
+    K, decayed = q.shape[-1], g.exp()[:, :, None] * S
+    erased = torch.einsum("hkv,hk->hv", decayed, b * k)
+    S = decayed + torch.einsum("hk,hv->hkv", k, w * v - erased)
     return (K**-0.5 if scale is None else scale) * torch.einsum("hkv,hk->hv", S, q), S
 
 

@@ -79,9 +79,13 @@ class Norm:
         gate = leaves["gate"]
         if self.gate == "projection":
             gate = gate.transpose(0, 1)[..., : H * V].unflatten(-1, (H, V))
+        given: Tensor | None = gate[..., :V]
+        if self.activation == "none":
+            del leaves["gate"]
+            given = None
         out = gated_head_norm(
-            x[..., :V], gate[..., :V], leaves["weight"], eps=1e-5, activation=self.activation, backend=backend
-        )
+            x[..., :V], given, leaves["weight"], eps=1e-5, activation=self.activation, backend=backend
+        )  # fmt: skip
         return with_gradients({"out": out}, leaves, draw)
 
 

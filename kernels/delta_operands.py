@@ -1,4 +1,4 @@
-"""Stage 2 of CARVE's forward: everything about a chunk that needs neither its erase gate nor a state."""
+"""Stage 2 of CARVE's forward with delta erase: what about a chunk needs neither its erase gate nor a state."""
 
 import triton
 import triton.language as tl
@@ -27,7 +27,7 @@ def store_sum(x, i, D: tl.constexpr, o_d, b_sum):
 
 
 @triton.jit
-def carve_operands_kernel(
+def delta_operands_kernel(
     q, k, left, last, rest, steep_from, first_chunks,
     P, q_sum, P_sum, k_left, k_right, k_to_end, q_from_start,
     table, scale, H,

@@ -1,11 +1,11 @@
-"""CARVE, the stages that run from chunk to chunk: erase gate, inverse and state forward, their gradients backward.
+"""CARVE with delta erase, the stages that run from chunk to chunk: erase gate, inverse and state, and their gradients.
 
 The erase gate of a content chunk waits for the outputs of the one before it, so these loops are the critical path, and
 one program runs a whole head. Their tiles are transposed: rows are the V channels, which eight warps divide without
 copies, so that the state, the residuals and the state's update follow each other in registers; shared memory passes
 on only what is 64 rows high. A vector along a tile's columns would take a register per column and thread: sums over
 columns are products instead, and what scales columns is kept to one vector. The content path (mean output, code,
-content term) is float32 vectors.
+content term) is float32 vectors; the state's partial sum and mean are of outputs without their scale.
 
 Every register of an SM is in use, and nearly all of its shared memory, which leaves its cache less room than many
 spilled registers take. What could be computed once before the loops is therefore computed in them (disable_licm).
@@ -14,7 +14,6 @@ spilled registers take. What could be computed once before the loops is therefor
 import triton
 import triton.language as tl
 
-from .carve_operands import SUM_ROWS
 from .decay import (
     UNSHIFT,
     halved_rows,
@@ -24,9 +23,11 @@ from .decay import (
     load_log2_decay,
     right_factor,
 )
+from .delta_operands import SUM_ROWS
 from .steep import HALVINGS, halved_scores, halving_factor
 from .tiles import (
     GATE_CONTENT,
+    content_code,
     load_columns,
     load_erase_gate,
     load_matrix,
@@ -56,38 +57,39 @@ def tile_rows(i_ch, i_chv, V: tl.constexpr):
 
 
 @triton.jit
-def carve_state_kernel(
-    k, g, erase_logits, w, A_log, dt_bias, content_down, content_up, logits_rows, v_rows,
+def delta_state_kernel(
+    k, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias, logits_rows, v_rows,
     q_sum, P_sum, k_left, k_right, k_to_end, last, late, steep_from, halved_from, first_chunks,
     initial_S, initial_mean, initial_partial, initial_count,
     A, states, residuals, codes, content, means, final_S, final_mean, final_partial,
-    table, first, content_chunk, erase_scale, H, HV,
+    table, first, content_chunk, scale, erase_scale, H, HV, content_heads,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     STEEP: tl.constexpr, HAS_INITIAL: tl.constexpr, RAW_DECAY: tl.constexpr, LOGITS_W: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence and value head; RP is R rounded up to a power of two, BK divides K.
+    """One program per sequence and value head; RP is R rounded up to a power of two, BK divides K. content_heads: 0 or
+    1 where D and U are for all heads or one a head.
 
     Takes the chunks before a sequence's first one with steep rows or, if STEEP, the others, from the state that the
     first launch left: beside the loops for steep rows the one for mild rows would get fewer registers.
 
     Writes per chunk A [NC, HV, C, C], states [NC, HV, V, K], residuals [NC, HV, V, C], otherwise as GDN-2's stages do,
     and
-        means [NC, HV, V] float32: m, the mean output of the content chunk before,
-        codes [NC, HV, R] and content [NC, HV, K] float32: D m and U D m,
+        means [NC, HV, V] float32: m of the content chunk before,
+        codes [NC, HV, R] and content [NC, HV, K] float32: tanh(D m) and U tanh(D m) with the bias,
     and the final state of the head.
     """
     i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
     i_h, i_nhv = i_hv // (HV // H), i_n * HV + i_hv
     o_r, o_k, o_v, o_c = tl.arange(0, 64), tl.arange(0, K), tl.arange(0, V), tl.arange(0, RP)
-    b_down = load_matrix(content_down, i_hv, o_v, o_c, V, R, True).to(tl.float32)
-    b_up = load_matrix(content_up, i_hv, o_k, o_c, K, R, False).to(tl.float32)
+    b_down = load_matrix(content_down, i_hv * content_heads, o_v, o_c, V, R, True).to(tl.float32)
+    b_up = load_matrix(content_up, i_hv * content_heads, o_k, o_c, K, R, False).to(tl.float32)
 
     begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
     row_0, tokens_from, tokens_to = sequence_rows(table, begin, end)
     first_steep_chunk, first_halved_chunk = load_first_chunks(first_chunks, i_n, i_h, H, end)
     since = first_steep_chunk if STEEP else begin
-    token_share = 1.0 / content_chunk
+    token_share = 1.0 / (content_chunk * scale)  # of an output, which is scaled, in the mean
     filled = (since - begin) * 64
     if initial_count is not None:
         filled += tl.load(initial_count + i_n) // 64 * 64
@@ -98,9 +100,11 @@ def carve_state_kernel(
     if HAS_INITIAL:
         b_S += load_matrix(initial_S, i_nhv, o_v, o_k, V, K, True)
         b_mean += load_columns(initial_mean, i_nhv, V, o_v)
-        b_partial += load_columns(initial_partial, i_nhv, V, o_v)
-    b_code = tl.sum(b_down * b_mean[:, None], 0)
+        b_partial += load_columns(initial_partial, i_nhv, V, o_v) * scale
+    b_code = content_code(b_down, b_mean)
     b_content = tl.sum(b_up * b_code[None, :], 1)
+    if bias is not None:
+        b_content += load_columns(bias, i_h, K, o_k)
     for KIND in tl.static_range(LATE if STEEP else MILD, HALVED + 1 if STEEP else LATE):
         until = first_steep_chunk if KIND == MILD else first_halved_chunk if KIND == LATE else end
         for i_c in tl.range(since, until, disable_licm=True):
@@ -134,7 +138,7 @@ def carve_state_kernel(
                     tl.debug_barrier()  # what other threads stored is visible from here on
                     b_T_halved = halved_scores(
                         k, erase_logits, content, k, g, A_log, dt_bias, start, o_r, m_r, i_h, H, i_chv, 1.0,
-                        erase_scale, K, BK, True, GATE_CONTENT, RAW_DECAY, CT, PRECISION,
+                        erase_scale, K, BK, True, GATE_CONTENT, False, RAW_DECAY, CT, PRECISION,
                     )  # fmt: skip
                     m_halved = halved_rows(o_r, first_steep, first_halved)
                     b_T = tl.where(m_halved[None, :], tl.trans(b_T_halved), b_T)
@@ -164,13 +168,15 @@ def carve_state_kernel(
                 filled = 0
                 b_mean = b_partial * token_share
                 b_partial = tl.zeros([V], tl.float32)
-                b_code = tl.sum(b_down * b_mean[:, None], 0)
+                b_code = content_code(b_down, b_mean)
                 b_content = tl.sum(b_up * b_code[None, :], 1)
+                if bias is not None:
+                    b_content += load_columns(bias, i_h, K, o_k)
             residuals.store([row_v, 0], b_R)
         since = until
     store_matrix(final_S, i_nhv, o_v, o_k, V, K, True, b_S)
     store_columns(final_mean, i_nhv, V, o_v, b_mean)
-    store_columns(final_partial, i_nhv, V, o_v, b_partial)
+    store_columns(final_partial, i_nhv, V, o_v, b_partial / scale)
 
 
 @triton.jit
@@ -209,18 +215,18 @@ def halved_content_gradient(
 
 
 @triton.jit
-def carve_state_gradient_kernel(
-    k, g, erase_logits, A_log, dt_bias, content_down, content_up, content,
+def delta_state_gradient_kernel(
+    k, g, erase_logits, A_log, dt_bias, content_down, content_up, codes, content,
     P, k_right, k_to_end, q_from_start, erasure, gate_slope, last, late, steep_from, halved_from, first_chunks,
     A, states, residuals, do_rows,
     d_final_S, d_final_mean, d_final_partial, initial_count,
     d_states, d_residuals, d_output_rows, d_content, d_initial_S, d_initial_mean, d_initial_partial,
-    table, first, content_chunk, erase_scale, chunks, H, HV,
+    table, first, content_chunk, scale, erase_scale, chunks, H, HV, content_heads,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     HAS_FINAL: tl.constexpr, HAS_INITIAL: tl.constexpr, DETACHED: tl.constexpr, RAW_DECAY: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The reverse of carve_state_kernel, with the same programs.
+    """The reverse of delta_state_kernel, with the same programs.
 
     Writes per chunk d_states [NC, HV, V, K], d_residuals [NC, HV, V, C], otherwise as GDN-2's stage does, and
         d_output_rows [NC, HV, V] float32: what the content path adds to the gradient of every output of the chunk,
@@ -230,13 +236,13 @@ def carve_state_gradient_kernel(
     i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
     i_h, i_nhv = i_hv // (HV // H), i_n * HV + i_hv
     o_r, o_k, o_v, o_c = tl.arange(0, 64), tl.arange(0, K), tl.arange(0, V), tl.arange(0, RP)
-    b_down = load_matrix(content_down, i_hv, o_v, o_c, V, R, True).to(tl.float32)
-    b_up = load_matrix(content_up, i_hv, o_k, o_c, K, R, False).to(tl.float32)
+    b_down = load_matrix(content_down, i_hv * content_heads, o_v, o_c, V, R, True).to(tl.float32)
+    b_up = load_matrix(content_up, i_hv * content_heads, o_k, o_c, K, R, False).to(tl.float32)
 
     begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
     row_0, tokens_from, tokens_to = sequence_rows(table, begin, end)
     first_steep_chunk, first_halved_chunk = load_first_chunks(first_chunks, i_n, i_h, H, end)
-    token_share = 1.0 / content_chunk
+    token_share = 1.0 / (content_chunk * scale)
     filled = (end - begin) * 64
     if HAS_INITIAL:
         filled += tl.load(initial_count + i_n) // 64 * 64
@@ -251,7 +257,7 @@ def carve_state_gradient_kernel(
     mean_pending = 1.0
     if HAS_FINAL:
         b_dS += load_matrix(d_final_S, i_nhv, o_v, o_k, V, K, True)
-        b_d_row += load_columns(d_final_partial, i_nhv, V, o_v)
+        b_d_row += load_columns(d_final_partial, i_nhv, V, o_v) / scale
         b_d_final += load_columns(d_final_mean, i_nhv, V, o_v)
     i_last = tl.where(begin < end, end - 1, chunks) * HV + i_hv
     d_states.store([(i_last * V).to(tl.int32), 0], b_dS.to(CT))
@@ -263,7 +269,10 @@ def carve_state_gradient_kernel(
             start = row_0 + (i_c - begin) * 64
             m_r = (start + o_r >= tokens_from) & (start + o_r < tokens_to)
             if (start + 64 <= tokens_to) & (filled == 0):
-                b_d_code = tl.sum(b_up * b_d_content[:, None], 0)
+                b_code = tl.zeros([RP], tl.float32)
+                if i_back > 0:  # that of the content chunk after this one
+                    b_code = load_columns(codes, (i_c + 1) * HV + i_hv, R, o_c)
+                b_d_code = tl.sum(b_up * b_d_content[:, None], 0) * (1.0 - b_code * b_code)
                 b_d_row = (tl.sum(b_down * b_d_code[None, :], 1) + mean_pending * b_d_final) * token_share
                 b_d_content = tl.zeros([K], tl.float32)
                 mean_pending = 0.0
@@ -335,7 +344,10 @@ def carve_state_gradient_kernel(
                     b_d_content += b_d_chunk
         since = until
     if HAS_INITIAL:
-        b_d_code = tl.sum(b_up * b_d_content[:, None], 0)
+        b_code = tl.zeros([RP], tl.float32)
+        if begin < end:
+            b_code = load_columns(codes, begin * HV + i_hv, R, o_c)
+        b_d_code = tl.sum(b_up * b_d_content[:, None], 0) * (1.0 - b_code * b_code)
         store_matrix(d_initial_S, i_nhv, o_v, o_k, V, K, True, b_dS)
         store_columns(d_initial_mean, i_nhv, V, o_v, tl.sum(b_down * b_d_code[None, :], 1) + mean_pending * b_d_final)
-        store_columns(d_initial_partial, i_nhv, V, o_v, b_d_row)
+        store_columns(d_initial_partial, i_nhv, V, o_v, b_d_row * scale)
