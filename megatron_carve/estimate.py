@@ -105,7 +105,7 @@ def saved_numbers(recipe: Recipe, letter: str) -> dict[str, float]:
     write = x.num_value_heads if kind == "carve" else x.value_dim
     inputs = {"projected": sum(s.size for s in x.projection_sections(kind))}
     if x.decay_projection == "low_rank":
-        inputs["decay"] = x.key_dim + x.value_head_dim  # and the narrow section that it is made of, copied
+        inputs |= {"decay": x.key_dim, "narrow decay": x.value_head_dim}  # the section that it is made of, copied
     inside: dict[str, float] = {
         "queries, keys, values": 2 * x.key_dim + x.value_dim,
         "erase gate": x.key_dim,
@@ -113,12 +113,16 @@ def saved_numbers(recipe: Recipe, letter: str) -> dict[str, float]:
     }
     if x.decay_projection != "low_rank":
         inside["decay"] = x.key_dim  # a copy of a part of the projection
+    shared = x.num_value_heads // x.num_key_heads
+    if kind == "carve" and x.erase == "diagonal" and shared > 1:  # then every value head has its own copies
+        inside |= {"queries, keys, values": 2 * shared * x.key_dim + x.value_dim, "erase gate": shared * x.key_dim}
+        inside["decay"] = shared * x.key_dim
     erase_heads = x.num_value_heads if kind == "carve" else x.num_key_heads
     inside["inverses"] = CHUNK_TOKENS * erase_heads
     inside["states"] = x.num_value_heads * x.key_head_dim * x.value_head_dim / CHUNK_TOKENS
     if recipe.model.mixer_recompute:
         inside = {}
-    low_rank_gate = {"gate": x.value_dim} if x.output_gate_projection == "low_rank" else {}
+    low_rank_gate = {"gate": x.value_dim} if x.has_low_rank_gate else {}
     after = {**low_rank_gate, "output": x.value_dim, "normalised output": x.value_dim}
     return kept | {name: size / t for name, size in {**inputs, **inside, **after}.items()}
 

@@ -96,15 +96,17 @@ def _mixer(recipe: Recipe, kind: MixerKind) -> list[Link]:
     c = recipe.mixer
     sections = c.projection_sections(kind)
     names = tuple(f"mixer.{s.name}_proj.weight" for s in sections)
-    same = {"conv.weight": "conv_weight", "decay.A_log": "A_log", "decay.dt_bias": "dt_bias"}
-    if c.conv_bias:
-        same["conv.bias"] = "conv_bias"
+    same = {"decay.A_log": "A_log", "decay.dt_bias": "dt_bias"}
+    if c.short_convolution == "static":
+        same |= {"conv.weight": "conv_weight"} | ({"conv.bias": "conv_bias"} if c.conv_bias else {})
     if c.decay_projection == "low_rank":
         same["decay_up.weight"] = "decay_up.weight"
-    if c.output_gate_projection == "low_rank":
+    if c.has_low_rank_gate:
         same |= {"gate_up.weight": "gate_up.weight", "gate_up.bias": "gate_up.bias"}
     if kind == "carve":
-        same |= {"content_down": "content_down", "content_up": "content_up"}
+        same["erase_bias.bias"] = "erase_bias"
+        if c.content_rank:
+            same |= {"content_down": "content_down", "content_up": "content_up"}
     same |= {"out_norm.weight": "norm_weight", "out_proj.weight": "out_proj.weight"}
     return [
         Link("input_layernorm.weight", ("norm.weight",)),

@@ -16,7 +16,7 @@ import yaml
 
 from megatron_carve.program import exit_status
 from megatron_carve.recipe import Recipe, load_recipe
-from megatron_carve.run_folder import RunFolder
+from megatron_carve.run_folder import EARLIER_CARVE, RunFolder, is_earlier_carve
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +39,9 @@ def _import(folder: Path, run: Path) -> None:
     kind = config.get("model_type")
     if kind != "megatron_carve" or not isinstance(config.get("recipe"), dict):
         raise ValueError(f"{folder}: expected a folder that megatron_carve.export wrote, got model_type {kind!r}")
+    kept = config["recipe"]
+    if is_earlier_carve(kept["model"]["pattern"], {f"mixer.{key}" for key in kept["mixer"]}):
+        raise ValueError(f"{folder}: the model is {EARLIER_CARVE}")
     RunFolder(run).require_no_checkpoint()
     data = config["recipe"]["data"]
     if "tokenizer" in data:

@@ -13,8 +13,8 @@ class MixerCache(NamedTuple):
     """One layer's memory of the sequences of a call; views of what the context holds, written in place.
 
     Attributes:
-        tokens: [B, conv_width - 1, channels], the last projected tokens before the short convolution; zeros before
-            the first.
+        tokens: [B, taps - 1, channels], the last projected tokens before the short convolution; zeros before the
+            first.
         state: the recurrence's, [B, ...] each, as the ops take them: S, and CARVE's mean, partial and count.
     """
 

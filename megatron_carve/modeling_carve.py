@@ -28,6 +28,8 @@ else:
     peer_gdn2 = None
 
 CHUNK = 64
+# A log-decay of a step from which on nothing is left in float32.
+NO_STATE = -110.0
 
 
 class CarveConfig(PretrainedConfig):
@@ -161,38 +163,42 @@ class Mixer(nn.Module):
         m, h = config.mixer, config.hidden_size
         self.kind, self.m, self.eps = kind, m, config.norm_epsilon
         H, HV, K, V = (m[n] for n in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim"))
+        gated = m["output_gate_activation"] != "none"
+        low_rank_gate = gated and m["output_gate_projection"] == "low_rank"
         sizes = {"query": H * K, "key": H * K, "value": HV * V, "erase": H * K}
         sizes["write"] = HV if kind == "carve" else HV * V
         sizes["decay"] = V if m["decay_projection"] == "low_rank" else H * K
-        sizes["gate"] = V if m["output_gate_projection"] == "low_rank" else HV * V
         linear = {name: nn.Linear(h, size, bias=False) for name, size in sizes.items()}
         self.query_proj, self.key_proj, self.value_proj = linear["query"], linear["key"], linear["value"]
-        self.erase_proj, self.write_proj = linear["erase"], linear["write"]
-        self.decay_proj, self.gate_proj = linear["decay"], linear["gate"]
-        channels = 2 * H * K + HV * V
-        self.conv_weight = nn.Parameter(torch.empty(channels, m["conv_width"]))
-        self.conv_bias = nn.Parameter(torch.empty(channels)) if m["conv_bias"] else None
-        self.A_log = nn.Parameter(torch.empty(H, dtype=torch.float32))
+        self.erase_proj, self.write_proj, self.decay_proj = linear["erase"], linear["write"], linear["decay"]
+        self.gate_proj = nn.Linear(h, V if low_rank_gate else HV * V, bias=False) if gated else None
+        self.taps = m["conv_width"] if m["short_convolution"] == "static" else 1
+        if m["short_convolution"] == "static":
+            channels = 2 * H * K + HV * V
+            self.conv_weight = nn.Parameter(torch.empty(channels, self.taps))
+            self.conv_bias = nn.Parameter(torch.empty(channels)) if m["conv_bias"] else None
+        self.A_log = nn.Parameter(torch.empty(H * K if kind == "carve" else H, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(H * K, dtype=torch.float32))
         self.decay_up = nn.Linear(V, H * K, bias=False) if m["decay_projection"] == "low_rank" else None
-        self.gate_up = nn.Linear(V, HV * V) if m["output_gate_projection"] == "low_rank" else None
+        self.gate_up = nn.Linear(V, HV * V) if low_rank_gate else None
         if kind == "carve":
-            self.content_down = nn.Parameter(torch.empty(HV, m["content_rank"], V))
-            self.content_up = nn.Parameter(torch.empty(HV, K, m["content_rank"]))
+            self.erase_bias = nn.Parameter(torch.empty(H * K, dtype=torch.float32))
+            if m["content_rank"]:
+                self.content_down = nn.Parameter(torch.empty(m["content_rank"], V))
+                self.content_up = nn.Parameter(torch.empty(K, m["content_rank"]))
         self.norm_weight = nn.Parameter(torch.empty(V))
         self.out_proj = nn.Linear(HV * V, h, bias=False)
 
     def forward(self, x: Tensor, memory: dict[str, Any] | None, position: int) -> Tensor:
         m = self.m
-        K, V = m["key_head_dim"], m["value_head_dim"]
+        H, K, V = m["num_key_heads"], m["key_head_dim"], m["value_head_dim"]
         convolved = torch.cat([self.query_proj(x), self.key_proj(x), self.value_proj(x)], -1)
         q, k, v = self._convolve(convolved, memory)
         q, k = (part.unflatten(-1, (-1, K)) for part in (q, k))
-        decay, gate = self.decay_proj(x), self.gate_proj(x)
+        decay = self.decay_proj(x)
         decay = decay if self.decay_up is None else self.decay_up(decay)
-        gate = gate if self.gate_up is None else self.gate_up(gate)
-        rate = -self.A_log.float().exp()[:, None]
-        g = rate * F.softplus(decay.float().unflatten(-1, (-1, K)) + self.dt_bias.float().unflatten(0, (-1, K)))
+        rate = -self.A_log.float().exp().view(H, -1)
+        g = rate * F.softplus(decay.float().unflatten(-1, (-1, K)) + self.dt_bias.float().view(H, K))
         erase, write = self.erase_proj(x).unflatten(-1, (-1, K)), self.write_proj(x)
         v = v.unflatten(-1, (-1, V))
         if self.kind == "gdn2":
@@ -201,24 +207,30 @@ class Mixer(nn.Module):
         o, state = self._recurrence(q, k, v, g, erase, write, state)
         if memory is not None:
             memory["state"] = state
-        act = F.silu if m["output_gate_activation"] == "silu" else torch.sigmoid
-        normed = F.rms_norm(o.float(), (V,), self.norm_weight.float(), self.eps)
-        out = (normed * act(gate.float().unflatten(-1, (-1, V)))).to(x.dtype)
-        return self.out_proj(out.flatten(-2))
+        out = F.rms_norm(o.float(), (V,), self.norm_weight.float(), self.eps)
+        if self.gate_proj is not None:
+            gate = self.gate_proj(x)
+            gate = gate if self.gate_up is None else self.gate_up(gate)
+            act = F.silu if m["output_gate_activation"] == "silu" else torch.sigmoid
+            out = out * act(gate.float().unflatten(-1, (-1, V)))
+        return self.out_proj(out.to(x.dtype).flatten(-2))
 
     def _convolve(self, x: Tensor, memory: dict[str, Any] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Causal depthwise convolution, SiLU, and the L2 norm of every head of queries and keys."""
-        m, before = self.m, self.m["conv_width"] - 1
-        earlier = None if memory is None else memory.get("tokens")
-        wide = F.pad(x, (0, 0, before, 0)) if earlier is None else torch.cat([earlier, x], 1)
-        if memory is not None:
-            memory["tokens"] = wide[:, wide.shape[1] - before :].clone()
-        y = F.conv1d(
-            wide.transpose(1, 2), self.conv_weight[:, None], self.conv_bias, groups=wide.shape[2]
-        ).transpose(1, 2)  # fmt: skip
-        y = F.silu(y)
+        """Causal depthwise convolution if there is one, SiLU, and the L2 norm of every head of queries and keys."""
+        m, before = self.m, self.taps - 1
+        if before:
+            earlier = None if memory is None else memory.get("tokens")
+            wide = F.pad(x, (0, 0, before, 0)) if earlier is None else torch.cat([earlier, x], 1)
+            if memory is not None:
+                memory["tokens"] = wide[:, wide.shape[1] - before :].clone()
+            x = wide
+        if m["short_convolution"] == "static":
+            x = F.conv1d(
+                x.transpose(1, 2), self.conv_weight[:, None], self.conv_bias, groups=x.shape[2]
+            ).transpose(1, 2)  # fmt: skip
+        x = F.silu(x)
         keys = m["num_key_heads"] * m["key_head_dim"]
-        q, k, v = y.split([keys, keys, y.shape[2] - 2 * keys], -1)
+        q, k, v = x.split([keys, keys, x.shape[2] - 2 * keys], -1)
         return unit_heads(q, m["key_head_dim"]), unit_heads(k, m["key_head_dim"]), v
 
     def _recurrence(
@@ -230,19 +242,26 @@ class Mixer(nn.Module):
         """
         m, carve = self.m, self.kind == "carve"
         scale = 2.0 if m["negative_eigenvalues"] else 1.0
-        content = (self.content_down, self.content_up) if carve else ()
-        detached = m["content_grad"] == "detached"
         if kernels is not None and q.is_cuda:
             options: dict[str, Any] = {"gate_logits": True, "erase_scale": scale, "output_final_state": True}
             if not carve:
                 return kernels.chunk_gdn2(q, k, v, g, erase, write, initial_state=state, **options)
-            options |= {"content_chunk": m["content_chunk"], "content_grad": m["content_grad"]}
+            options |= {name: m[name] for name in ("erase", "prediction", "content_chunk", "content_grad")}
+            bias = self.erase_bias.float().view(q.shape[2:])
+            content = (self.content_down, self.content_up) if m["content_rank"] else (None, None)
             state = None if state is None else kernels.CarveState(*state)
-            return kernels.chunk_carve(q, k, v, g, erase, write, *content, initial_state=state, **options)
-        if peer_gdn2 is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not carve:
-            q, k, g, b = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k, g, scale * erase.sigmoid()))
-            return peer_gdn2(q, k, v, g, b, write.sigmoid(), initial_state=state, output_final_state=True)
-        return recurrence(q, k, v, g, erase, write, scale, content, m["content_chunk"], detached, state)
+            return kernels.chunk_carve(
+                q, k, v, g, erase, write, *content, erase_bias=bias, initial_state=state, **options
+            )  # fmt: skip
+        if not carve:
+            if peer_gdn2 is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+                b = scale * erase.sigmoid()
+                q, k, g, b = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k, g, b))
+                return peer_gdn2(q, k, v, g, b, write.sigmoid(), initial_state=state, output_final_state=True)
+            return gdn2(q, k, v, g, scale * erase.float().sigmoid(), write.float().sigmoid(), state)
+        erase = erase.float() + self.erase_bias.float().view(q.shape[2:])
+        maps = (self.content_down, self.content_up) if m["content_rank"] else None
+        return carve_recurrence(q, k, v, g, erase, write.float().sigmoid(), scale, maps, m, state)
 
 
 def unit_heads(x: Tensor, D: int) -> Tensor:
@@ -250,67 +269,94 @@ def unit_heads(x: Tensor, D: int) -> Tensor:
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).flatten(-2).to(x.dtype)
 
 
-def recurrence(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, erase: Tensor, write: Tensor, scale: float,
-    content: tuple[Tensor, ...], content_chunk: int, detached: bool, state: Any,
-) -> tuple[Tensor, Any]:  # fmt: skip
-    """Both mixers in plain torch, float32, in chunks that end where content chunks do.
+def by_value_head(x: Tensor, heads: int) -> Tensor:
+    """[B, T, H, D] -> [B, heads, T, D] float32, where H divides heads."""
+    return x.float().repeat_interleave(heads // x.shape[2], 2).transpose(1, 2)
 
-    S_t = (I - k_t (b_t * k_t)^T) Diag(exp g_t) S_{t-1} + k_t (w_t * v_t)^T        o_t = K^-1/2 S_t^T q_t
-    b_t = scale * sigmoid(erase_t + U D m),    m the mean output of the content chunk before (CARVE)
+
+def gdn2(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor]:
+    """GDN-2 in plain torch, float32, chunk after chunk; tensors [B, T, heads, ...], S [B, HV, K, V] -> (o, S)."""
+    B, T, HV, V = v.shape
+    K = q.shape[3]
+    z = (w * v.float()).transpose(1, 2)
+    q, k, g, b = (by_value_head(x, HV) for x in (q, k, g, b))
+    S = v.new_zeros(B, HV, K, V, dtype=torch.float32) if S is None else S
+    outputs = []
+    for start in range(0, T, CHUNK):
+        part = slice(start, start + CHUNK)
+        y, S = chunk(q[:, :, part], k[:, :, part], z[:, :, part], g[:, :, part], b[:, :, part], S, False)
+        outputs.append(y)
+    return (K**-0.5 * torch.cat(outputs, 2)).transpose(1, 2).to(v.dtype), S
+
+
+def carve_recurrence(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, erase: Tensor, w: Tensor, scale: float,
+    content: tuple[Tensor, Tensor] | None, m: dict[str, Any], state: Any,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """CARVE in plain torch, float32, in chunks that end where content chunks do -> (o, (S, mean, partial, count)).
+
+    S_t = Diag((1 - b_t) exp g_t) S_{t-1} + w_t k_t (v_t - P_t^T k_t)^T,    P_t = S_{t-1}, or S_{t-1} decayed
+    b_t = sigmoid(erase_t + U tanh(D m)),    m the mean of S_t^T q_t over the content chunk before
+
+    or, with m["erase"] "delta", GDN-2's recurrence with this erase gate. erase: logits with their bias.
     """
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    q, k, g, erase = (
-        x.float().repeat_interleave(HV // H, 2).transpose(1, 2) for x in (q, k, g, erase)
-    )  # fmt: skip
-    write = write.float().sigmoid()
-    z = ((write if write.ndim == 4 else write[..., None]) * v.float()).transpose(1, 2)
-    q = q * K**-0.5
-    zeros = v.new_zeros(B, HV, V, dtype=torch.float32)
+    B, T, HV, V = v.shape
+    K = q.shape[3]
+    z = (w[..., None] * v.float()).transpose(1, 2)
+    q, k, g, erase = (by_value_head(x, HV) for x in (q, k, g, erase))
+    w = w.transpose(1, 2)[..., None]
     if state is None:
-        S = v.new_zeros(B, HV, K, V, dtype=torch.float32)
-        state = (S, zeros, zeros, torch.zeros(B, dtype=torch.int64, device=v.device)) if content else S
-    filled = 0
-    if content:
-        S, mean, partial, count = state
-        filled = int(count[0])
-        down, up = (x.float() for x in content)
-    else:
-        S, mean, partial = state, zeros, zeros
-    outputs, start = [], 0
+        vectors = (v.new_zeros(B, HV, V, dtype=torch.float32) for _ in range(2))
+        state = (v.new_zeros(B, HV, K, V, dtype=torch.float32), *vectors, torch.zeros(B, dtype=torch.int64))
+    S, mean, partial, count = state
+    filled, outputs, start = int(count[0]), [], 0
     while start < T:
         end = min(start + CHUNK - filled % CHUNK, T)
         part = slice(start, end)
         logits = erase[:, :, part]
-        if content:
-            seen = mean.detach() if detached else mean
-            logits = logits + torch.einsum("hkr,hrv,bhv->bhk", up, down, seen)[:, :, None]
-        o, S = chunk(q[:, :, part], k[:, :, part], z[:, :, part], g[:, :, part], scale * logits.sigmoid(), S)
-        outputs.append(o)
+        if content is not None:
+            down, up = (x.float() for x in content)
+            seen = mean.detach() if m["content_grad"] == "detached" else mean
+            logits = logits + (torch.tanh(seen @ down.T) @ up.T)[:, :, None]
+        if m["erase"] == "diagonal":
+            log_decay, b = g[:, :, part] + F.logsigmoid(-logits), w[:, :, part]
+        else:
+            log_decay, b = g[:, :, part], scale * logits.sigmoid()
+        before_decay = m["erase"] == "diagonal" and m["prediction"] == "previous"
+        y, S = chunk(q[:, :, part], k[:, :, part], z[:, :, part], log_decay, b, S, before_decay)
+        outputs.append(y)
         filled, start = filled + end - start, end
-        partial = partial + o.sum(2)
-        if content and filled == content_chunk:
-            mean, partial, filled = partial / content_chunk, zeros, 0
-    o = torch.cat(outputs, 2).transpose(1, 2).to(v.dtype)
-    return o, (S, mean, partial, torch.full_like(count, filled)) if content else S
+        if content is not None:
+            partial = partial + y.sum(2)
+        if filled == m["content_chunk"]:
+            mean, partial, filled = partial / filled, torch.zeros_like(partial), 0
+    o = (K**-0.5 * torch.cat(outputs, 2)).transpose(1, 2).to(v.dtype)
+    return o, (S, mean, partial, torch.full_like(count, filled))
 
 
-def chunk(q: Tensor, k: Tensor, z: Tensor, g: Tensor, b: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """A chunk of at most 64 tokens: q, k, g, b [B, HV, C, K], z = w v [B, HV, C, V], S [B, HV, K, V] -> (o, S)."""
+def chunk(
+    q: Tensor, k: Tensor, z: Tensor, g: Tensor, b: Tensor, S: Tensor, before_decay: bool
+) -> tuple[Tensor, Tensor]:
+    """A chunk of at most 64 tokens: q, k, g, what erases along the key b [B, HV, C, K or 1], z = w v [B, HV, C, V],
+    S [B, HV, K, V] -> (S_t^T q_t, S). before_decay: what a key finds in S is taken before the token's own decay."""
+    g = g.clamp(min=NO_STATE)
     G = g.cumsum(-2)
+    found = F.pad(G[..., :-1, :], (0, 0, 1, 0)) if before_decay else G  # through which step what a key finds decayed
     C = q.shape[-2]
-    later = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
-    # every pair's own decay: never above 1, however steep
-    decay = (G[..., :, None, :] - G[..., None, :, :]).masked_fill(~later[..., None], -math.inf).exp()
+    earlier = torch.ones(C, C, dtype=torch.bool, device=q.device).tril(-1)
+
+    def decays(rows: Tensor) -> Tensor:
+        """Of every pair of rows its own, never above 1, however steep; [..., C, C, K]."""
+        return (rows[..., :, None, :] - G[..., None, :, :]).masked_fill(~earlier[..., None], -math.inf).exp()
+
     bk = b * k
-    T = torch.einsum("...rk,...rsk,...sk->...rs", bk, decay, k).tril(-1)
-    P = torch.einsum("...rk,...rsk,...sk->...rs", q, decay, k)
+    T = torch.einsum("...rk,...rsk,...sk->...rs", bk, decays(found), k)
+    P = torch.einsum("...rk,...rsk,...sk->...rs", q, decays(G), k) + torch.diag_embed((q * k).sum(-1))
     R = torch.linalg.solve_triangular(
-        T + torch.eye(C, device=q.device), z - (G.exp() * bk) @ S, upper=False, unitriangular=True
+        T + torch.eye(C, device=q.device), z - (found.exp() * bk) @ S, upper=False, unitriangular=True
     )  # fmt: skip
-    o = (G.exp() * q) @ S + P @ R
-    return o, G[..., -1, :, None].exp() * S + (k * (G[..., -1:, :] - G).exp()).transpose(-1, -2) @ R
+    y = (G.exp() * q) @ S + P @ R
+    return y, G[..., -1, :, None].exp() * S + (k * (G[..., -1:, :] - G).exp()).transpose(-1, -2) @ R
 
 
 class Layer(nn.Module):
@@ -338,12 +384,12 @@ class CarvePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ["Layer"]  # noqa: RUF012
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "erase_bias"]  # noqa: RUF012
     _is_stateful = True
 
     def _init_weights(self, module: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
-            if name in ("A_log", "dt_bias", "content_up", "conv_bias", "bias"):
+            if name in ("A_log", "dt_bias", "erase_bias", "content_up", "conv_bias", "bias"):
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 1:
                 nn.init.ones_(parameter)

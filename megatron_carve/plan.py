@@ -59,7 +59,7 @@ def report(recipe: Recipe, gpus: int | None, gpu_memory: float, tokens_per_secon
     micro_batches = t.global_batch_size // (t.micro_batch_size * replicas)
     all_tokens = t.total_steps * t.tokens_per_step
     flops = estimate.forward_flops_per_token(recipe, vocab)
-    lines = ["Parameters", *_parameters(recipe, vocab), ""]
+    lines = ["Parameters", *_parameters(recipe, vocab), *_of_a_mixer(recipe), ""]
     lines += [
         f"Training operations per token: {3 * flops / 1e9:.2f} GFLOP (three times the forward's)",
         f"Recurrent state of one sequence: {estimate.state_bytes(recipe) / 2**20:.1f} MiB, whatever its length",
@@ -107,6 +107,20 @@ def _parameters(recipe: Recipe, vocab: int) -> list[str]:
         theirs = sum(estimate.parameters(other, vocab_size(other)).values())
         if total / 10 < theirs < 10 * total:
             lines.append(_row(f"{name} has", f"{theirs:,}", f"{total / theirs - 1:+.1%} here"))
+    return lines
+
+
+def _of_a_mixer(recipe: Recipe) -> list[str]:
+    """One CARVE layer beside one of GDN-2 with the same sizes: as CARVE's paper counts, and whole."""
+    if "C" not in recipe.model.pattern:
+        return []
+    h, counts = recipe.model.hidden_size, {"of a CARVE mixer": recipe.mixer.paper_parameter_count}
+    counts["of a whole CARVE layer"] = recipe.mixer.parameter_count
+    notes = (", as the paper counts (without output projection and gate)", "")
+    lines = []
+    for (name, count), note in zip(counts.items(), notes, strict=True):
+        carve, gdn2 = count("carve", h), count("gdn2", h)
+        lines.append(_row(name, f"{carve:,}", f"{carve / gdn2 - 1:+.1%} of GDN-2's {gdn2:,}{note}"))
     return lines
 
 

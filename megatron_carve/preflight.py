@@ -95,8 +95,9 @@ def check_backend(recipe: Recipe, device: str) -> None:
         if resolve_backend(recipe.model.mixer_backend, torch.device(device)) == "triton":
             for letter, kind in MIXER_LETTERS.items():
                 if letter in recipe.model.pattern:
-                    require_triton_support(kind, dtype, recipe.mixer.key_head_dim, recipe.mixer.value_head_dim)
-                    require_triton_convolution(recipe.mixer.conv_width)
+                    m = recipe.mixer
+                    require_triton_support(kind, dtype, m.key_head_dim, m.value_head_dim, erase=m.erase)
+                    require_triton_convolution(m.taps)
     except NotImplementedError as error:
         raise NotImplementedError(f"model.mixer_backend: {error}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from megatron_carve.recipe import Recipe
 from megatron_carve.specs import stack_spec
 from megatron_carve.text import PreparedText
 
+# Letters of layers that have attention heads.
+ATTENTION_LETTERS = frozenset("*D+")
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
@@ -117,6 +120,12 @@ def model_config(args: Any, recipe: Recipe, layers: LayerImplementation) -> Any:
     args.mixer_backend = recipe.model.mixer_backend
     args.mixer_recompute = recipe.model.mixer_recompute
     args.mixer_context = recipe.parallel.context_method
+    if not set(recipe.model.pattern) & ATTENTION_LETTERS:
+        # Megatron asks for heads that the tensor-parallel size divides, also where no layer has any. The arguments stay
+        # as they are: a checkpoint's are compared with them.
+        args = argparse.Namespace(**vars(args))
+        args.num_attention_heads *= args.tensor_model_parallel_size
+        args.num_query_groups, args.group_query_attention = None, False
     config = hybrid_config_from_args(args, config=core_transformer_config_from_args(args, MixerTransformerConfig))
     config.hybrid_stack_spec = stack_spec(layers)
     return config

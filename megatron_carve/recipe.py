@@ -60,6 +60,11 @@ class Recipe:
             raise ValueError(
                 f"training.seq_length: expected a multiple of 2 * parallel.context = {2 * context}, got {sequence}"
             )
+        for letter in set(self.model.pattern) & set(MIXER_LETTERS):
+            try:
+                self.mixer.check_kind(MIXER_LETTERS[letter])
+            except ValueError as error:
+                raise ValueError(f"mixer.{error}") from None
         if set(self.model.pattern) & set(MIXER_LETTERS):
             if self.training.precision != "fp32" and not self.parallel.distributed_optimizer:
                 raise ValueError(
@@ -141,6 +146,19 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply_override(values, origin, override)
     return _build(values, origin, Path(name_or_path).stem)
+
+
+def written_keys(path: Path) -> set[str]:
+    """The dotted keys that a recipe file itself sets, ancestors not counted.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
+    try:
+        document = _parse(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
+    return set(_dotted(document)) if isinstance(document, Mapping) else set()
 
 
 class _Loader(yaml.SafeLoader):

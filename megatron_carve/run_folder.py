@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_carve.config import MIXER_LETTERS
-from megatron_carve.recipe import Recipe, RecipeError, load_recipe
+from megatron_carve.recipe import Recipe, RecipeError, load_recipe, written_keys
 
 # Beginnings of Megatron arguments that change how a model is trained or watched, not what it is.
 SAME_MODEL = [
@@ -117,9 +118,13 @@ class RunFolder:
         if not self.recipe.exists():
             raise CheckpointError(f"{self.checkpoints}: holds a checkpoint, but {self.recipe}, its recipe, is gone")
         try:
-            return load_recipe(str(self.recipe.resolve()))
+            recipe = load_recipe(str(self.recipe.resolve()))
+            earlier = is_earlier_carve(recipe.model.pattern, written_keys(self.recipe))
         except RecipeError as error:
             raise CheckpointError(f"{self.recipe}: cannot tell which model the checkpoint is of: {error}") from None
+        if earlier:
+            raise CheckpointError(f"{self.checkpoints}: the checkpoint is of {EARLIER_CARVE}")
+        return recipe
 
     def check_same_model(self, recipe: Recipe) -> None:
         """Raise CheckpointError unless the checkpoint here is of the model that `recipe` describes."""
@@ -133,6 +138,17 @@ class RunFolder:
             )
 
 
+EARLIER_CARVE = (
+    "CARVE as this package built it before the paper's text was known (its recipe has no mixer.erase): other gates and "
+    "other parameters, which this version does not have; train it anew"
+)
+
+
+def is_earlier_carve(pattern: str, keys: Collection[str]) -> bool:
+    """Whether a resolved recipe with these dotted keys was written when letter C was an earlier form of CARVE."""
+    return "C" in pattern and "mixer.erase" not in keys
+
+
 def architecture(recipe: Recipe) -> dict[str, Any]:
     """What a checkpoint of this recipe's model depends on, by recipe key; the parallel layout is not part of it."""
     values = recipe.to_dict()
@@ -142,7 +158,7 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
     model["pattern"] = model["pattern"].replace("|", "")
     flat = {f"model.{k}": v for k, v in model.items()}
     if set(model["pattern"]) & {*MIXER_LETTERS, "G"}:
-        flat |= {f"mixer.{k}": v for k, v in values["mixer"].items() if k != "content_grad"}
+        flat |= {f"mixer.{k}": v for k, v in values["mixer"].items() if k not in ("content_grad", "erase_bias")}
     if recipe.data.source == "recall":
         flat |= {f"data.recall.{k}": values["data"]["recall"][k] for k in ("num_keys", "num_values")}
     else:

@@ -93,37 +93,41 @@ def chunk_gdn2(span: Span, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor
 
 
 def chunk_carve(
-    span: Span, q: Tensor, k: Tensor, v: Tensor, g: Tensor, erase_logits: Tensor, w: Tensor, content_down: Tensor,
-    content_up: Tensor, *, content_chunk: int, A_log: Tensor, dt_bias: Tensor, **options: Any,
+    span: Span, q: Tensor, k: Tensor, v: Tensor, g: Tensor, erase_logits: Tensor, w: Tensor,
+    content_down: Tensor | None, content_up: Tensor | None, *,
+    content_chunk: int, A_log: Tensor, dt_bias: Tensor, erase_bias: Tensor, **options: Any,
 ) -> Tensor:  # fmt: skip
-    """kernels.chunk_carve on a span of the sequences: arguments as there, without those of states and packing.
+    """kernels.chunk_carve on a span of the sequences: arguments as there, without those of states and packing; D and U
+    are for all heads.
 
     Returns:
         o, [B, T, HV, V].
     """
     options |= {"content_chunk": content_chunk, "cu_seqlens": span.cu_seqlens}
+    of_keys = {"A_log": A_log, "dt_bias": dt_bias, "erase_bias": erase_bias}
     if span.group is None:
-        return kernels.chunk_carve(
-            q, k, v, g, erase_logits, w, content_down, content_up, A_log=A_log, dt_bias=dt_bias, **options
-        )[0]
+        return kernels.chunk_carve(q, k, v, g, erase_logits, w, content_down, content_up, **of_keys, **options)[0]
     assert span.enters is not None and span.before is not None
     (H, K), (HV, V) = q.shape[2:], v.shape[2:]
     count = span.before % content_chunk
     turns = carve_turns(q.shape[0], H, HV)
-    by_turn = [
-        *(x.chunk(turns, 2) for x in (q, k, v, g, erase_logits, w)),
-        *(x.chunk(turns) for x in (content_down, content_up, A_log, dt_bias)),
-    ]
+    by_turn = zip(
+        zip(*(x.chunk(turns, 2) for x in (q, k, v, g, erase_logits, w)), strict=True),
+        zip(*(x.chunk(turns) for x in of_keys.values()), strict=True),
+        strict=True,
+    )
     sizes = [K * V, V, V]  # of S, mean and partial: they travel in one message
-    turn = _Turn.apply(q, k, v, g, erase_logits, w, content_down, content_up, A_log, dt_bias)
+    given = (q, k, v, g, erase_logits, w, content_down, content_up, *of_keys.values())
+    turn = _Turn.apply(*(x for x in given if x is not None))
     outputs = []
-    for *tensors, A_log, dt_bias in zip(*by_turn, strict=True):
+    for tensors, parameters in by_turn:
         received, turn = _TakeOver.apply(turn, (q.shape[0], HV // turns, sum(sizes)), _float(q), span.group)
         entering = torch.where(span.enters[:, None, None], received, 0.0)
         S, mean, partial = entering.split(sizes, -1)
         initial = CarveState(S.unflatten(-1, (K, V)), mean, partial, count)
         o, final = kernels.chunk_carve(
-            *tensors, A_log=A_log, dt_bias=dt_bias, initial_state=initial, output_final_state=True, **options
+            *tensors, content_down, content_up, **dict(zip(of_keys, parameters, strict=True)),
+            initial_state=initial, output_final_state=True, **options,
         )  # fmt: skip
         assert final is not None
         passed = torch.cat([final.S.flatten(2), final.mean, final.partial], -1)

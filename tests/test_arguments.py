@@ -91,14 +91,14 @@ class TestParsedBack:
         found = vars(
             parsed(
                 parser,
-                load_recipe("carve_1p3b_hybrid"),
+                load_recipe("gdn2_1p3b_hybrid"),
                 layers="transformer_engine",
                 device="cuda",
                 vocab_size=32000,
             )
         )
         expected = {
-            "hybrid_layer_pattern": "C-*-" * 9, "hidden_size": 2304, "ffn_hidden_size": 6784,
+            "hybrid_layer_pattern": "2-*-" * 9, "hidden_size": 2304, "ffn_hidden_size": 6784,
             "num_attention_heads": 18, "kv_channels": None, "group_query_attention": False,
             "window_size": (2047, 0), "position_embedding_type": "rope", "rotary_base": 10000,
             "vocab_size": 32000, "make_vocab_size_divisible_by": 128,
@@ -114,7 +114,7 @@ class TestParsedBack:
             "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 1,
             "sequence_parallel": False, "use_distributed_optimizer": True, "overlap_grad_reduce": True,
             "overlap_param_gather": True, "distributed_backend": "nccl", "save_interval": 1000,
-            "save": "runs/carve_1p3b_hybrid/checkpoints", "tensorboard_dir": "runs/carve_1p3b_hybrid/tensorboard",
+            "save": "runs/gdn2_1p3b_hybrid/checkpoints", "tensorboard_dir": "runs/gdn2_1p3b_hybrid/tensorboard",
             "create_attention_mask_in_dataloader": False, "no_persist_layer_norm": False,
             "masked_softmax_fusion": True, "bias_swiglu_fusion": True, "exit_signal_handler": True,
         }  # fmt: skip

@@ -8,6 +8,7 @@ from support.parallel import launch
 
 WORKER = Path(__file__).parent / "support" / "collectives_worker.py"
 BYTES = 4  # of a number here, float32
+CONTENT_RANK = 16
 
 
 def documented(
@@ -37,6 +38,8 @@ def documented(
         else:
             add(forward, "all-reduce", 1, n * hidden)
             add(backward, "all-reduce", 2, n * hidden + width)
+            if kind == "carve":
+                add(backward, "all-reduce", 2, 2 * CONTENT_RANK * width)
     if cp > 1:
         gates = channels if kind == "gdn2" else heads // tp
         for where in (forward, backward):
@@ -61,6 +64,7 @@ def documented(
     ("kind", "tp", "sp", "cp", "method"),
     [
         ("carve", 2, False, 1, "auto"),
+        ("carve", 2, True, 1, "auto"),
         ("gdn2", 2, True, 1, "auto"),
         ("carve", 1, False, 2, "heads"),
         ("carve", 1, False, 2, "sequence"),

@@ -1,6 +1,7 @@
 """Mixer configuration: what it refuses, and the sizes that follow from it, against sums written by hand."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -14,7 +15,7 @@ HIDDEN = 7
 # Layers of TINY at hidden size 7: H=2, HV=4, K=3, V=5, so H*K=6 and HV*V=20; convolution over 6+6+20=32 channels.
 COMMON = (
     7 * (6 + 6 + 20 + 6)  # query, key, value, erase
-    + 2 + 6  # A_log per key head, dt_bias per key channel
+    + 6  # dt_bias per key channel
     + 5  # output norm, one weight for all heads
     + 20 * 7  # output projection
     + 7  # input norm
@@ -23,7 +24,9 @@ CONV, CONV_BIAS = 32 * 3, 32
 WRITE = {"carve": 7 * 4, "gdn2": 7 * 20}
 LOW_DECAY, FULL_DECAY = 7 * 5 + 5 * 6, 7 * 6
 LOW_GATE, FULL_GATE = 7 * 5 + 5 * 20 + 20, 7 * 20
-CONTENT = 4 * (2 * 5 + 3 * 2)  # per value head a map down V -> 2 and a map up 2 -> K
+RATES = {"carve": 6, "gdn2": 2}  # A_log: per key channel, or per key head
+# the bias of the erase logits, and for all heads a map down V -> 2 and a map up 2 -> K
+ERASE, CONTENT = 6, 2 * 5 + 3 * 2
 
 
 class TestRefusals:
@@ -33,12 +36,17 @@ class TestRefusals:
             ("decay_projection", "half_rank", "one of low_rank, full_rank"),
             ("decay_projection", None, "one of low_rank, full_rank"),
             ("output_gate_projection", "lowrank", "one of low_rank, full_rank"),
-            ("output_gate_activation", "gelu", "one of silu, sigmoid"),
+            ("output_gate_activation", "gelu", "one of silu, sigmoid, none"),
+            ("short_convolution", "dynamic", "one of static, none"),
+            ("erase", "full", "one of diagonal, delta"),
+            ("prediction", "next", "one of previous, decayed"),
+            ("erase_bias", "low", "a number or null"),
+            ("erase_bias", math.inf, "a finite number"),
             ("negative_eigenvalues", 1, "true or false"),
             ("conv_bias", "yes", "true or false"),
             ("content_rank", 8.0, "an integer"),
             ("content_rank", True, "an integer"),
-            ("content_rank", 0, "a positive integer"),
+            ("content_rank", -1, "an integer of at least 0"),
             ("content_chunk", "64", "an integer"),
             ("content_chunk", 0, "a positive multiple of 64"),
             ("content_chunk", -64, "a positive multiple of 64"),
@@ -71,7 +79,8 @@ class TestRefusals:
         "accepted",
         [
             {"content_chunk": 2 * CHUNK_TOKENS},
-            {"content_rank": 1},
+            {"content_rank": 0},
+            {"erase_bias": -2},
             {"num_key_heads": 3, "num_value_heads": 9},
             {"conv_width": 1},
             {"output_gate_activation": "sigmoid", "content_grad": "detached", "negative_eigenvalues": True},
@@ -93,8 +102,12 @@ class TestSizes:
             "decay_projection": "low_rank",
             "output_gate_projection": "low_rank",
             "output_gate_activation": "silu",
-            "negative_eigenvalues": False,
+            "short_convolution": "static",
             "conv_bias": True,
+            "negative_eigenvalues": False,
+            "erase": "diagonal",
+            "prediction": "previous",
+            "erase_bias": None,
             "content_rank": 2,
             "content_chunk": 64,
             "content_grad": "full",
@@ -122,33 +135,44 @@ class TestSizes:
     @pytest.mark.parametrize(
         ("kind", "options", "expected"),
         [
-            ("gdn2", {}, COMMON + CONV + WRITE["gdn2"] + LOW_DECAY + LOW_GATE),
-            ("carve", {}, COMMON + CONV + WRITE["carve"] + LOW_DECAY + LOW_GATE + CONTENT),
-            ("gdn2", {"conv_bias": True}, COMMON + CONV + CONV_BIAS + WRITE["gdn2"] + LOW_DECAY + LOW_GATE),
+            ("carve", {}, COMMON + CONV + LOW_DECAY + LOW_GATE + CONTENT),
+            ("gdn2", {}, COMMON + CONV + LOW_DECAY + LOW_GATE),
+            ("gdn2", {"conv_bias": True}, COMMON + CONV + CONV_BIAS + LOW_DECAY + LOW_GATE),
             (
                 "carve",
                 {"conv_bias": True, "decay_projection": "full_rank"},
-                COMMON + CONV + CONV_BIAS + WRITE["carve"] + FULL_DECAY + LOW_GATE + CONTENT,
+                COMMON + CONV + CONV_BIAS + FULL_DECAY + LOW_GATE + CONTENT,
             ),
-            (
-                "gdn2",
-                {"output_gate_projection": "full_rank"},
-                COMMON + CONV + WRITE["gdn2"] + LOW_DECAY + FULL_GATE,
-            ),
+            ("gdn2", {"output_gate_projection": "full_rank"}, COMMON + CONV + LOW_DECAY + FULL_GATE),
             (
                 "carve",
                 {"decay_projection": "full_rank", "output_gate_projection": "full_rank"},
-                COMMON + CONV + WRITE["carve"] + FULL_DECAY + FULL_GATE + CONTENT,
+                COMMON + CONV + FULL_DECAY + FULL_GATE + CONTENT,
             ),
+            ("carve", {"content_rank": 0, "output_gate_activation": "none"}, COMMON + CONV + LOW_DECAY),
+            ("carve", {"short_convolution": "none", "conv_bias": True}, COMMON + LOW_DECAY + LOW_GATE + CONTENT),
+            ("gdn2", {"short_convolution": "none", "output_gate_activation": "none"}, COMMON + LOW_DECAY),
         ],
     )
     def test_parameter_count_is_the_sum_of_the_tensors(self, kind, options, expected):
-        assert MixerConfig(**TINY, content_rank=2, **options).parameter_count(kind, HIDDEN) == expected
+        expected += WRITE[kind] + RATES[kind] + (ERASE if kind == "carve" else 0)
+        assert MixerConfig(**{**TINY, "content_rank": 2, **options}).parameter_count(kind, HIDDEN) == expected
+
+    def test_the_papers_count_of_mixer_parameters(self):
+        """q, k, v, erase, write, low-rank decay and content: 19.0 % fewer than GDN-2's 3,047,424 a layer at 125M."""
+        recipe = load_recipe("carve_125m")
+        carve, gdn2 = (recipe.mixer.paper_parameter_count(kind, 768) for kind in ("carve", "gdn2"))
+        assert gdn2 == 768 * (4 * 768 + 768 + 64) + 64 * 768 == 3_047_424
+        assert carve == 768 * (4 * 768 + 12 + 64) + 64 * 768 + 16 * (64 + 64)
+        assert round(100 * (1 - carve / gdn2), 1) == 19.0
 
     @pytest.mark.parametrize(
         "irrelevant",
         [
             {"negative_eigenvalues": True},
+            {"erase": "delta"},
+            {"prediction": "decayed"},
+            {"erase_bias": -1.0},
             {"content_chunk": 128},
             {"content_grad": "detached"},
             {"output_gate_activation": "sigmoid"},
@@ -227,22 +251,23 @@ def layer_parameters(recipe: Recipe) -> int:
 
 class TestPublishedSizes:
     @pytest.mark.parametrize(
-        ("name", "pattern", "ffn", "parameters"),
+        ("name", "parameters"),
         [
-            ("gdn2_1p3b_recurrent", "2-" * 18, 6208, 1_302_638_112),
-            ("gdn2_1p3b_hybrid", "2-*-" * 9, 6784, 1_300_314_384),
+            ("gdn2_1p3b_recurrent", 1_302_638_112),
+            ("gdn2_1p3b_hybrid", 1_300_314_384),
+            ("gdn2_125m", 101_598_096),
+            ("carve_125m", 94_673_664),
+            ("carve_1p3b_recurrent", 1_360_825_344),
+            ("carve_1p3b_hybrid", 1_328_924_928),
         ],
     )
-    def test_gdn2(self, name, pattern, ffn, parameters):
-        recipe = load_recipe(name)
-        assert (recipe.model.pattern, recipe.model.ffn_hidden_size) == (pattern, ffn)
-        assert (recipe.model.hidden_size, recipe.model.num_attention_heads) == (2304, 18)
-        assert layer_parameters(recipe) == parameters
+    def test_parameters_of_the_layers(self, name, parameters):
+        assert layer_parameters(load_recipe(name)) == parameters
 
-    @pytest.mark.parametrize("layout", ["recurrent", "hybrid"])
-    def test_carve_differs_by_its_gates_alone(self, layout):
-        carve, gdn2 = load_recipe(f"carve_1p3b_{layout}"), load_recipe(f"gdn2_1p3b_{layout}")
-        layers = carve.model.pattern.count("C")
-        # Per layer: a write gate of 16 instead of 2048 features, and per head two maps of rank 16.
-        difference = 2304 * (16 - 2048) + 16 * 16 * (128 + 128)
-        assert layer_parameters(carve) - layer_parameters(gdn2) == layers * difference
+    def test_gdn2_125m_is_carve_125m_with_gdn2(self):
+        carve, gdn2 = load_recipe("carve_125m"), load_recipe("gdn2_125m")
+        assert gdn2.model == dataclasses.replace(carve.model, pattern="2-" * 12)
+        assert (gdn2.mixer, gdn2.training) == (carve.mixer, carve.training)
+        # Per layer: a write gate of 12 instead of 768 features, A_log and the erase bias of every channel, two maps.
+        difference = 768 * (12 - 768) + (768 - 12) + 768 + 16 * (64 + 64)
+        assert layer_parameters(carve) - layer_parameters(gdn2) == 12 * difference

@@ -21,8 +21,9 @@ LAYERS = [
     ("carve", False, "document", {}),
     ("gdn2", False, "document", {"conv_bias": True}),
     ("carve", True, "document", {"decay_projection": "full_rank", "output_gate_projection": "full_rank"}),
-    ("gdn2", True, "document", {}),
-    ("carve", True, "sequence", {"conv_bias": True, "content_grad": "detached"}),
+    ("carve", True, "document", {"erase": "delta", "output_gate_activation": "none"}),
+    ("gdn2", True, "document", {"short_convolution": "none"}),
+    ("carve", True, "sequence", {"conv_bias": True, "content_grad": "detached", "prediction": "decayed"}),
     ("gdn2", True, "sequence", {"conv_bias": True}),
 ]
 

@@ -22,8 +22,13 @@ data: {text: cats.txt}
 OTHER = [
     "model.tie_embeddings=true", "model.position_embedding=none", "model.attention_window=null", "mixer.conv_bias=true",
     "mixer.decay_projection=full_rank", "mixer.output_gate_projection=full_rank", "mixer.negative_eigenvalues=true",
-    "mixer.output_gate_activation=sigmoid", "mixer.content_chunk=128", "mixer.conv_width=2",
+    "mixer.output_gate_activation=sigmoid", "mixer.content_chunk=128", "mixer.conv_width=2", "mixer.erase=delta",
 ]  # fmt: skip
+LEAST = [
+    "mixer.prediction=decayed", "mixer.content_rank=0", "mixer.short_convolution=none",
+    "mixer.output_gate_activation=none",
+]  # fmt: skip
+RUNS = {"plain": [], "other": OTHER, "least": LEAST}
 # In a process of its own, from a folder where the project's sources are not.
 COMPARE = """
 import json, sys, warnings
@@ -71,8 +76,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hugging_face")
     (folder / "tiny.yaml").write_text(TINY)
     (folder / "cats.txt").write_text("the cat sat on the mat. " * 800)
-    train(folder, "tiny.yaml", "run.name=plain")
-    train(folder, "tiny.yaml", "run.name=other", "training.steps=30", *OTHER)
+    for name, options in RUNS.items():
+        train(folder, "tiny.yaml", f"run.name={name}", *options)
     return folder
 
 
@@ -87,13 +92,13 @@ def results(folder, place, run):
 @pytest.fixture(scope="module")
 def exported(folder):
     """Run -> its exported folder."""
-    for name in ("plain", "other"):
+    for name in RUNS:
         done = program(folder, "export", f"runs/{name}", f"out/{name}")
         assert f"out/{name}: step 30, " in done.stdout
-    return {name: f"out/{name}" for name in ("plain", "other")}
+    return {name: f"out/{name}" for name in RUNS}
 
 
-@pytest.mark.parametrize("name", ["plain", "other"])
+@pytest.mark.parametrize("name", RUNS)
 def test_transformers_computes_and_generates_the_same(folder, exported, name):
     theirs, ours = results(folder, exported[name], "theirs"), results(folder, f"runs/{name}", "ours")
     expected = torch.tensor(ours["logits"])
@@ -105,7 +110,7 @@ def test_transformers_computes_and_generates_the_same(folder, exported, name):
     assert theirs["stored"] == 1  # the memory holds what it needs and nothing around it
 
 
-@pytest.mark.parametrize("name", ["plain", "other"])
+@pytest.mark.parametrize("name", RUNS)
 def test_import_goes_back_to_the_same_weights(folder, exported, name):
     program(folder, "import", exported[name], f"back/{name}")
     program(folder, "export", f"back/{name}", f"again/{name}")
@@ -137,14 +142,14 @@ def test_a_run_of_two_processes_exports_the_same(folder, exported):
         torch.testing.assert_close(two[name], expected, rtol=1e-6, atol=1e-9, msg=name)
 
 
-def test_a_bfloat16_run_keeps_its_decay_in_float32(folder):
+def test_a_bfloat16_run_keeps_decay_and_erase_bias_in_float32(folder):
     train(folder, "tiny.yaml", "run.name=half", "training.precision=bf16", "training.steps=3", "checkpoint.interval=3")
     program(folder, "export", "runs/half", "out/half")
     from safetensors.torch import load_file
 
     kinds = {name: w.dtype for name, w in load_file(folder / "out" / "half" / "model.safetensors").items()}
     in_float32 = {name for name, kind in kinds.items() if kind == torch.float32}
-    assert in_float32 == {name for name in kinds if name.endswith(("A_log", "dt_bias"))}
+    assert in_float32 == {name for name in kinds if name.endswith(("A_log", "dt_bias", "erase_bias"))}
     theirs, ours = results(folder, "out/half", "theirs"), results(folder, "runs/half", "ours")
     assert theirs["dtype"] == "torch.bfloat16"
     assert theirs["float32"] == sorted(in_float32)
@@ -188,6 +193,11 @@ def test_mistakes_end_in_one_line(folder, exported):
     weights = load_file(folder / exported["plain"] / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, damaged / "model.safetensors")
+    earlier = folder / "earlier_form"
+    earlier.mkdir()
+    config = json.loads((folder / exported["plain"] / "config.json").read_text())
+    del config["recipe"]["mixer"]["erase"]
+    (earlier / "config.json").write_text(json.dumps(config))
     exports = [
         (["runs/none", "out/none"], "runs/none: expected the folder of a run"),
         (["runs/plain", "."], ".: expected a new or empty folder"),
@@ -196,7 +206,8 @@ def test_mistakes_end_in_one_line(folder, exported):
     imports = [
         (["runs/plain", "back/none"], "config.json"),
         (["other_model", "back/none"], "expected a folder that megatron_carve.export wrote, got model_type 'llama'"),
-        (["damaged", "back/none"], "model.safetensors: expected 54 tensors, but model.norm.weight is missing"),
+        (["earlier_form", "back/none"], "earlier_form: the model is CARVE as this package built it before the paper's"),
+        (["damaged", "back/none"], "model.safetensors: expected 55 tensors, but model.norm.weight is missing"),
         ([exported["plain"], "runs/plain"], "expected a run without checkpoints, but there is one"),
     ]
     assert_complaints(folder, "import", imports)

@@ -49,7 +49,12 @@ PATTERNS = {
     "attention": ("*-*-", {"num_query_groups": 2}),
     "window": ("*-*-", {"window_size": (16, 0)}),
     "hybrid": ("C-2*-", {"window_size": (16, 0), "num_query_groups": 2}),
-    "conv bias": ("C2", {"mixer": {"conv_bias": True, "content_chunk": 128, "negative_eigenvalues": True}}),
+    "delta": (
+        "C2",
+        {"mixer": {"conv_bias": True, "content_chunk": 128, "negative_eigenvalues": True, "erase": "delta"}},
+    ),
+    "decayed": ("C2", {"mixer": {"prediction": "decayed", "content_rank": 0}}),
+    "least": ("C2", {"mixer": {"short_convolution": "none", "output_gate_activation": "none"}}),
     "window of one": ("*-", {"window_size": (0, 0)}),
     "short convolution": ("2C", {"linear_conv_kernel_dim": 1}),
 }

@@ -9,6 +9,7 @@ LOSS_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 2e-4
 
 HYBRID, CARVE, GDN2 = {"pattern": "C-2-*-"}, {"pattern": "C-C-"}, {"pattern": "2-2-"}
+DELTA = {"pattern": "C-C-", "mixer": {"content_rank": 4, "erase": "delta"}}
 # Documents of random lengths that 2 * cp divides, packed into one sequence. Local attention does not take them.
 PACKED = {"pattern": "C-2-", "documents": [24, 80, 8, 72], "seq_length": 184, "steps": 2}
 # Not under context parallelism: there Megatron weighs the tokens of every rank apart.
@@ -49,6 +50,8 @@ def single(tmp_path_factory):
         (HYBRID, {"tp": 2, "sp": True, "cp": 2}),
         (HYBRID, FULL),
         pytest.param(CARVE, {"tp": 4, "sp": True}, marks=pytest.mark.long),
+        pytest.param(DELTA, {"tp": 4, "sp": True}, marks=pytest.mark.long),
+        (DELTA, {"tp": 2, "cp": 2, **SEQUENCE}),
         (CARVE, {"tp": 2, "cp": 2, **SEQUENCE, **FULL}),
         pytest.param(CARVE, {"cp": 4, "mixer_recompute": True}, marks=pytest.mark.long),
         (CARVE, {"cp": 2, **SEQUENCE, "mixer_recompute": True}),
@@ -75,7 +78,9 @@ def test_layout_equals_one_process(single, model, layout, tmp_path):
     [
         (HYBRID, {"tp": 2}, "norm_weight"),
         (HYBRID, {"tp": 2}, "low_rank"),
+        (HYBRID, {"tp": 2}, "content_maps"),
         (HYBRID, {"tp": 2, "sp": True}, "norm_weight_mark"),
+        (HYBRID, {"tp": 2, "sp": True}, "content_maps_mark"),
         (HYBRID, {"tp": 2, "sp": True}, "sequence_parallel_norms"),
         (HYBRID, {"dp": 2, "distributed_optimizer": False}, "data_and_context"),
         (CARVE, {"cp": 2}, "data_and_context"),

@@ -40,16 +40,20 @@ def hidden_states(length: int = LENGTH) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("recipe", "layers"),
-    [("gdn2_1p3b_recurrent", 1_302_638_112), ("gdn2_1p3b_hybrid", 1_300_314_384)],
-)
-def test_built_1p3b_models_have_the_published_number_of_parameters(recipe, layers):
+    [
+        ("gdn2_1p3b_recurrent", 1_302_638_112), ("gdn2_1p3b_hybrid", 1_300_314_384),
+        ("carve_1p3b_recurrent", 1_360_825_344), ("carve_1p3b_hybrid", 1_328_924_928),
+        ("carve_125m", 94_673_664), ("gdn2_125m", 101_598_096),
+    ],
+)  # fmt: skip
+def test_built_models_have_the_number_of_parameters_that_their_recipes_say(recipe, layers):
     r = load_recipe(recipe)
     m, x = r.model, r.mixer
     model = hybrid_model(
         m.pattern, vocab_size=128, hidden_size=m.hidden_size, ffn_hidden_size=m.ffn_hidden_size,
         num_attention_heads=m.num_attention_heads, linear_num_key_heads=x.num_key_heads,
         linear_num_value_heads=x.num_value_heads, linear_key_head_dim=x.key_head_dim,
-        linear_value_head_dim=x.value_head_dim, perform_initialization=False,
+        linear_value_head_dim=x.value_head_dim, perform_initialization=False, mixer=x.options,
     )  # fmt: skip
     assert sum(p.numel() for p in model.decoder.layers.parameters()) == layers
 
@@ -62,6 +66,8 @@ def test_built_1p3b_models_have_the_published_number_of_parameters(recipe, layer
         {"decay_projection": "full_rank"},
         {"output_gate_projection": "full_rank"},
         {"conv_bias": True, "content_rank": 3},
+        {"short_convolution": "none", "output_gate_activation": "none"},
+        {"erase": "delta", "content_rank": 0, "output_gate_activation": "none", "output_gate_projection": "full_rank"},
     ],
     ids=str,
 )
@@ -76,29 +82,50 @@ def test_every_option_builds_the_parameters_that_the_formula_counts(kind, option
     assert bias is None
     without = [n for n, p in mixer.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     # U is zero at first, so D has no gradient yet; its own gradient then moves U.
-    assert without == (["content_down"] if kind == "carve" else [])
+    assert without == (["content_down"] if kind == "carve" and sizes.content_rank else [])
 
 
-def test_carve_starts_as_gdn2_with_a_scalar_write_gate():
-    carve, gdn2 = build("carve"), build("gdn2")
+def test_carves_delta_form_starts_as_gdn2_with_a_scalar_write_gate():
+    carve, gdn2 = build("carve", options={"erase": "delta"}), build("gdn2")
     own = dict(carve.named_parameters())
     with torch.no_grad():
+        own["decay.A_log"].view(2, 8).copy_(own["decay.A_log"].view(2, 8)[:, :1].clone())
         for name, parameter in gdn2.named_parameters():
-            if name != "in_proj.weight":
+            if name == "decay.A_log":
+                parameter.copy_(own[name].view(2, 8)[:, 0])
+            elif name != "in_proj.weight":
                 parameter.copy_(own[name])
         names = [s.name for s in carve.sections]
         parts = dict(zip(names, carve.in_proj.weight.split([s.size for s in carve.sections]), strict=True))
         parts["write"] = parts["write"].repeat_interleave(12, dim=0)
         gdn2.in_proj.weight.copy_(torch.cat(list(parts.values())))
     x = hidden_states()
+    torch.testing.assert_close(gdn2(x)[0], carve(x)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("erase", ["diagonal", "delta"])
+def test_content_acts_from_the_end_of_the_first_content_chunk_on(erase):
+    carve = build("carve", options={"erase": erase})
+    x = hidden_states()
     before = carve(x)[0]
-    torch.testing.assert_close(gdn2(x)[0], before, rtol=1e-5, atol=1e-6)
     torch.nn.init.normal_(carve.content_up)
     torch.nn.init.normal_(carve.content_down)
     changed = (carve(x)[0] != before).any(-1).any(-1)
-    # The first content chunk has none before it; the content term acts from its end on.
     assert not changed[:64].any()
     assert changed[64:].all()
+
+
+@pytest.mark.parametrize(
+    ("options", "initial"),
+    [({}, -4.0), ({"erase_bias": -2.5}, -2.5), ({"erase": "delta"}, 0.0), ({"erase": "delta", "erase_bias": 1}, 1.0)],
+    ids=str,
+)
+def test_the_erase_bias_starts_as_told_and_is_learned_by_channel(options, initial):
+    carve = build("carve", options=options)
+    bias = carve.erase_bias.bias
+    assert bias.shape == (2 * 8,) and (bias == initial).all()
+    carve(hidden_states())[0].square().sum().backward()
+    assert (bias.grad != 0).all()
 
 
 @pytest.mark.parametrize("kind", ["carve", "gdn2"])
@@ -149,7 +176,7 @@ def test_recomputation_changes_no_bit_and_keeps_less(kind):
 @pytest.mark.parametrize("kind", ["carve", "gdn2"])
 @pytest.mark.parametrize(("negative", "limit"), [(False, 1.0), (True, 2.0)])
 def test_negative_eigenvalues_double_the_erase_gate(kind, negative, limit, monkeypatch):
-    mixer = build(kind, options={"negative_eigenvalues": negative})
+    mixer = build(kind, options={"negative_eigenvalues": negative, "erase": "delta"})
     scale, logits = 50.0, hidden_states()
     gates = []
     module, name = importlib.import_module(f"megatron_carve.mixers.{kind}"), f"chunk_{kind}"
@@ -167,10 +194,11 @@ def test_decay_stays_float32_in_a_bfloat16_model_and_its_small_steps_are_kept():
 
     model = hybrid_model("C-2-", bf16=True, params_dtype=torch.bfloat16)
     wrapped = Float16Module(model.config, model)
-    decay = {n: p for n, p in wrapped.named_parameters() if n.endswith(("A_log", "dt_bias"))}
+    wide = ("A_log", "dt_bias", "erase_bias.bias")
+    decay = {n: p for n, p in wrapped.named_parameters() if n.endswith(wide)}
     others = [p for n, p in wrapped.named_parameters() if n not in decay]
     assert {p.dtype for p in decay.values()} == {torch.float32}
-    assert len(decay) == 4
+    assert len(decay) == 5
     assert {p.dtype for p in others} == {torch.bfloat16}
     bias = next(p for n, p in decay.items() if n.endswith("dt_bias"))
     before = bias.detach().clone()
@@ -203,6 +231,8 @@ def test_what_the_layer_cannot_do_is_refused():
         build("carve", options={"content_rnak": 4})
     with pytest.raises(ValueError, match="content_chunk: expected a positive multiple of 64, got 100"):
         build("carve", mixer={"content_chunk": 100})
+    with pytest.raises(ValueError, match="negative_eigenvalues: expected false with CARVE's diagonal erase"):
+        build("carve", options={"negative_eigenvalues": True})
     with pytest.raises(ValueError, match="num_value_heads: expected a multiple of num_key_heads=3"):
         build("gdn2", linear_num_key_heads=3)
 
@@ -210,7 +240,7 @@ def test_what_the_layer_cannot_do_is_refused():
 def test_options_of_the_spec_win_over_those_of_the_configuration():
     mixer = build("carve", mixer={"content_rank": 5, "conv_bias": True}, options={"content_rank": 7})
     assert (mixer.mixer.content_rank, mixer.mixer.conv_bias) == (7, True)
-    assert mixer.content_down.shape == (4, 7, 12)
+    assert mixer.content_down.shape == (7, 12) and mixer.content_up.shape == (8, 7)
 
 
 def perturbed(module: torch.nn.Module) -> torch.nn.Module:
@@ -221,13 +251,22 @@ def perturbed(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-@pytest.mark.parametrize("kind", ["carve", "gdn2"])
-def test_both_backends_agree(kind):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("gdn2", {"conv_bias": True}),
+        ("carve", {"conv_bias": True}),
+        ("carve", {"prediction": "decayed", "short_convolution": "none", "output_gate_activation": "none"}),
+        ("carve", {"erase": "delta"}),
+    ],
+    ids=str,
+)
+def test_both_backends_agree(kind, options):
     """Outputs and all gradients, through projections' slices as the kernels meet them in a model; recomputed too."""
     from support import interpreter
 
     sizes = {"linear_num_value_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
-    mixer = perturbed(build(kind, options={"conv_bias": True}, **sizes))
+    mixer = perturbed(build(kind, options=options, **sizes))
     hidden = torch.randn(80, 1, HIDDEN, device=interpreter.DEVICE)
     found = []
     for backend, recompute in (("torch", False), ("triton", False), ("triton", True)):

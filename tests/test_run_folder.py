@@ -128,6 +128,19 @@ class TestRecipe:
         assert reason in found
         assert "\n" not in found
 
+    def test_of_carve_before_its_paper_was_known_is_refused_by_name(self, folder):
+        text = folder.recipe.read_text()
+        new = ("erase", "prediction", "erase_bias", "short_convolution")
+        folder.recipe.write_text(
+            "".join(line for line in text.splitlines(keepends=True) if line.split(":")[0].strip() not in new)
+        )
+        found = refusal(folder, lambda: folder.check_same_model(recipe()))
+        assert found.startswith(f"{folder.checkpoints}: the checkpoint is of CARVE as this package built it before")
+        assert "no mixer.erase" in found and "train it anew" in found
+        # a model without the letter is what it was
+        folder.recipe.write_text(folder.recipe.read_text().replace("C-*-2-*-", "2-*-2-*-"))
+        assert folder.saved_recipe().model.pattern == "2-*-2-*-"
+
     def test_is_utf8_whatever_the_locale(self, folder, monkeypatch):
         seen = []
         write = type(folder.recipe).write_text

@@ -19,12 +19,12 @@ from megatron_carve.progress import read_metrics
 
 TINY = """
 inherit: debug
-model: {pattern: C-2-, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 2}
+model: {pattern: C-2-, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 1}
 mixer: {num_key_heads: 2, num_value_heads: 2, key_head_dim: 16, value_head_dim: 16, content_rank: 4}
 training: {steps: 12, seq_length: 96, micro_batch_size: 2, global_batch_size: 4, eval_interval: 6, eval_iters: 2}
 checkpoint: {interval: 4}
 run: {log_interval: 1}
-"""
+"""  # tensor-parallel ranks need not divide attention heads where no layer has any
 TEXT = "".join(f"line {i}: the cat sat on the mat, and then it sat again. ünïcode\n" for i in range(400))
 
 

@@ -20,7 +20,13 @@ from megatron_carve.checkpoint import sharded_mixer_state
 from megatron_carve.config import MixerConfig, MixerKind, MixerOptions
 from megatron_carve.kernels.wide_copy import contiguous, split_sections
 from megatron_carve.mixer_cache import MixerCache, mixer_cache
-from megatron_carve.mixers.parts import GatedHeadNorm, HeadParallelLinear, LogDecay, ShortConvolution
+from megatron_carve.mixers.parts import (
+    GatedHeadNorm,
+    HeadParallelLinear,
+    LogDecay,
+    PlainActivation,
+    ShortConvolution,
+)
 from megatron_carve.parallel import PackedOrder, Span, context_exchange, packed_boundaries
 from megatron_carve.patches import mixed_precision_groups
 
@@ -70,6 +76,8 @@ class LinearAttentionMixer(MegatronModule):
     """
 
     kind: ClassVar[MixerKind]
+    decay_by_channel: ClassVar[bool] = False
+    """A_log is one of every key channel instead of one of every key head."""
 
     def __init__(
         self,
@@ -89,6 +97,7 @@ class LinearAttentionMixer(MegatronModule):
         mixed_precision_groups.apply()
         self.layer_number = layer_number
         self.mixer = mixer_config(config, options)
+        self.mixer.check_kind(self.kind)
         self.tp_group = pg_collection.tp
         self.tp_size = self.tp_group.size()
         self.exchange = context_exchange(
@@ -117,18 +126,22 @@ class LinearAttentionMixer(MegatronModule):
         if config.perform_initialization:
             with get_cuda_rng_tracker().fork():
                 self.reset_parameters()
+            self.reset_replicated_parameters()
 
     def _build_head_parameters(self) -> None:
         """Everything that belongs to heads, sharded over the tensor-parallel group by heads."""
         c, tp = self.mixer, self.tp_size
-        self.conv = ShortConvolution(
-            self.config, self.local_sizes["key"], self.local_sizes["value"],
-            key_head_dim=c.key_head_dim, width=c.conv_width, bias=c.conv_bias,
-        )  # fmt: skip
-        self.decay = LogDecay(self.config, c.num_key_heads // tp, c.key_head_dim)
+        key_channels = self.local_sizes["key"]
+        self.conv: ShortConvolution | PlainActivation = PlainActivation(key_channels, key_head_dim=c.key_head_dim)
+        if c.short_convolution == "static":
+            self.conv = ShortConvolution(
+                self.config, key_channels, self.local_sizes["value"],
+                key_head_dim=c.key_head_dim, width=c.conv_width, bias=c.conv_bias,
+            )  # fmt: skip
+        self.decay = LogDecay(self.config, c.num_key_heads // tp, c.key_head_dim, by_channel=self.decay_by_channel)
         if c.decay_projection == "low_rank":
             self.decay_up = HeadParallelLinear(self.config, c.value_head_dim, c.key_dim // tp, bias=False)
-        if c.output_gate_projection == "low_rank":
+        if c.has_low_rank_gate:
             self.gate_up = HeadParallelLinear(self.config, c.value_head_dim, c.value_dim // tp, bias=True)
         self.out_norm = GatedHeadNorm(self.config, c.value_head_dim, c.output_gate_activation, self.tp_group)
 
@@ -139,6 +152,9 @@ class LinearAttentionMixer(MegatronModule):
         for up in (getattr(self, "decay_up", None), getattr(self, "gate_up", None)):
             if up is not None:
                 up.reset_parameters(self.config.init_method)
+
+    def reset_replicated_parameters(self) -> None:
+        """Initialise what every tensor-parallel rank holds and draws at random, with random numbers that all share."""
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, inference_context=None,
@@ -175,11 +191,11 @@ class LinearAttentionMixer(MegatronModule):
             out = self._recurrence(span, *mine)
         out = self.exchange.leave(out.transpose(0, 1).flatten(-2), order).unflatten(-1, (-1, out.shape[-1]))
         # The norm takes [B, T, H, V], in whichever order they lie in memory.
-        out, gate = (x.transpose(0, 1) for x in (out, gate.unflatten(-1, out.shape[-2:])))
-        out = self.out_norm(out, gate, self.backend).transpose(0, 1)
+        gate = None if gate is None else gate.unflatten(-1, out.shape[-2:]).transpose(0, 1)
+        out = self.out_norm(out.transpose(0, 1), gate, self.backend).transpose(0, 1)
         return self.out_proj(out.flatten(-2).contiguous())
 
-    def _pieces(self, projected: Tensor) -> tuple[list[tuple[Tensor, list[int]]], Tensor]:
+    def _pieces(self, projected: Tensor) -> tuple[list[tuple[Tensor, list[int]]], Tensor | None]:
         """From the fused projection [T, B, sections]: what the recurrence needs, by sections, and the output gate.
 
         Queries, keys and values stay in one piece, for the convolution. All pieces come from one split, so that their
@@ -189,7 +205,7 @@ class LinearAttentionMixer(MegatronModule):
         others = {name: size for name, size in self.local_sizes.items() if name not in CONVOLVED}
         first, *rest = split_sections(projected, [sum(convolved), *others.values()])
         part = dict(zip(others, rest, strict=True))
-        decay, gate = self._raw_decay_and_gate(part["decay"], part["gate"])
+        decay, gate = self._raw_decay_and_gate(part["decay"], part.get("gate"))
         by_token = [(x, [x.shape[-1]]) for x in (decay, part["erase"], part["write"])]
         return [(first, convolved), *by_token], gate
 
@@ -210,7 +226,7 @@ class LinearAttentionMixer(MegatronModule):
         batch, channels = convolved.shape[1:]
         heads, (K, V) = self.mixer.num_value_heads // self.tp_size, (self.mixer.key_head_dim, self.mixer.value_head_dim)
         return mixer_cache(
-            context, self.layer_number or 0, batch, ((self.mixer.conv_width - 1, channels), convolved.dtype),
+            context, self.layer_number or 0, batch, ((self.mixer.taps - 1, channels), convolved.dtype),
             self.state_shapes(heads, K, V), convolved.device,
         )  # fmt: skip
 
@@ -234,13 +250,13 @@ class LinearAttentionMixer(MegatronModule):
             write=write,
         )
 
-    def _raw_decay_and_gate(self, decay: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    def _raw_decay_and_gate(self, decay: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Expand the low-rank sections, whose features are spread over the tensor-parallel ranks."""
         if self.mixer.decay_projection == "low_rank":
             decay = all_gather_last_dim_from_tensor_parallel_region(decay, group=self.tp_group)
             # The op takes batch entry after batch entry: here little has to be brought into that order.
             decay = self.decay_up(contiguous(decay.transpose(0, 1))).transpose(0, 1)
-        if self.mixer.output_gate_projection == "low_rank":
+        if gate is not None and self.mixer.output_gate_projection == "low_rank":
             gate = self.gate_up(all_gather_last_dim_from_tensor_parallel_region(gate, group=self.tp_group))
         return decay, gate
 

@@ -87,22 +87,54 @@ class ShortConvolution(nn.Module):
         return torch.cat([exchange.share(section) for section in sections])
 
 
+class PlainActivation(nn.Module):
+    """SiLU and the norm of queries and keys where there is no convolution; used as ShortConvolution is."""
+
+    def __init__(self, key_channels: int, *, key_head_dim: int) -> None:
+        super().__init__()
+        self.key_channels, self.key_head_dim = key_channels, key_head_dim
+
+    def reset_parameters(self) -> None:
+        """It has none."""
+
+    def forward(
+        self, x: Tensor, exchange: Exchange, span: Span, backend: str, tokens_before: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ShortConvolution.forward; no token depends on those before."""
+        return convolve_qkv(  # with one tap of 1
+            x, x.new_ones(x.shape[2], 1), key_channels=self.key_channels // exchange.shares,
+            key_head_dim=self.key_head_dim, backend=backend,
+        )  # fmt: skip
+
+
+def replicated_parameter(config: TransformerConfig, data: Tensor) -> nn.Parameter:
+    """A parameter that every tensor-parallel rank holds and uses for its own heads alone, so that its gradient is a sum
+    over ranks: Megatron forms it where the parameter is marked as sequence-parallel and sequence parallelism is on;
+    elsewhere the parameter is used through summed_over_ranks."""
+    parameter = nn.Parameter(data)
+    setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010  Megatron reads it there
+    return parameter
+
+
+def summed_over_ranks(parameter: Tensor, config: TransformerConfig, group: Any) -> Tensor:
+    """A replicated_parameter as it is, its gradient summed over the ranks where Megatron does not."""
+    if config.sequence_parallel or group.size() == 1:
+        return parameter
+    return copy_to_tensor_model_parallel_region(parameter, group=group)
+
+
 class GatedHeadNorm(nn.Module):
-    """RMSNorm per head times activation(gate). The weight [V] is shared by all heads, so every rank holds it."""
+    """RMSNorm per head times activation(gate), if there is a gate. The weight [V] is shared by all heads."""
 
     def __init__(self, config: TransformerConfig, head_dim: int, activation: str, tp_group: Any) -> None:
         super().__init__()
-        self.eps, self.activation, self.tp_group = config.layernorm_epsilon, activation, tp_group
-        self.weight = nn.Parameter(torch.ones(head_dim, dtype=config.params_dtype, device=torch.cuda.current_device()))
-        # A rank applies the weight to its own heads only, so its gradient is a sum over ranks. Megatron forms that
-        # sum for parameters marked as sequence-parallel, and only when sequence parallelism is on.
-        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010  Megatron reads it there
-        self.sum_gradient = not config.sequence_parallel and tp_group.size() > 1
+        self.config, self.tp_group = config, tp_group
+        self.eps, self.activation = config.layernorm_epsilon, activation
+        ones = torch.ones(head_dim, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight = replicated_parameter(config, ones)
 
-    def forward(self, x: Tensor, gate: Tensor, backend: str) -> Tensor:
-        weight = self.weight
-        if self.sum_gradient:
-            weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
+    def forward(self, x: Tensor, gate: Tensor | None, backend: str) -> Tensor:
+        weight = summed_over_ranks(self.weight, self.config, self.tp_group)
         return gated_head_norm(x, gate, weight, eps=self.eps, activation=self.activation, backend=backend)
 
 
@@ -123,17 +155,33 @@ class HeadParallelLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-class LogDecay(nn.Module):
-    """The parameters A_log [H] and dt_bias [H*K] of this rank's heads, with which the ops form the decay.
+class Float32Parameters(nn.Module):
+    """A module whose parameters stay float32 in a model that is cast to 16 bits.
 
-    Both stay float32 in a model that is cast to bfloat16: their changes in a training step are far below
-    bfloat16's resolution at their size, so a cast would freeze them.
+    Their changes in a training step are far below bfloat16's resolution at their size, so a cast would freeze them.
     """
 
-    def __init__(self, config: TransformerConfig, local_heads: int, key_head_dim: int) -> None:
+    def _apply(self, fn, recurse=True):
+        """Follow moves between devices, ignore casts."""
+
+        def move(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(device=moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class LogDecay(Float32Parameters):
+    """The parameters A_log, [H] or of every channel [H*K], and dt_bias [H*K] of this rank's heads, with which the ops
+    form the decay."""
+
+    def __init__(self, config: TransformerConfig, local_heads: int, key_head_dim: int, *, by_channel: bool) -> None:
         super().__init__()
-        self.A_log = tensor_parallel_parameter(config, local_heads, dtype=torch.float32)
-        self.dt_bias = tensor_parallel_parameter(config, local_heads * key_head_dim, dtype=torch.float32)
+        self.heads = local_heads
+        channels = local_heads * key_head_dim
+        rates = channels if by_channel else local_heads
+        self.A_log = tensor_parallel_parameter(config, rates, dtype=torch.float32)
+        self.dt_bias = tensor_parallel_parameter(config, channels, dtype=torch.float32)
 
     def reset_parameters(self) -> None:
         """exp(A_log) uniform in [1, 16]; softplus(dt_bias) log-uniform in [0.001, 0.1]."""
@@ -144,14 +192,22 @@ class LogDecay(nn.Module):
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
         """The ops' arguments beside a raw decay, of this context-parallel rank's share of the heads."""
-        dt_bias = self.dt_bias.unflatten(0, (self.A_log.shape[0], -1))
-        return {"A_log": exchange.share(self.A_log), "dt_bias": exchange.share(dt_bias)}
+        A_log = self.A_log if self.A_log.shape[0] == self.heads else self.A_log.unflatten(0, (self.heads, -1))
+        dt_bias = self.dt_bias.unflatten(0, (self.heads, -1))
+        return {"A_log": exchange.share(A_log), "dt_bias": exchange.share(dt_bias)}
 
-    def _apply(self, fn, recurse=True):
-        """Follow moves between devices, ignore casts."""
 
-        def move(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(device=moved.device)
+class EraseBias(Float32Parameters):
+    """The bias [H*K] of the erase logits of this rank's heads, of CARVE."""
 
-        return super()._apply(move, recurse)
+    def __init__(self, config: TransformerConfig, local_heads: int, key_head_dim: int, *, initial: float) -> None:
+        super().__init__()
+        self.heads, self.initial = local_heads, initial
+        self.bias = tensor_parallel_parameter(config, local_heads * key_head_dim, dtype=torch.float32)
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.bias, self.initial)
+
+    def forward(self, exchange: Exchange) -> Tensor:
+        """[H, K] of this context-parallel rank's share of the heads."""
+        return exchange.share(self.bias.unflatten(0, (self.heads, -1)))
