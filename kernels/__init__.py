@@ -261,7 +261,9 @@ def _chunk_backend(call: OpCall, backend: str) -> Any:
         return reference
     from . import chunk
 
-    require_triton_support(call.op, call.q.dtype, call.q.shape[3], call.v.shape[3], erase=call.erase)
+    require_triton_support(
+        call.op, call.q.dtype, call.q.shape[3], call.v.shape[3], erase=call.erase, content=call.has_content
+    )
     return chunk
 
 

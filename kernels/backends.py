@@ -43,20 +43,23 @@ HEAD_WIDTHS = (32, 64, 96, 128, 256)
 WIDEST_CONVOLUTION = 8
 
 
-def require_triton_support(op: str, dtype: torch.dtype, K: int, V: int, *, erase: str = "diagonal") -> None:
+def require_triton_support(
+    op: str, dtype: torch.dtype, K: int, V: int, *, erase: str = "diagonal", content: bool = True
+) -> None:
     """Refuse what the Triton kernels lack.
 
     Args:
         op: "gdn2" or "carve" for the chunk ops, "recurrent" for decoding.
         dtype: of q, k, v.
         K, V: head widths.
-        erase: of "carve".
+        erase, content: of "carve", and whether it has content maps.
 
     Raises:
         NotImplementedError: a width or dtype that no kernel takes, or one whose tiles exceed the shared memory of a
-            Hopper SM. That is so for CARVE, one program of which holds a whole head: with diagonal erase above 128, and
-            above 64 in float16 and float32, both held as float32; with delta erase in these two with K above 128, and
-            in float32, whose operands are split in two, with V above 128 beside K above 64.
+            Hopper SM. That is so for CARVE with content, one program of which holds a whole head: with diagonal erase
+            above 128, and above 64 in float16 and float32, both held as float32; with delta erase in these two with K
+            above 128, and in float32, whose operands are split in two, with V above 128 beside K above 64. Diagonal
+            erase takes the same widths without content.
     """
     require_triton_dtype(dtype)
     widest_K = widest_V = HEAD_WIDTHS[-1]
@@ -65,7 +68,7 @@ def require_triton_support(op: str, dtype: torch.dtype, K: int, V: int, *, erase
         op = f"{op} with {erase} erase"
         if erase == "diagonal":
             widest_K = widest_V = 128 if dtype == torch.bfloat16 else 64
-        elif dtype != torch.bfloat16:
+        elif content and dtype != torch.bfloat16:
             widest_K = 128
             if dtype == torch.float32 and K > 64:
                 widest_V, beside = 128, f" beside K = {K}"

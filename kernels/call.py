@@ -30,8 +30,8 @@ class OpCall:
     content_down: Tensor | None = None
     content_up: Tensor | None = None
     erase_bias: Tensor | None = None
-    erase: str = "delta"
-    prediction: str = "decayed"
+    erase: str = "diagonal"
+    prediction: str = "previous"
     content_chunk: int = 64
     content_grad: str = "full"
     erase_scale: float = 1.0

@@ -42,11 +42,17 @@ def chunk_op(op: OpCall) -> tuple[Tensor, Any]:
     """The Triton backend of the public chunk ops, after their checks."""
     if op.op == "gdn2":
         return _chunk_gdn2(op)
-    o, final = _chunk_diagonal(op) if op.erases_by_decay else _chunk_delta(op)
+    call = _call(op, _carve_gate(op))
+    if op.erases_by_decay:
+        o, final = _run_carve(op, ChunkDiagonal, call)
+    elif op.has_content:
+        o, final = _run_carve(op, ChunkDelta, call)
+    else:
+        o, final = _run_delta_without_content(op, call)
     if not op.output_final_state:
         return o, None
     count = op.initial_state.count if isinstance(op.initial_state, CarveState) else 0
-    return o, CarveState(*final, (_chunks(op).lengths + count) % op.content_chunk)
+    return o, CarveState(*final, (call.chunks.lengths + count) % op.content_chunk)
 
 
 class ChunkGDN2(torch.autograd.Function):
@@ -155,7 +161,8 @@ class ChunkDiagonal(torch.autograd.Function):
         of_decay = erasing_decay_gradient(call, decay, d.g)
         of_content = content_map_gradients(of_decay.content, code, mean, down, up)
         d_bias = None if bias is None else of_decay.content.sum(0)
-        given_gradients = d.q, d.k, d.v, of_decay.g, of_decay.erase_logits, d.b + d.w, *_sums(of_decay)
+        d_w = (d.b + d.w).to(x.w.dtype)
+        given_gradients = d.q, d.k, d.v, of_decay.g, of_decay.erase_logits, d_w, *_sums(of_decay)
         return None, None, None, *given_gradients, *of_content, d_bias, *d_initial, None
 
 
@@ -228,7 +235,7 @@ def content_map_gradients(
 def _chunk_gdn2(op: OpCall) -> tuple[Tensor, Tensor | None]:
     gate = GATE_VALUES, GATE_LOGITS, GATE_SCALAR, GATE_SCALAR_LOGITS
     call = _call(op, gate[2 * (op.b.ndim == 3) + op.gate_logits].value)
-    return _run_gdn2(op, call, op.b, None if op.initial_state is None else op.initial_state)
+    return _run_gdn2(op, call, op.b, op.initial_state)
 
 
 def _run_gdn2(op: OpCall, call: Call, b: Tensor, initial_state: Any) -> tuple[Tensor, Tensor | None]:
@@ -244,18 +251,19 @@ def _run_gdn2(op: OpCall, call: Call, b: Tensor, initial_state: Any) -> tuple[Te
     return o.view(v.shape)[..., :V], S
 
 
-def _chunk_delta(op: OpCall) -> tuple[Tensor, Sequence[Tensor]]:
-    if not op.has_content:  # then it is GDN-2, with the bias in its logits
-        logits = op.b if op.erase_bias is None else op.b.float() + op.erase_bias
-        state = op.initial_state.S if isinstance(op.initial_state, CarveState) else None
-        o, S = _run_gdn2(op, _call(op, GATE_LOGITS.value), logits, state)
-        return o, () if S is None else (S, *(S.new_zeros(*S.shape[:2], S.shape[3]) for _ in range(2)))
-    return _run_carve(op, ChunkDelta, _call(op, SEES_CONTENT))
+def _carve_gate(op: OpCall) -> int:
+    """What erases along the key: with diagonal erase the write gate."""
+    if op.erases_by_decay:
+        return (GATE_SCALAR_LOGITS if op.gate_logits else GATE_SCALAR).value
+    return SEES_CONTENT if op.has_content else GATE_LOGITS.value
 
 
-def _chunk_diagonal(op: OpCall) -> tuple[Tensor, Sequence[Tensor]]:
-    call = _call(op, (GATE_SCALAR_LOGITS if op.gate_logits else GATE_SCALAR).value)
-    return _run_carve(op, ChunkDiagonal, call)
+def _run_delta_without_content(op: OpCall, call: Call) -> tuple[Tensor, Sequence[Tensor]]:
+    """GDN-2 with the bias in its logits."""
+    logits = op.b if op.erase_bias is None else op.b.float() + op.erase_bias
+    state = op.initial_state.S if isinstance(op.initial_state, CarveState) else None
+    o, S = _run_gdn2(op, call, logits, state)
+    return o, () if S is None else (S, *(S.new_zeros(*S.shape[:2], S.shape[3]) for _ in range(2)))
 
 
 def _run_carve(op: OpCall, function: type[torch.autograd.Function], call: Call) -> tuple[Tensor, Sequence[Tensor]]:

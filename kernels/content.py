@@ -31,6 +31,7 @@ from .erasing_decay import DecayInputs
 from .stages import Call, Content, Factors, GradientOperands, Inputs
 from .steep import HALVINGS
 from .tiles import (
+    content_code,
     load_columns,
     load_matrix,
     load_scalar_gate,
@@ -40,7 +41,6 @@ from .tiles import (
     sequence_rows,
     store_columns,
     store_matrix,
-    tanh,
     unit_triangular_inverse,
 )
 
@@ -107,7 +107,7 @@ def shifted_decays(b_a, m_pairs, CT: tl.constexpr):
 
 
 @triton.jit
-def halving_steps(o_r, step, BEFORE: tl.constexpr):
+def halving_mask(o_r, step, BEFORE: tl.constexpr):
     """[s, r]: whether the decay of step s is in the factor of column r at a halving: from after the upper half's end
     through r, or if BEFORE through the column before, in a lower half; from after r to the end in an upper one."""
     half = o_r >> step
@@ -129,17 +129,12 @@ def product_with_vector(b_M, b_x, CT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_content_map(x, i_map, o_a, o_b, A: tl.constexpr, B: tl.constexpr, TRANSPOSED: tl.constexpr):
-    return load_matrix(x, i_map, o_a, o_b, A, B, TRANSPOSED).to(tl.float32)
-
-
-@triton.jit
 def content_of_mean(
     content_down, content_up, bias, b_mean, i_map, i_h, o_k, o_v, o_c, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
     """tanh(D m), [RP], and U tanh(D m) with the bias, [K]."""
-    b_code = tanh(tl.sum(load_content_map(content_down, i_map, o_v, o_c, V, R, True) * b_mean[:, None], 0))
-    b_term = tl.sum(load_content_map(content_up, i_map, o_k, o_c, K, R, False) * b_code[None, :], 1)
+    b_code = content_code(load_matrix(content_down, i_map, o_v, o_c, V, R, True).to(tl.float32), b_mean)
+    b_term = tl.sum(load_matrix(content_up, i_map, o_k, o_c, K, R, False).to(tl.float32) * b_code[None, :], 1)
     if bias is not None:
         b_term += load_columns(bias, i_h, K, o_k)
     return b_code, b_term
@@ -152,9 +147,9 @@ def mean_gradient(
 ):  # fmt: skip
     """D^T ((U^T du) (1 - code^2)), [V]: the gradient of the mean behind a content term, from the term's, [K]."""
     b_code = tl.load(codes + i_code * R + o_c, mask=(o_c < R) & has_code, other=0.0)
-    b_d_code = tl.sum(load_content_map(content_up, i_map, o_k, o_c, K, R, False) * b_d_term[:, None], 0)
+    b_d_code = tl.sum(load_matrix(content_up, i_map, o_k, o_c, K, R, False).to(tl.float32) * b_d_term[:, None], 0)
     b_d_code *= 1.0 - b_code * b_code
-    return tl.sum(load_content_map(content_down, i_map, o_v, o_c, V, R, True) * b_d_code[None, :], 1)
+    return tl.sum(load_matrix(content_down, i_map, o_v, o_c, V, R, True).to(tl.float32) * b_d_code[None, :], 1)
 
 
 @triton.jit
@@ -241,11 +236,11 @@ def content_loop_kernel(
             b_P_sum = tl.sum(b_k * right_factor(b_left) * sum_tokens(b_q_mild, o_s > o_r[None, :], CT) + b_q * b_k, 0)
             for step in range(HALVINGS):
                 m_pairs = pairs_of_halves(o_r, step, True) & (o_r >= first_steep)[None, :]
-                b_e = tl.exp2(sum_tokens(b_a, halving_steps(o_r, step, False), CT))
+                b_e = tl.exp2(sum_tokens(b_a, halving_mask(o_r, step, False), CT))
                 b_ke = b_k * b_e
                 b_P_sum += tl.sum(b_ke * sum_tokens(b_q * b_e, tl.trans(m_pairs), CT), 0)
                 if BEFORE:
-                    b_e = tl.exp2(sum_tokens(b_a, halving_steps(o_r, step, True), CT))
+                    b_e = tl.exp2(sum_tokens(b_a, halving_mask(o_r, step, True), CT))
                 b_product = matmul(tl.trans(b_ke.to(CT)), b_e * b_k * b_w[None, :], CT, PRECISION)
                 b_T += tl.where(m_pairs, b_product, 0.0)
             b_k_end = (b_k * tl.exp2(sum_tokens(b_a, o_s > o_r[None, :], CT))).to(CT)
@@ -417,7 +412,7 @@ def chunk_term_gradient(
         for step in range(HALVINGS):
             m_pairs = pairs_of_halves(o_r, step, True)
             b_dP_pairs, b_dT_pairs = tl.where(m_pairs, b_dP_steep, 0.0), tl.where(m_pairs, b_dT_steep, 0.0)
-            m_steps = halving_steps(o_r, step, False)
+            m_steps = halving_mask(o_r, step, False)
             b_e, b_count = tl.exp2(sum_tokens(b_a, m_steps, CT)), sum_tokens(b_b, m_steps, CT)
             b_ke = b_k * b_e
             b_qe = (b_q * b_e).to(CT)
@@ -425,7 +420,7 @@ def chunk_term_gradient(
             b_columns = matmul(b_qe, tl.trans(b_dP_pairs), CT, PRECISION)
             b_erase_count = b_count
             if BEFORE:
-                m_steps = halving_steps(o_r, step, True)
+                m_steps = halving_mask(o_r, step, True)
                 b_e, b_erase_count = tl.exp2(sum_tokens(b_a, m_steps, CT)), sum_tokens(b_b, m_steps, CT)
             b_ve = (b_w * b_k * b_e).to(CT)
             b_sum += tl.sum(b_erase_count * b_ve.to(tl.float32) * matmul(b_ke, b_dT_pairs, CT, PRECISION), 1)

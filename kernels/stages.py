@@ -480,7 +480,9 @@ def chunk_gradient(
 
     def share(given: Tensor, heads: int, *width: int) -> Tensor:
         """A gradient per value head, summed up afterwards where value heads share what is given."""
-        dtype = given.dtype if given.shape[2] == heads else torch.float32
+        # The write gate that also erases has two gradients, which are added up before they are rounded.
+        rounded = given.shape[2] == heads and not (call.precise_decay and given is x.w)
+        dtype = given.dtype if rounded else torch.float32
         return torch.empty(*tokens, heads, *width, dtype=dtype, device=given.device)
 
     def vector() -> Tensor:
@@ -532,7 +534,8 @@ def chunk_gradient(
         return dx.unflatten(2, (given.shape[2], -1)).sum(3).to(given.dtype)
 
     if call.scalar_b:
-        db = db.unflatten(2, (call.H, -1)).sum((3, 4)).to(x.b.dtype)
+        db = db.unflatten(2, (call.H, -1)).sum((3, 4))
+        db = db if call.precise_decay else db.to(x.b.dtype)
     if dA_log is not None and d_dt_bias is not None:
         dA_log, d_dt_bias = (d.sum(0).view(call.H, -1, call.K).sum(1) for d in (dA_log, d_dt_bias))
     if d_content_share is not None:

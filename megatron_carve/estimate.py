@@ -117,7 +117,8 @@ def saved_numbers(recipe: Recipe, letter: str) -> dict[str, float]:
     if kind == "carve" and x.erase == "diagonal" and shared > 1:  # then every value head has its own copies
         inside |= {"queries, keys, values": 2 * shared * x.key_dim + x.value_dim, "erase gate": shared * x.key_dim}
         inside["decay"] = shared * x.key_dim
-    erase_heads = x.num_value_heads if kind == "carve" else x.num_key_heads
+    by_value_head = kind == "carve" and (x.erase == "diagonal" or x.content_rank > 0)
+    erase_heads = x.num_value_heads if by_value_head else x.num_key_heads
     inside["inverses"] = CHUNK_TOKENS * erase_heads
     inside["states"] = x.num_value_heads * x.key_head_dim * x.value_head_dim / CHUNK_TOKENS
     if recipe.model.mixer_recompute:

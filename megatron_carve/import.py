@@ -39,8 +39,7 @@ def _import(folder: Path, run: Path) -> None:
     kind = config.get("model_type")
     if kind != "megatron_carve" or not isinstance(config.get("recipe"), dict):
         raise ValueError(f"{folder}: expected a folder that megatron_carve.export wrote, got model_type {kind!r}")
-    kept = config["recipe"]
-    if is_earlier_carve(kept["model"]["pattern"], {f"mixer.{key}" for key in kept["mixer"]}):
+    if is_earlier_carve(config["recipe"]):
         raise ValueError(f"{folder}: the model is {EARLIER_CARVE}")
     RunFolder(run).require_no_checkpoint()
     data = config["recipe"]["data"]

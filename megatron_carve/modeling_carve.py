@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
 try:
     from megatron_carve import kernels
@@ -26,6 +27,8 @@ except ImportError:
         peer_gdn2 = None
 else:
     peer_gdn2 = None
+
+logger = logging.get_logger(__name__)
 
 CHUNK = 64
 # A log-decay of a step from which on nothing is left in float32.
@@ -183,6 +186,8 @@ class Mixer(nn.Module):
         self.gate_up = nn.Linear(V, HV * V) if low_rank_gate else None
         if kind == "carve":
             self.erase_bias = nn.Parameter(torch.empty(H * K, dtype=torch.float32))
+            given = m["erase_bias"]
+            self.initial_erase_bias = given if given is not None else -4.0 if m["erase"] == "diagonal" else 0.0
             if m["content_rank"]:
                 self.content_down = nn.Parameter(torch.empty(m["content_rank"], V))
                 self.content_up = nn.Parameter(torch.empty(K, m["content_rank"]))
@@ -215,6 +220,19 @@ class Mixer(nn.Module):
             out = out * act(gate.float().unflatten(-1, (-1, V)))
         return self.out_proj(out.to(x.dtype).flatten(-2))
 
+    def _kernels_take(self, dtype: torch.dtype) -> bool:
+        """Whether the package is installed and its kernels have this layer's widths in this dtype."""
+        if kernels is None:
+            return False
+        m = self.m
+        content = {"erase": m["erase"], "content": m["content_rank"] > 0} if self.kind == "carve" else {}
+        try:
+            kernels.require_triton_support(self.kind, dtype, m["key_head_dim"], m["value_head_dim"], **content)
+        except NotImplementedError as error:
+            logger.warning_once(f"{error}: plain torch is used instead")
+            return False
+        return True
+
     def _convolve(self, x: Tensor, memory: dict[str, Any] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Causal depthwise convolution if there is one, SiLU, and the L2 norm of every head of queries and keys."""
         m, before = self.m, self.taps - 1
@@ -242,7 +260,7 @@ class Mixer(nn.Module):
         """
         m, carve = self.m, self.kind == "carve"
         scale = 2.0 if m["negative_eigenvalues"] else 1.0
-        if kernels is not None and q.is_cuda:
+        if q.is_cuda and self._kernels_take(q.dtype):
             options: dict[str, Any] = {"gate_logits": True, "erase_scale": scale, "output_final_state": True}
             if not carve:
                 return kernels.chunk_gdn2(q, k, v, g, erase, write, initial_state=state, **options)
@@ -388,8 +406,20 @@ class CarvePreTrainedModel(PreTrainedModel):
     _is_stateful = True
 
     def _init_weights(self, module: nn.Module) -> None:
+        """As megatron_carve begins, but for matrices, whose spread there depends on the depth."""
         for name, parameter in module.named_parameters(recurse=False):
-            if name in ("A_log", "dt_bias", "erase_bias", "content_up", "conv_bias", "bias"):
+            if name == "A_log":
+                parameter.data.uniform_(1.0, 16.0).log_()
+            elif name == "dt_bias":  # softplus of it is log-uniform in [0.001, 0.1]
+                step = parameter.data.uniform_(math.log(0.001), math.log(0.1)).exp_()
+                step.add_(torch.log(-torch.expm1(-step)))
+            elif name == "erase_bias":
+                nn.init.constant_(parameter, float(module.initial_erase_bias))  # type: ignore[arg-type]
+            elif name == "content_down":
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+            elif name == "conv_weight":
+                nn.init.uniform_(parameter, -(parameter.shape[1] ** -0.5), parameter.shape[1] ** -0.5)
+            elif name in ("content_up", "conv_bias", "bias"):
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 1:
                 nn.init.ones_(parameter)

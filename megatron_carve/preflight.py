@@ -96,7 +96,9 @@ def check_backend(recipe: Recipe, device: str) -> None:
             for letter, kind in MIXER_LETTERS.items():
                 if letter in recipe.model.pattern:
                     m = recipe.mixer
-                    require_triton_support(kind, dtype, m.key_head_dim, m.value_head_dim, erase=m.erase)
+                    require_triton_support(
+                        kind, dtype, m.key_head_dim, m.value_head_dim, erase=m.erase, content=m.content_rank > 0
+                    )
                     require_triton_convolution(m.taps)
     except NotImplementedError as error:
         raise NotImplementedError(f"model.mixer_backend: {error}") from None

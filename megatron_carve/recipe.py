@@ -148,8 +148,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     return _build(values, origin, Path(name_or_path).stem)
 
 
-def written_keys(path: Path) -> set[str]:
-    """The dotted keys that a recipe file itself sets, ancestors not counted.
+def written(path: Path) -> Mapping[str, Any]:
+    """What a recipe file itself says, without its ancestors and unchecked.
 
     Raises:
         RecipeError: it cannot be read.
@@ -158,7 +158,7 @@ def written_keys(path: Path) -> set[str]:
         document = _parse(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
-    return set(_dotted(document)) if isinstance(document, Mapping) else set()
+    return document if isinstance(document, Mapping) else {}
 
 
 class _Loader(yaml.SafeLoader):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_carve.config import MIXER_LETTERS
-from megatron_carve.recipe import Recipe, RecipeError, load_recipe, written_keys
+from megatron_carve.recipe import Recipe, RecipeError, load_recipe, written
 
 # Beginnings of Megatron arguments that change how a model is trained or watched, not what it is.
 SAME_MODEL = [
@@ -118,13 +118,11 @@ class RunFolder:
         if not self.recipe.exists():
             raise CheckpointError(f"{self.checkpoints}: holds a checkpoint, but {self.recipe}, its recipe, is gone")
         try:
-            recipe = load_recipe(str(self.recipe.resolve()))
-            earlier = is_earlier_carve(recipe.model.pattern, written_keys(self.recipe))
+            if is_earlier_carve(written(self.recipe)):
+                raise CheckpointError(f"{self.checkpoints}: the checkpoint is of {EARLIER_CARVE}")
+            return load_recipe(str(self.recipe.resolve()))
         except RecipeError as error:
             raise CheckpointError(f"{self.recipe}: cannot tell which model the checkpoint is of: {error}") from None
-        if earlier:
-            raise CheckpointError(f"{self.checkpoints}: the checkpoint is of {EARLIER_CARVE}")
-        return recipe
 
     def check_same_model(self, recipe: Recipe) -> None:
         """Raise CheckpointError unless the checkpoint here is of the model that `recipe` describes."""
@@ -144,9 +142,11 @@ EARLIER_CARVE = (
 )
 
 
-def is_earlier_carve(pattern: str, keys: Collection[str]) -> bool:
-    """Whether a resolved recipe with these dotted keys was written when letter C was an earlier form of CARVE."""
-    return "C" in pattern and "mixer.erase" not in keys
+def is_earlier_carve(resolved: Mapping[str, Any]) -> bool:
+    """Whether a resolved recipe, as it was written, is of when letter C was an earlier form of CARVE."""
+    model, mixer = (resolved.get(section) for section in ("model", "mixer"))
+    named = isinstance(model, Mapping) and "C" in str(model.get("pattern"))
+    return named and not (isinstance(mixer, Mapping) and "erase" in mixer)
 
 
 def architecture(recipe: Recipe) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """A run as a Hugging Face folder and back: the same logits, the same texts, the same weights, from any layout."""
 
+import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -9,6 +11,8 @@ import torch
 from support.parallel import launch
 from support.programs import assert_complaints, program
 from support.train import losses, train
+
+from megatron_carve.config import MixerConfig
 
 TINY = """
 inherit: debug
@@ -211,3 +215,33 @@ def test_mistakes_end_in_one_line(folder, exported):
         ([exported["plain"], "runs/plain"], "expected a run without checkpoints, but there is one"),
     ]
     assert_complaints(folder, "import", imports)
+
+
+def small_model(**options):
+    """A CARVE model of transformers that no run was exported from."""
+    from megatron_carve import modeling_carve
+
+    sizes = {"num_key_heads": 2, "num_value_heads": 2, "key_head_dim": 128, "value_head_dim": 128}
+    mixer = dataclasses.asdict(MixerConfig(**sizes, **options))
+    return modeling_carve.CarveForCausalLM(modeling_carve.CarveConfig(pattern="C-", mixer=mixer))
+
+
+def test_a_new_model_begins_as_the_package_does():
+    torch.manual_seed(1)
+    mixer = small_model().model.layers[0].mixer
+    assert torch.equal(mixer.erase_bias, torch.full((256,), -4.0))
+    assert mixer.content_down.detach().std() == pytest.approx(128**-0.5, rel=0.05)
+    assert not mixer.content_up.any()
+    assert mixer.A_log.min() >= 0 and mixer.A_log.max() <= math.log(16) and mixer.A_log.exp().mean() > 6
+    steps = torch.nn.functional.softplus(mixer.dt_bias.detach())
+    assert 0.001 <= steps.min() < 0.002 < 0.05 < steps.max() <= 0.1001
+    assert 0.4 < mixer.conv_weight.abs().max() <= 0.5
+    assert not small_model(erase="delta").model.layers[0].mixer.erase_bias.any()
+    assert (small_model(erase_bias=-2.5).model.layers[0].mixer.erase_bias == -2.5).all()
+
+
+def test_layers_that_no_kernel_has_the_widths_of_take_torch():
+    mixer, without_content = (small_model(**options).model.layers[0].mixer for options in ({}, {"content_rank": 0}))
+    delta = small_model(erase="delta", content_rank=0).model.layers[0].mixer
+    assert mixer._kernels_take(torch.bfloat16) and delta._kernels_take(torch.float32)
+    assert not mixer._kernels_take(torch.float32) and not without_content._kernels_take(torch.float16)

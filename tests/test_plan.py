@@ -153,22 +153,28 @@ def test_too_much_for_a_gpu_is_said(capsys):
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
-RESULTS = Path(__file__).parent / "benchmarks/results"
-# CARVE's runs in this file were of the form before the published one.
-MEASURED = [
-    run for run in json.loads((RESULTS / "2026-11-25-h200-models.json").read_text()) if run["case"].startswith("gdn2")
-]
 FULL_RECOMPUTE = [
     "megatron.recompute_granularity=full", "megatron.recompute_method=uniform", "megatron.recompute_num_layers=1",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("run", MEASURED, ids=lambda r: r["case"])
-def test_memory_is_what_runs_took(run):
+def measured():
+    """Recipe, overrides and numbers of runs on a GPU."""
+    results = Path(__file__).parent / "benchmarks/results"
+    for run in json.loads((results / "2026-11-27-h100-recipes.json").read_text()):
+        yield pytest.param(*run["words"][:1], run["words"][1:], run, id=run["case"])
+    for run in json.loads((results / "2026-11-25-h200-models.json").read_text()):
+        if run["case"].startswith("gdn2"):  # CARVE's runs in this file were of the form before the published one
+            words = [f"training.{key}={run[key]}" for key in ("micro_batch_size", "global_batch_size", "seq_length")]
+            words += FULL_RECOMPUTE if "full" in run["case"] else []
+            name = "gdn2_1p3b_hybrid" if "*" in run["pattern"] else "gdn2_1p3b_recurrent"
+            yield pytest.param(name, words, run, id=run["case"])
+
+
+@pytest.mark.parametrize(("name", "words", "run"), measured())
+def test_memory_is_what_runs_took(name, words, run):
     """Of tensors at the peak of whole training steps on a GPU; the estimate may be 3 % off."""
-    shape = "hybrid" if "*" in run["pattern"] else "recurrent"
-    sizes = [f"training.{key}={run[key]}" for key in ("micro_batch_size", "global_batch_size", "seq_length")]
-    recipe = load_recipe(f"gdn2_1p3b_{shape}", sizes + (FULL_RECOMPUTE if "full" in run["case"] else []))
+    recipe = load_recipe(name, words)
     assert recipe.model.pattern == run["pattern"]
     assert sum(estimate.parameters(recipe, 32000).values()) == run["parameters"]
     assert sum(estimate.memory(recipe, 32000, 1).values()) == pytest.approx(run["peak_allocated_bytes"], rel=0.03)

@@ -118,7 +118,11 @@ class TestRecipe:
         [
             ("model: {patern: C-}\n", "unknown key model.patern; did you mean model.pattern?"),
             ("model: [\n", "not valid YAML"),
-            (SMALL.replace("steps: 10", "steps: ten"), "training.steps: expected an integer or null, got 'ten'"),
+            (
+                SMALL.replace("steps: 10", "steps: ten").replace("content_rank: 4", "erase: diagonal"),
+                "training.steps: expected an integer or null, got 'ten'",
+            ),
+            ("model: 3\n", "model: expected"),
         ],
     )
     def test_may_be_unreadable(self, folder, text, reason):
@@ -137,6 +141,11 @@ class TestRecipe:
         found = refusal(folder, lambda: folder.check_same_model(recipe()))
         assert found.startswith(f"{folder.checkpoints}: the checkpoint is of CARVE as this package built it before")
         assert "no mixer.erase" in found and "train it anew" in found
+        # however it was built
+        folder.recipe.write_text(
+            folder.recipe.read_text().replace("negative_eigenvalues: false", "negative_eigenvalues: true")
+        )
+        assert refusal(folder, lambda: folder.check_same_model(recipe())) == found
         # a model without the letter is what it was
         folder.recipe.write_text(folder.recipe.read_text().replace("C-*-2-*-", "2-*-2-*-"))
         assert folder.saved_recipe().model.pattern == "2-*-2-*-"

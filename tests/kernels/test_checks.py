@@ -239,6 +239,7 @@ def test_what_triton_lacks_is_named(
 @pytest.mark.parametrize("width", [32, 64, 96, 128, 256])
 def test_triton_takes_every_width_of_gdn2(width: int, dtype: torch.dtype) -> None:
     require_triton_support("gdn2", dtype, width, width)
+    require_triton_support("carve", dtype, width, width, erase="delta", content=False)
 
 
 def test_auto_is_triton_on_a_gpu_and_torch_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
