@@ -1,4 +1,4 @@
-"""Typed, validated configuration of the two mixers, and the sizes that follow from it."""
+"""Typed, validated configuration of the mixers, and the sizes that follow from it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-MixerKind = Literal["carve", "gdn2"]
-LayerImplementation = Literal["transformer_engine", "local"]
+from megatron_carve.variants import VARIANTS, MixerKind
 
-# Letters of our layers in a hybrid pattern.
-MIXER_LETTERS: dict[str, MixerKind] = {"C": "carve", "2": "gdn2"}
+LayerImplementation = Literal["transformer_engine", "local"]
 
 # With an erase gate of about a half, bias 0, the state of CARVE's diagonal form halves at every token.
 DIAGONAL_ERASE_BIAS = -4.0
@@ -130,13 +128,18 @@ class MixerConfig(MixerOptions):
 
     def projection_sections(self, kind: MixerKind) -> tuple[Section, ...]:
         """The fused input projection's named slices, in order: the one table that everything else follows."""
-        low_rank = self.value_head_dim
+        low_rank, variant = self.value_head_dim, VARIANTS[kind]
+        of_write = {
+            "value_channels": self.value_dim,
+            "value_heads": self.num_value_heads,
+            "key_heads": self.num_key_heads,
+        }
         sections = [
             Section("query", self.key_dim),
             Section("key", self.key_dim),
             Section("value", self.value_dim),
-            Section("erase", self.key_dim),
-            Section("write", self.num_value_heads if kind == "carve" else self.value_dim),
+            *([Section("erase", self.key_dim)] if variant.erase == "key_channels" else []),
+            Section("write", of_write[variant.write]),
             Section("decay", low_rank if self.decay_projection == "low_rank" else self.key_dim),
         ]
         if self.has_output_gate:
@@ -159,7 +162,7 @@ class MixerConfig(MixerOptions):
 
     def check_kind(self, kind: MixerKind) -> None:
         """Raise ValueError for options that do not fit this kind of mixer."""
-        if kind == "carve" and self.erase == "diagonal" and self.negative_eigenvalues:
+        if VARIANTS[kind].op == "carve" and self.erase == "diagonal" and self.negative_eigenvalues:
             raise ValueError(
                 "negative_eigenvalues: expected false with CARVE's diagonal erase, whose decay is 1 - b (true with "
                 "erase: delta), got True"
@@ -216,7 +219,7 @@ class MixerConfig(MixerOptions):
         if self.short_convolution == "static":
             count += (2 * self.key_dim + self.value_dim) * (self.conv_width + int(self.conv_bias))
         count += self.num_key_heads + self.key_dim  # A_log, dt_bias
-        if kind == "carve":  # whose A_log is one of every channel; bias of the erase logits, D and U of all heads
+        if VARIANTS[kind].sees_state:  # A_log is one of every channel; bias of the erase logits, D and U of all heads
             count += self.key_dim - self.num_key_heads + self.key_dim
             count += self.content_rank * (self.key_head_dim + self.value_head_dim)
         if self.decay_projection == "low_rank":
@@ -230,7 +233,7 @@ class MixerConfig(MixerOptions):
         queries, keys, values, erase and write gate, the decay with its expansion, and the content maps."""
         counted = ("query", "key", "value", "erase", "write", "decay")
         count = hidden_size * sum(s.size for s in self.projection_sections(kind) if s.name in counted)
-        if kind == "carve":
+        if VARIANTS[kind].sees_state:
             count += self.content_rank * (self.key_head_dim + self.value_head_dim)
         return count + (self.value_head_dim * self.key_dim if self.decay_projection == "low_rank" else 0)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-from megatron_carve.config import CHUNK_TOKENS, MIXER_LETTERS
+from megatron_carve.config import CHUNK_TOKENS
 from megatron_carve.recipe import Recipe
+from megatron_carve.variants import MIXER_LETTERS, VARIANTS
 
-KINDS = {"C": "CARVE", "2": "GDN-2", "*": "attention", "-": "MLP"}
+KINDS = {**{v.letter: v.name for v in VARIANTS.values()}, "*": "attention", "-": "MLP"}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -102,22 +103,25 @@ def saved_numbers(recipe: Recipe, letter: str) -> dict[str, float]:
         rotated = {"rotated": (queries + keys) / t} if recipe.model.position_embedding == "rope" else {}
         return kept | {"projected": (queries + 2 * keys) / t, **rotated, "attended": queries / t}
     kind = MIXER_LETTERS[letter]
-    write = x.num_value_heads if kind == "carve" else x.value_dim
-    inputs = {"projected": sum(s.size for s in x.projection_sections(kind))}
+    sections = {s.name: s.size for s in x.projection_sections(kind)}
+    inputs = {"projected": sum(sections.values())}
     if x.decay_projection == "low_rank":
         inputs |= {"decay": x.key_dim, "narrow decay": x.value_head_dim}  # the section that it is made of, copied
     inside: dict[str, float] = {
         "queries, keys, values": 2 * x.key_dim + x.value_dim,
-        "erase gate": x.key_dim,
-        "write gate": write,
+        "erase gate": sections.get("erase", 0),
+        "write gate": sections["write"],
     }
     if x.decay_projection != "low_rank":
         inside["decay"] = x.key_dim  # a copy of a part of the projection
     shared = x.num_value_heads // x.num_key_heads
-    if kind == "carve" and x.erase == "diagonal" and shared > 1:  # then every value head has its own copies
+    if VARIANTS[kind].write == "key_heads" and shared > 1:
+        inside["write gate"] += x.num_value_heads  # once more, spread over the value heads
+    carve = VARIANTS[kind].op == "carve"
+    if carve and x.erase == "diagonal" and shared > 1:  # then every value head has its own copies
         inside |= {"queries, keys, values": 2 * shared * x.key_dim + x.value_dim, "erase gate": shared * x.key_dim}
         inside["decay"] = shared * x.key_dim
-    by_value_head = kind == "carve" and (x.erase == "diagonal" or x.content_rank > 0)
+    by_value_head = carve and (x.erase == "diagonal" or x.content_rank > 0)
     erase_heads = x.num_value_heads if by_value_head else x.num_key_heads
     inside["inverses"] = CHUNK_TOKENS * erase_heads
     inside["states"] = x.num_value_heads * x.key_head_dim * x.value_head_dim / CHUNK_TOKENS

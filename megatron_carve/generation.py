@@ -11,13 +11,15 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
 from torch import Tensor, nn
 
+from megatron_carve.variants import MIXER_LETTERS
+
 # Tokens of a prompt that are read at once; bounds the memory that a long one takes.
 PREFILL_TOKENS = 16384
 # Steps before one is recorded as a CUDA graph.
 TRIALS = 2
 # Layers that go on from a static inference context as they should; of Megatron's others Mamba's forget which sequence
 # of a batch is which.
-LETTERS = "C2*-"
+LETTERS = (*MIXER_LETTERS, "*", "-")
 
 
 @dataclass(frozen=True, kw_only=True)

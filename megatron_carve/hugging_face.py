@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_carve.config import MIXER_LETTERS, MixerKind
 from megatron_carve.recipe import Recipe
 from megatron_carve.run_folder import architecture
 from megatron_carve.tokenizer import Tokenizer
+from megatron_carve.variants import MIXER_LETTERS, VARIANTS, MixerKind, listed
 
 MODELING = Path(__file__).with_name("modeling_carve.py")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -103,7 +103,7 @@ def _mixer(recipe: Recipe, kind: MixerKind) -> list[Link]:
         same["decay_up.weight"] = "decay_up.weight"
     if c.has_low_rank_gate:
         same |= {"gate_up.weight": "gate_up.weight", "gate_up.bias": "gate_up.bias"}
-    if kind == "carve":
+    if VARIANTS[kind].sees_state:
         same["erase_bias.bias"] = "erase_bias"
         if c.content_rank:
             same |= {"content_down": "content_down", "content_up": "content_up"}
@@ -127,7 +127,7 @@ def _rows(ours: str, theirs: tuple[str, ...], sizes: list[int] | None) -> Link:
 def _require_counterpart(recipe: Recipe) -> None:
     unknown = sorted(set(recipe.model.pattern) - {*MIXER_LETTERS, "*", "-", "|"})
     if unknown:
-        raise ValueError(f"model.pattern: expected layers of C, 2, * and - to export, got {', '.join(unknown)}")
+        raise ValueError(f"model.pattern: expected layers of {listed('*', '-')} to export, got {', '.join(unknown)}")
     options = [key for key in architecture(recipe) if key.startswith("megatron.")]
     if options:
         raise ValueError(f"{options[0]}: has no counterpart in the exported model")

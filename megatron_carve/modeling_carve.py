@@ -1,4 +1,4 @@
-"""CARVE and GDN-2 hybrid language models for Hugging Face transformers.
+"""CARVE, GDN-2 and KDA hybrid language models for Hugging Face transformers.
 
 This file is copied into exported folders, where it stands alone: it needs torch and transformers. On a GPU it takes
 the Triton kernels of the package megatron-carve where that is installed, else, for GDN-2 in 16 bits, those of
@@ -30,6 +30,13 @@ else:
 
 logger = logging.get_logger(__name__)
 
+# Of the mixers by letter, as in megatron_carve/variants.py.
+MIXERS: dict[str, dict[str, Any]] = {
+    "C": {"op": "carve", "erase": "key_channels", "write": "value_heads", "sees_state": True},
+    "2": {"op": "gdn2", "erase": "key_channels", "write": "value_channels", "sees_state": False},
+    "K": {"op": "gdn2", "erase": "none", "write": "key_heads", "sees_state": False},
+}
+
 CHUNK = 64
 # A log-decay of a step from which on nothing is left in float32.
 NO_STATE = -110.0
@@ -39,8 +46,8 @@ class CarveConfig(PretrainedConfig):
     """Sizes and options of a model, by the names of a megatron_carve recipe.
 
     Args:
-        pattern: a letter for each layer: C (CARVE), 2 (GDN-2), * (attention), - (MLP).
-        mixer: heads, widths and options of the C and 2 layers.
+        pattern: a letter for each layer: C (CARVE), 2 (GDN-2), K (KDA), * (attention), - (MLP).
+        mixer: heads, widths and options of the C, 2 and K layers.
         recipe: the model, mixer and precision of the recipe, from which megatron_carve imports the folder again.
     """
 
@@ -159,32 +166,34 @@ def rotate(x: Tensor, position: int, base: int) -> Tensor:
 
 
 class Mixer(nn.Module):
-    """CARVE (arXiv 2606.27229) or GDN-2 (arXiv 2605.22791)."""
+    """CARVE (arXiv 2606.27229), GDN-2 (arXiv 2605.22791) or KDA (arXiv 2510.26692)."""
 
-    def __init__(self, config: CarveConfig, kind: str) -> None:
+    def __init__(self, config: CarveConfig, letter: str) -> None:
         super().__init__()
         m, h = config.mixer, config.hidden_size
-        self.kind, self.m, self.eps = kind, m, config.norm_epsilon
+        self.variant, self.m, self.eps = MIXERS[letter], m, config.norm_epsilon
         H, HV, K, V = (m[n] for n in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim"))
         gated = m["output_gate_activation"] != "none"
         low_rank_gate = gated and m["output_gate_projection"] == "low_rank"
-        sizes = {"query": H * K, "key": H * K, "value": HV * V, "erase": H * K}
-        sizes["write"] = HV if kind == "carve" else HV * V
+        sizes = {"query": H * K, "key": H * K, "value": HV * V}
+        sizes["write"] = {"key_heads": H, "value_heads": HV, "value_channels": HV * V}[self.variant["write"]]
         sizes["decay"] = V if m["decay_projection"] == "low_rank" else H * K
         linear = {name: nn.Linear(h, size, bias=False) for name, size in sizes.items()}
         self.query_proj, self.key_proj, self.value_proj = linear["query"], linear["key"], linear["value"]
-        self.erase_proj, self.write_proj, self.decay_proj = linear["erase"], linear["write"], linear["decay"]
+        self.write_proj, self.decay_proj = linear["write"], linear["decay"]
+        has_erase = self.variant["erase"] != "none"
+        self.erase_proj = nn.Linear(h, H * K, bias=False) if has_erase else None
         self.gate_proj = nn.Linear(h, V if low_rank_gate else HV * V, bias=False) if gated else None
         self.taps = m["conv_width"] if m["short_convolution"] == "static" else 1
         if m["short_convolution"] == "static":
             channels = 2 * H * K + HV * V
             self.conv_weight = nn.Parameter(torch.empty(channels, self.taps))
             self.conv_bias = nn.Parameter(torch.empty(channels)) if m["conv_bias"] else None
-        self.A_log = nn.Parameter(torch.empty(H * K if kind == "carve" else H, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.empty(H * K if self.variant["sees_state"] else H, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(H * K, dtype=torch.float32))
         self.decay_up = nn.Linear(V, H * K, bias=False) if m["decay_projection"] == "low_rank" else None
         self.gate_up = nn.Linear(V, HV * V) if low_rank_gate else None
-        if kind == "carve":
+        if self.variant["sees_state"]:
             self.erase_bias = nn.Parameter(torch.empty(H * K, dtype=torch.float32))
             given = m["erase_bias"]
             self.initial_erase_bias = given if given is not None else -4.0 if m["erase"] == "diagonal" else 0.0
@@ -204,10 +213,14 @@ class Mixer(nn.Module):
         decay = decay if self.decay_up is None else self.decay_up(decay)
         rate = -self.A_log.float().exp().view(H, -1)
         g = rate * F.softplus(decay.float().unflatten(-1, (-1, K)) + self.dt_bias.float().view(H, K))
-        erase, write = self.erase_proj(x).unflatten(-1, (-1, K)), self.write_proj(x)
-        v = v.unflatten(-1, (-1, V))
-        if self.kind == "gdn2":
+        v, write = v.unflatten(-1, (-1, V)), self.write_proj(x)
+        # Without a gate of its own the erasure is the write gate's, of each key head.
+        erase = write if self.erase_proj is None else self.erase_proj(x).unflatten(-1, (-1, K))
+        if self.variant["write"] == "value_channels":
             write = write.unflatten(-1, (-1, V))
+        elif self.variant["write"] == "key_heads":
+            write = write.repeat_interleave(v.shape[2] // H, 2)
+            v = 2.0 * v if m["negative_eigenvalues"] else v  # the gate writes with its scale too
         state = None if memory is None else memory.get("state")
         o, state = self._recurrence(q, k, v, g, erase, write, state)
         if memory is not None:
@@ -225,9 +238,10 @@ class Mixer(nn.Module):
         if kernels is None:
             return False
         m = self.m
-        content = {"erase": m["erase"], "content": m["content_rank"] > 0} if self.kind == "carve" else {}
+        op = self.variant["op"]
+        content = {"erase": m["erase"], "content": m["content_rank"] > 0} if op == "carve" else {}
         try:
-            kernels.require_triton_support(self.kind, dtype, m["key_head_dim"], m["value_head_dim"], **content)
+            kernels.require_triton_support(op, dtype, m["key_head_dim"], m["value_head_dim"], **content)
         except NotImplementedError as error:
             logger.warning_once(f"{error}: plain torch is used instead")
             return False
@@ -258,7 +272,7 @@ class Mixer(nn.Module):
 
         erase and write are logits of the gates.
         """
-        m, carve = self.m, self.kind == "carve"
+        m, carve = self.m, self.variant["op"] == "carve"
         scale = 2.0 if m["negative_eigenvalues"] else 1.0
         if q.is_cuda and self._kernels_take(q.dtype):
             options: dict[str, Any] = {"gate_logits": True, "erase_scale": scale, "output_final_state": True}
@@ -272,8 +286,10 @@ class Mixer(nn.Module):
                 q, k, v, g, erase, write, *content, erase_bias=bias, initial_state=state, **options
             )  # fmt: skip
         if not carve:
+            if erase.ndim == 3:  # one number for all channels
+                erase, write = erase[..., None], write[..., None]
             if peer_gdn2 is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-                b = scale * erase.sigmoid()
+                b, write = scale * erase.sigmoid().expand_as(k), write.expand_as(v)
                 q, k, g, b = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k, g, b))
                 return peer_gdn2(q, k, v, g, b, write.sigmoid(), initial_state=state, output_final_state=True)
             return gdn2(q, k, v, g, scale * erase.float().sigmoid(), write.float().sigmoid(), state)
@@ -384,14 +400,14 @@ class Layer(nn.Module):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.mixer: nn.Module
-        if letter in "C2":
-            self.mixer = Mixer(config, {"C": "carve", "2": "gdn2"}[letter])
+        if letter in MIXERS:
+            self.mixer = Mixer(config, letter)
         elif letter == "*":
             self.mixer = Attention(config)
         elif letter == "-":
             self.mixer = MLP(config)
         else:
-            raise ValueError(f"pattern: expected layers of C, 2, * and -, got {letter!r}")
+            raise ValueError(f"pattern: expected layers of {', '.join(MIXERS)}, * and -, got {letter!r}")
 
     def forward(self, x: Tensor, memory: dict[str, Any] | None, position: int) -> Tensor:
         return x + self.mixer(self.norm(x), memory, position)

@@ -17,7 +17,7 @@ import torch
 from torch.distributed import Store
 
 from megatron_carve.arguments import default_settings, megatron_argv, owned_settings
-from megatron_carve.config import MIXER_LETTERS, LayerImplementation
+from megatron_carve.config import LayerImplementation
 from megatron_carve.data import indexed_prefixes, require_indexed_tokens, require_known_ids
 from megatron_carve.kernels import require_triton_convolution, require_triton_support, resolve_backend
 from megatron_carve.launch import join_processes, on_first_process, use_device, world_size
@@ -28,6 +28,7 @@ from megatron_carve.recipe import Recipe, check_layout
 from megatron_carve.run_folder import CheckpointError, RunFolder
 from megatron_carve.text import PreparedText, prepare_text, require_tokens
 from megatron_carve.tokenizer import load_tokenizer
+from megatron_carve.variants import MIXER_LETTERS, VARIANTS
 
 # Letters that exist with Transformer Engine's layers only.
 TRANSFORMER_ENGINE_LETTERS = "MD+E"
@@ -97,7 +98,12 @@ def check_backend(recipe: Recipe, device: str) -> None:
                 if letter in recipe.model.pattern:
                     m = recipe.mixer
                     require_triton_support(
-                        kind, dtype, m.key_head_dim, m.value_head_dim, erase=m.erase, content=m.content_rank > 0
+                        VARIANTS[kind].op,
+                        dtype,
+                        m.key_head_dim,
+                        m.value_head_dim,
+                        erase=m.erase,
+                        content=m.content_rank > 0,
                     )
                     require_triton_convolution(m.taps)
     except NotImplementedError as error:

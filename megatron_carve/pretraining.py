@@ -24,13 +24,14 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_carve.config import MIXER_LETTERS, LayerImplementation, MixerConfig
+from megatron_carve.config import LayerImplementation, MixerConfig
 from megatron_carve.data import build_gpt_datasets
 from megatron_carve.progress import LOSS, accuracy_name
 from megatron_carve.recall import RecallDataset
 from megatron_carve.recipe import Recipe
 from megatron_carve.specs import stack_spec
 from megatron_carve.text import PreparedText
+from megatron_carve.variants import MIXER_LETTERS
 
 # Letters of layers that have attention heads.
 ATTENTION_LETTERS = frozenset("*D+")

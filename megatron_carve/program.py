@@ -164,10 +164,10 @@ class FiniteGradients:
 
 def _apply_patches(listener: TrainingListener) -> None:
     from megatron_carve import patches
-    from megatron_carve.config import MIXER_LETTERS
     from megatron_carve.notices import say_once
     from megatron_carve.pretraining import mixer_flops
     from megatron_carve.stack import MixerStack
+    from megatron_carve.variants import MIXER_LETTERS
 
     for patch in (
         patches.dataset_helpers,

@@ -13,8 +13,9 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from megatron_carve.config import MIXER_LETTERS, MixerConfig, describe_type
+from megatron_carve.config import MixerConfig, describe_type
 from megatron_carve.recipe_schema import Checkpoint, Data, Model, Parallel, Run, Training
+from megatron_carve.variants import MIXER_LETTERS
 
 INHERIT = "inherit"
 OVERRIDES = "command line"
@@ -68,7 +69,7 @@ class Recipe:
         if set(self.model.pattern) & set(MIXER_LETTERS):
             if self.training.precision != "fp32" and not self.parallel.distributed_optimizer:
                 raise ValueError(
-                    "parallel.distributed_optimizer: expected true with C or 2 layers in "
+                    "parallel.distributed_optimizer: expected true with mixer layers in "
                     f"{self.training.precision}, since Megatron's plain optimizer cannot save their float32 decay"
                 )
             by_heads = context if self.parallel.context_method == "heads" else 1

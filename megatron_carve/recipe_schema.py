@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_carve.config import check_types
+from megatron_carve.variants import MIXER_LETTERS
 
 # Letters of a hybrid pattern; M D + E are Megatron's and need Transformer Engine.
-LAYER_LETTERS = "C2*-GMD+E"
+LAYER_LETTERS = "".join(MIXER_LETTERS) + "*-GMD+E"
 
 
 class _Checked:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_carve.config import MIXER_LETTERS
 from megatron_carve.recipe import Recipe, RecipeError, load_recipe, written
+from megatron_carve.variants import MIXER_LETTERS
 
 # Beginnings of Megatron arguments that change how a model is trained or watched, not what it is.
 SAME_MODEL = [

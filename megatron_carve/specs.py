@@ -1,6 +1,7 @@
 """ModuleSpecs: mixer layers, hybrid stacks and GPT-style blocks, for Transformer Engine and local layers.
 
-`carve_stack_spec` and `gdn2_stack_spec` work with Megatron-LM's own `--spec`: their `G` layers are CARVE and GDN-2.
+`carve_stack_spec`, `gdn2_stack_spec` and `kda_stack_spec` work with Megatron-LM's own `--spec`: their `G` layers are
+CARVE, GDN-2 and KDA.
 """
 
 from __future__ import annotations
@@ -36,13 +37,12 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_carve.attention import WindowedSelfAttention
-from megatron_carve.config import LayerImplementation, MixerKind
+from megatron_carve.config import LayerImplementation
 from megatron_carve.local_layers import RMSNorm, StandaloneRMSNorm, fused_rms_norm_affine
-from megatron_carve.mixers import CarveMixer, GDN2Mixer, MixerSubmodules
+from megatron_carve.mixers import MIXERS, MixerSubmodules
 from megatron_carve.notices import say_once
 from megatron_carve.stack import MixerStack, MixerStackSubmodules
-
-MIXERS = {"carve": CarveMixer, "gdn2": GDN2Mixer}
+from megatron_carve.variants import MIXER_LETTERS, MixerKind
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def mixer_layer_spec(kind: MixerKind, layers: LayerImplementation, **params: Any
 
 
 def stack_spec(layers: LayerImplementation, g_layer: MixerKind | Literal["gdn"] = "gdn") -> ModuleSpec:
-    """A hybrid stack of `C`, `2`, `*` (attention), `-` (MLP), `G`, and with Transformer Engine Megatron's others.
+    """A hybrid stack of mixers, `*` (attention), `-` (MLP), `G`, and those that only Transformer Engine has.
 
     Args:
         layers: which implementation of norms, linear layers and attention.
@@ -137,8 +137,7 @@ def stack_spec(layers: LayerImplementation, g_layer: MixerKind | Literal["gdn"] 
         upstream = megatron_hybrid_stack_spec.submodules
         base = {f.name: getattr(upstream, f.name) for f in dataclasses.fields(upstream)}
     own = {
-        "carve_layer": mixer_layer_spec("carve", layers),
-        "gdn2_layer": mixer_layer_spec("gdn2", layers),
+        "mixer_layers": {letter: mixer_layer_spec(kind, layers) for letter, kind in MIXER_LETTERS.items()},
         "gdn_layer": g_spec,
         "attention_layer": _mixing_layer(tools, _attention_spec(tools), "linear_qkv"),
         "mlp_layer": _mlp_layer_spec(tools),
@@ -161,6 +160,11 @@ def carve_gpt_spec(config: Any, vp_stage: int | None = None) -> TransformerBlock
 def gdn2_gpt_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """As `carve_gpt_spec`, with GDN-2 mixers."""
     return _gpt_spec("gdn2", config, vp_stage)
+
+
+def kda_gpt_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """As `carve_gpt_spec`, with KDA mixers."""
+    return _gpt_spec("kda", config, vp_stage)
 
 
 def _gpt_spec(kind: MixerKind, model_config: Any, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -255,3 +259,4 @@ def _mtp_block_spec(tools: Toolkit) -> ModuleSpec:
 
 carve_stack_spec = stack_spec(default_layers(), g_layer="carve")
 gdn2_stack_spec = stack_spec(default_layers(), g_layer="gdn2")
+kda_stack_spec = stack_spec(default_layers(), g_layer="kda")

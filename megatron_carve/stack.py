@@ -1,9 +1,9 @@
-"""Megatron's hybrid stack with two more layer letters, and a final norm that need not be Transformer Engine's."""
+"""Megatron's hybrid stack with the mixers' layer letters, and a final norm that need not be Transformer Engine's."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +13,15 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
-from megatron_carve.config import MIXER_LETTERS
 from megatron_carve.notices import say_once
-
-# Letter -> field of MixerStackSubmodules.
-MIXER_LAYERS = {letter: f"{kind}_layer" for letter, kind in MIXER_LETTERS.items()}
+from megatron_carve.variants import MIXER_LETTERS
 
 
 @dataclass
 class MixerStackSubmodules(HybridStackSubmodules):
     """Layer specs by letter; `final_norm` None means Transformer Engine's, which Megatron builds itself."""
 
-    carve_layer: ModuleSpec | type = IdentityOp
-    gdn2_layer: ModuleSpec | type = IdentityOp
+    mixer_layers: Mapping[str, ModuleSpec] = dataclasses.field(default_factory=dict)
     final_norm: Callable[..., Any] | None = None
     description: str | None = None
     """Said once in the log when a stack is built."""
@@ -39,7 +35,7 @@ class _LayerAtPosition:
 
 
 class MixerStack(HybridStack):
-    """HybridStack that also builds `C` (CARVE) and `2` (GDN-2) layers.
+    """HybridStack that also builds the mixers' layers.
 
     Upstream builds layers in one chain of letters. It is handed a pattern in which our letters read 'G', and in
     the place of the 'G' layer a spec that looks up what to build by layer number.
@@ -68,7 +64,7 @@ class MixerStack(HybridStack):
             config,
             dataclasses.replace(submodules, gdn_layer=at_position),  # type: ignore[call-arg]  # a field of the base
             *args,
-            layer_type_list=[Symbols.GDN if letter in MIXER_LAYERS else letter for letter in letters],
+            layer_type_list=[Symbols.GDN if letter in MIXER_LETTERS else letter for letter in letters],
             pp_layer_offset=pp_layer_offset,
             post_layer_norm=post_layer_norm and not own_norm,
             **kwargs,
@@ -83,8 +79,7 @@ class MixerStack(HybridStack):
 
 
 def _layer_spec(letter: str, submodules: MixerStackSubmodules) -> ModuleSpec | type:
-    field = MIXER_LAYERS.get(letter, "gdn_layer")
-    spec = getattr(submodules, field)
-    if spec is IdentityOp and (letter in MIXER_LAYERS or letter == Symbols.GDN):
-        raise ValueError(f"layer letter {letter!r} is in the pattern, but this stack spec has no {field}")
+    spec = submodules.mixer_layers.get(letter, IdentityOp) if letter in MIXER_LETTERS else submodules.gdn_layer
+    if spec is IdentityOp and (letter in MIXER_LETTERS or letter == Symbols.GDN):
+        raise ValueError(f"layer letter {letter!r} is in the pattern, but this stack spec has no layer of it")
     return spec

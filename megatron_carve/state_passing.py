@@ -57,7 +57,7 @@ def chunk_gdn2(span: Span, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor
     """kernels.chunk_gdn2 on a span of the sequences: arguments as there, without those of states and packing.
 
     Args:
-        w: [B, T, HV, V].
+        w: [B, T, HV, V] or [B, T, HV].
 
     Returns:
         o, [B, T, HV, V].
@@ -69,7 +69,8 @@ def chunk_gdn2(span: Span, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor
     more = -(-K // V)  # value heads, per key head, that hold the columns of an identity
 
     def with_more_heads(x: Tensor) -> Tensor:
-        return torch.nn.functional.pad(x.unflatten(2, (H, -1)), (0, 0, 0, more)).flatten(2, 3)
+        x = x.unflatten(2, (H, -1))
+        return torch.nn.functional.pad(x, (0, 0) * (x.ndim - 4) + (0, more)).flatten(2, 3)
 
     identity = torch.eye(K, more * V, dtype=torch.float32, device=q.device).unflatten(1, (more, V)).transpose(0, 1)
     state = identity.new_zeros(len(span.enters), H, HV // H + more, K, V)

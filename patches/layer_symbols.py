@@ -1,6 +1,7 @@
-"""Two more letters in hybrid layer patterns: C for CARVE and 2 for GDN-2."""
+"""The mixers' letters in hybrid layer patterns."""
 
 from megatron_carve.patches.patch import Patch, Replacement
+from megatron_carve.variants import MIXER_LETTERS, VARIANTS
 
 _SYMBOLS = "megatron.core.models.hybrid.hybrid_layer_allocation:Symbols"
 
@@ -10,9 +11,8 @@ layer_symbols = Patch(
     upstream="megatron/core/models/hybrid/hybrid_layer_allocation.py, class Symbols",
     remove_when="Megatron-Core lets plugins register layer letters",
     replacements=[
-        Replacement(f"{_SYMBOLS}.CARVE", lambda _: "C", new=True),
-        Replacement(f"{_SYMBOLS}.GDN2", lambda _: "2", new=True),
+        *(Replacement(f"{_SYMBOLS}.{v.kind.upper()}", lambda _, v=v: v.letter, new=True) for v in VARIANTS.values()),
         # A new set, so that reverting restores the old one.
-        Replacement(f"{_SYMBOLS}.VALID_LAYERS", lambda letters: letters | {"C", "2"}),
+        Replacement(f"{_SYMBOLS}.VALID_LAYERS", lambda letters: letters | set(MIXER_LETTERS)),
     ],
 )

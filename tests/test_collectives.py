@@ -41,14 +41,14 @@ def documented(
             if kind == "carve":
                 add(backward, "all-reduce", 2, 2 * CONTENT_RANK * width)
     if cp > 1:
-        gates = channels if kind == "gdn2" else heads // tp
+        erase_and_write = {"gdn2": 2 * channels, "carve": channels + heads // tp, "kda": heads // tp}[kind]
         for where in (forward, backward):
-            add(where, "all-to-all", 2, n * (6 * channels + gates))
+            add(where, "all-to-all", 2, n * (5 * channels + erase_and_write))
     if cp > 1 and method == "sequence":
         border = 3 * 3 * channels
         add(forward, "all-to-all", 1, border * (rank < cp - 1))
         add(backward, "all-to-all", 1, border * (rank > 0))
-        if kind == "gdn2":
+        if kind != "carve":
             add(forward, "all-gather", 1, 2 * channels * width)
             add(backward, "reduce-scatter", 1, cp * 2 * channels * width)
         else:
@@ -70,6 +70,8 @@ def documented(
         ("carve", 1, False, 2, "sequence"),
         ("gdn2", 1, False, 2, "sequence"),
         ("gdn2", 2, True, 2, "auto"),
+        ("kda", 2, True, 2, "auto"),
+        ("kda", 1, False, 2, "sequence"),
     ],
 )
 def test_collectives_of_a_layer(kind, tp, sp, cp, method, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_carve.config import CHUNK_TOKENS, MixerConfig, MixerOptions
 from megatron_carve.recipe import Recipe, load_recipe
+from megatron_carve.variants import VARIANTS
 
 # Odd sizes that share no factor by accident, and two value heads for each key head.
 TINY = {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 3, "value_head_dim": 5, "conv_width": 3}
@@ -21,10 +22,10 @@ COMMON = (
     + 7  # input norm
 )  # fmt: skip
 CONV, CONV_BIAS = 32 * 3, 32
-WRITE = {"carve": 7 * 4, "gdn2": 7 * 20}
+WRITE = {"carve": 7 * 4, "gdn2": 7 * 20, "kda": 7 * 2 - 7 * 6}  # KDA has no erase gate
 LOW_DECAY, FULL_DECAY = 7 * 5 + 5 * 6, 7 * 6
 LOW_GATE, FULL_GATE = 7 * 5 + 5 * 20 + 20, 7 * 20
-RATES = {"carve": 6, "gdn2": 2}  # A_log: per key channel, or per key head
+RATES = {"carve": 6, "gdn2": 2, "kda": 2}  # A_log: per key channel, or per key head
 # the bias of the erase logits, and for all heads a map down V -> 2 and a map up 2 -> K
 ERASE, CONTENT = 6, 2 * 5 + 3 * 2
 
@@ -119,6 +120,7 @@ class TestSizes:
             ("carve", {}, {"write": 4, "decay": 5, "gate": 5}),
             ("gdn2", {}, {"write": 20, "decay": 5, "gate": 5}),
             ("carve", {"decay_projection": "full_rank"}, {"write": 4, "decay": 6, "gate": 5}),
+            ("kda", {}, {"write": 2, "decay": 5, "gate": 5}),
             ("gdn2", {"output_gate_projection": "full_rank"}, {"write": 20, "decay": 5, "gate": 20}),
             (
                 "gdn2",
@@ -129,7 +131,8 @@ class TestSizes:
     )
     def test_projection_sections(self, kind, options, sizes):
         sections = MixerConfig(**TINY, **options).projection_sections(kind)
-        expected = {"query": 6, "key": 6, "value": 20, "erase": 6, **sizes}
+        erase = {} if kind == "kda" else {"erase": 6}
+        expected = {"query": 6, "key": 6, "value": 20, **erase, **sizes}
         assert [(s.name, s.size) for s in sections] == list(expected.items())
 
     @pytest.mark.parametrize(
@@ -152,6 +155,7 @@ class TestSizes:
             ("carve", {"content_rank": 0, "output_gate_activation": "none"}, COMMON + CONV + LOW_DECAY),
             ("carve", {"short_convolution": "none", "conv_bias": True}, COMMON + LOW_DECAY + LOW_GATE + CONTENT),
             ("gdn2", {"short_convolution": "none", "output_gate_activation": "none"}, COMMON + LOW_DECAY),
+            ("kda", {}, COMMON + CONV + LOW_DECAY + LOW_GATE),
         ],
     )
     def test_parameter_count_is_the_sum_of_the_tensors(self, kind, options, expected):
@@ -179,7 +183,7 @@ class TestSizes:
         ],
     )
     def test_options_without_parameters_do_not_change_the_count(self, irrelevant):
-        for kind in ("carve", "gdn2"):
+        for kind in VARIANTS:
             assert MixerConfig(**TINY, **irrelevant).parameter_count(kind, HIDDEN) == MixerConfig(
                 **TINY
             ).parameter_count(kind, HIDDEN)
@@ -192,7 +196,7 @@ class TestSizes:
     def test_flops_add_the_recurrence_to_the_products(self):
         config = MixerConfig(**TINY, content_rank=2)
         recurrence = 4 * 8 * 3 * 5  # 8 K V for each of 4 value heads
-        for kind in ("carve", "gdn2"):
+        for kind in VARIANTS:
             assert config.flops_per_token(kind, HIDDEN) == 2 * config.parameter_count(kind, HIDDEN) + recurrence
 
 

@@ -25,6 +25,7 @@ LAYERS = [
     ("gdn2", True, "document", {"short_convolution": "none"}),
     ("carve", True, "sequence", {"conv_bias": True, "content_grad": "detached", "prediction": "decayed"}),
     ("gdn2", True, "sequence", {"conv_bias": True}),
+    ("kda", True, "document", {"negative_eigenvalues": True}),
 ]
 
 

@@ -13,6 +13,7 @@ from support.programs import assert_complaints, program
 from support.train import losses, train
 
 from megatron_carve.config import MixerConfig
+from megatron_carve.variants import VARIANTS
 
 TINY = """
 inherit: debug
@@ -24,6 +25,7 @@ data: {text: cats.txt}
 """  # with the window of 32 keys of the recipe it inherits
 # What else a mixer can be, and a model.
 OTHER = [
+    "model.pattern=C-*-K-2-",
     "model.tie_embeddings=true", "model.position_embedding=none", "model.attention_window=null", "mixer.conv_bias=true",
     "mixer.decay_projection=full_rank", "mixer.output_gate_projection=full_rank", "mixer.negative_eigenvalues=true",
     "mixer.output_gate_activation=sigmoid", "mixer.content_chunk=128", "mixer.conv_width=2", "mixer.erase=delta",
@@ -238,6 +240,14 @@ def test_a_new_model_begins_as_the_package_does():
     assert 0.4 < mixer.conv_weight.abs().max() <= 0.5
     assert not small_model(erase="delta").model.layers[0].mixer.erase_bias.any()
     assert (small_model(erase_bias=-2.5).model.layers[0].mixer.erase_bias == -2.5).all()
+
+
+def test_the_exported_code_knows_the_mixers():
+    from megatron_carve import modeling_carve
+
+    for variant in VARIANTS.values():
+        theirs = modeling_carve.MIXERS[variant.letter]
+        assert theirs == {name: getattr(variant, name) for name in ("op", "erase", "write", "sees_state")}
 
 
 def test_layers_that_no_kernel_has_the_widths_of_take_torch():

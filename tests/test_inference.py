@@ -46,6 +46,7 @@ SPLITS = [[LENGTH], [1] * 20, [70, 1, 1, 1], [3, 64, 5, 1, 20, 1, 56], [140, *[1
 PATTERNS = {
     "carve": ("C-C-", {}),
     "gdn2": ("2-2-", {}),
+    "kda": ("KK", {"mixer": {"negative_eigenvalues": True}}),
     "attention": ("*-*-", {"num_query_groups": 2}),
     "window": ("*-*-", {"window_size": (16, 0)}),
     "hybrid": ("C-2*-", {"window_size": (16, 0), "num_query_groups": 2}),

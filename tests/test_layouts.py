@@ -9,6 +9,7 @@ LOSS_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 2e-4
 
 HYBRID, CARVE, GDN2 = {"pattern": "C-2-*-"}, {"pattern": "C-C-"}, {"pattern": "2-2-"}
+KDA = {"pattern": "K-K-"}
 DELTA = {"pattern": "C-C-", "mixer": {"content_rank": 4, "erase": "delta"}}
 # Documents of random lengths that 2 * cp divides, packed into one sequence. Local attention does not take them.
 PACKED = {"pattern": "C-2-", "documents": [24, 80, 8, 72], "seq_length": 184, "steps": 2}
@@ -57,6 +58,8 @@ def single(tmp_path_factory):
         (CARVE, {"cp": 2, **SEQUENCE, "mixer_recompute": True}),
         pytest.param(GDN2, {"dp": 4}, marks=pytest.mark.long),
         (GDN2, {"tp": 2, "sp": True, "cp": 2, **SEQUENCE}),
+        (KDA, {"tp": 2, "sp": True, "cp": 2}),
+        pytest.param(KDA, {"tp": 4}, marks=pytest.mark.long),
         pytest.param(GDN2, {"cp": 2, **FULL}, marks=pytest.mark.long),
         (GDN2, {"recompute": "selective", "recompute_modules": ["mlp"], "tp": 2}),
         pytest.param(PACKED, {"cp": 2}, marks=pytest.mark.long),

@@ -10,6 +10,7 @@ from support.models import config, groups, hybrid_model, one_process
 
 from megatron_carve.config import MixerConfig
 from megatron_carve.recipe import load_recipe
+from megatron_carve.variants import VARIANTS
 
 HIDDEN, LENGTH, BATCH = 32, 150, 2
 
@@ -58,7 +59,7 @@ def test_built_models_have_the_number_of_parameters_that_their_recipes_say(recip
     assert sum(p.numel() for p in model.decoder.layers.parameters()) == layers
 
 
-@pytest.mark.parametrize("kind", ["carve", "gdn2"])
+@pytest.mark.parametrize("kind", VARIANTS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -103,6 +104,26 @@ def test_carves_delta_form_starts_as_gdn2_with_a_scalar_write_gate():
     torch.testing.assert_close(gdn2(x)[0], carve(x)[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("negative", [False, True])
+def test_kda_erases_and_writes_with_one_number_per_key_head(negative, monkeypatch):
+    from support.oracle import oracle_gdn2
+
+    from megatron_carve.mixers import gdn2
+
+    mixer = build("kda", options={"negative_eigenvalues": negative})
+    given = []
+    original = gdn2.chunk_gdn2
+    monkeypatch.setattr(gdn2, "chunk_gdn2", lambda *a, **k: given.append((a, k, original(*a, **k))) or given[-1][2])
+    mixer(3 * hidden_states())
+    (_, q, k, v, raw, logits, _), options, o = given[0]
+    assert logits.shape == (BATCH, LENGTH, 2)
+    g = -options["A_log"].exp()[:, None] * torch.nn.functional.softplus(raw + options["dt_bias"])
+    beta = (2.0 if negative else 1.0) * logits.double().sigmoid()
+    own_v = v / 2.0 if negative else v  # the op takes them with beta's scale
+    expected, _ = oracle_gdn2(q, k, own_v, g, beta, beta.repeat_interleave(2, 2))
+    torch.testing.assert_close(o.double(), expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("erase", ["diagonal", "delta"])
 def test_content_acts_from_the_end_of_the_first_content_chunk_on(erase):
     carve = build("carve", options={"erase": erase})
@@ -128,7 +149,7 @@ def test_the_erase_bias_starts_as_told_and_is_learned_by_channel(options, initia
     assert (bias.grad != 0).all()
 
 
-@pytest.mark.parametrize("kind", ["carve", "gdn2"])
+@pytest.mark.parametrize("kind", VARIANTS)
 def test_later_tokens_do_not_change_earlier_outputs(kind):
     mixer = perturbed(build(kind))
     x = hidden_states()
@@ -138,7 +159,7 @@ def test_later_tokens_do_not_change_earlier_outputs(kind):
     assert not torch.equal(mixer(x)[0][101:], mixer(y)[0][101:])
 
 
-@pytest.mark.parametrize("kind", ["carve", "gdn2"])
+@pytest.mark.parametrize("kind", VARIANTS)
 def test_packed_documents_equal_the_documents_alone(kind):
     mixer = perturbed(build(kind))
     lengths = [1, 70, 3, 130]
@@ -150,7 +171,7 @@ def test_packed_documents_equal_the_documents_alone(kind):
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["carve", "gdn2"])
+@pytest.mark.parametrize("kind", VARIANTS)
 def test_recomputation_changes_no_bit_and_keeps_less(kind):
     mixer = perturbed(build(kind))
     hidden = hidden_states()

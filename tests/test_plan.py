@@ -10,6 +10,7 @@ from support.models import config, groups, hybrid_model, one_process
 
 from megatron_carve import estimate, plan
 from megatron_carve.recipe import load_recipe
+from megatron_carve.variants import MIXER_LETTERS
 
 SMALL = [
     "model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=4", "model.vocab_size=64",
@@ -51,7 +52,7 @@ def test_parameters_are_those_of_the_built_model(pattern):
     assert sum(estimate.parameters(recipe, 64).values()) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("letter", ["C", "2"])
+@pytest.mark.parametrize("letter", MIXER_LETTERS)
 @pytest.mark.parametrize("recompute", ["false", "true"])
 @pytest.mark.parametrize("projections", ["low_rank", "full_rank"])
 def test_saved_numbers_are_those_that_a_layer_keeps(letter, recompute, projections):
@@ -60,7 +61,7 @@ def test_saved_numbers_are_those_that_a_layer_keeps(letter, recompute, projectio
 
     from megatron_carve.specs import mixer_layer_spec
 
-    kind = {"C": "carve", "2": "gdn2"}[letter]
+    kind = MIXER_LETTERS[letter]
     recipe = small(
         f"model.mixer_recompute={recompute}", f"mixer.decay_projection={projections}",
         f"mixer.output_gate_projection={projections}",
@@ -83,7 +84,7 @@ def test_saved_numbers_are_those_that_a_layer_keeps(letter, recompute, projectio
     expected = (sum(numbers.values()) - numbers["input"]) * tokens  # the norm before the mixer keeps it
     x = recipe.mixer
     if recompute == "false":  # too few to be in the plan: rates of every channel, of CARVE also both biases
-        expected += x.key_dim if letter == "2" else 3 * x.num_value_heads * x.key_head_dim
+        expected += x.key_dim if letter != "C" else 3 * x.num_value_heads * x.key_head_dim
     if letter == "C" and recompute == "false":  # means, codes and content terms
         expected += tokens // 64 * x.num_value_heads * (x.value_head_dim + x.content_rank + x.key_head_dim)
     assert sum(kept.values()) == expected
@@ -137,7 +138,7 @@ def test_memory_falls_with_what_divides_it():
         (["carve_1p3b_hybrid", "--gpus", "0"], "--gpus: expected at least 1, got 0"),
         (["carve_1p3b_hybrid", "--gpus", "3"], "global_batch_size: expected a multiple of .* 1 \\* 3, got 1024"),
         (["carve_1p3b_hybrid", "--tokens-per-second", "0"], "--tokens-per-second: expected a number above 0, got 0"),
-        (["carve_1p3b_hybrid", "model.pattern=C-G-"], "model.pattern: expected layers of C, 2, \\*, -.* got G"),
+        (["carve_1p3b_hybrid", "model.pattern=C-G-"], "model.pattern: expected layers of C, 2, K, \\*, -.* got G"),
         (["nothing"], "nothing"),
     ],
 )

@@ -329,7 +329,7 @@ class TestRanges:
             ("model.norm_epsilon=.inf", "expected a number above 0, got inf"),
             ("model.num_query_groups=3", "expected a divisor of num_attention_heads=4, got 3"),
             ("model.num_attention_heads=3", "expected a divisor of hidden_size=128 (or attention_head_dim), got 3"),
-            ("model.pattern=C-X-y", "expected letters of C2*-GMD+E and | /, got 'X', 'y' in 'C-X-y'"),
+            ("model.pattern=C-X-y", "expected letters of C2K*-GMD+E and | /, got 'X', 'y' in 'C-X-y'"),
             ("model.pattern=C-||C-", "expected layers on both sides of | and /, got 'C-||C-'"),
             ("model.pattern=C-|", "expected layers on both sides of | and /, got 'C-|'"),
             ("model.pattern=C-/", "expected layers on both sides of | and /, got 'C-/'"),
@@ -444,7 +444,7 @@ class TestRanges:
             ),
             (
                 ["parallel.distributed_optimizer=false", "training.precision=bf16"],
-                "parallel.distributed_optimizer: expected true with C or 2 layers in bf16, since Megatron's plain "
+                "parallel.distributed_optimizer: expected true with mixer layers in bf16, since Megatron's plain "
                 "optimizer cannot save their float32 decay",
             ),
         ],

@@ -24,10 +24,11 @@ def mixers(stack) -> list[str]:
 
 
 def test_letters_build_their_layers_and_all_learn():
-    model = hybrid_model("C-2*-")
+    model = hybrid_model("C-2*-K")
     assert mixers(model.decoder)[0] == "CarveMixer"
     assert mixers(model.decoder)[2:4] == ["GDN2Mixer", "WindowedSelfAttention"]
-    assert model.decoder.layer_type_list == list("C-2*-")
+    assert mixers(model.decoder)[5] == "KDAMixer"
+    assert model.decoder.layer_type_list == list("C-2*-K")
     token_losses(model, tokens(100)).mean().backward()  # more than one content chunk
     still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert still == ["decoder.layers.0.self_attention.content_down"]
@@ -36,13 +37,11 @@ def test_letters_build_their_layers_and_all_learn():
 def test_a_letter_without_a_layer_is_refused():
     import dataclasses
 
-    from megatron.core.transformer.identity_op import IdentityOp
-
     from megatron_carve.specs import stack_spec
 
     spec = stack_spec("local")
-    spec.submodules = dataclasses.replace(spec.submodules, gdn2_layer=IdentityOp)
-    with pytest.raises(ValueError, match="layer letter '2' is in the pattern, but this stack spec has no gdn2_layer"):
+    spec.submodules = dataclasses.replace(spec.submodules, mixer_layers={})
+    with pytest.raises(ValueError, match="layer letter 'C' is in the pattern, but this stack spec has no layer of it"):
         hybrid_model("C-2-", spec)
 
 

@@ -1,4 +1,4 @@
-"""The layer that both mixers share: projections, short convolution, decay, gated output norm."""
+"""The layer that all mixers share: projections, short convolution, decay, gated output norm."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_carve.checkpoint import sharded_mixer_state
-from megatron_carve.config import MixerConfig, MixerKind, MixerOptions
+from megatron_carve.config import MixerConfig, MixerOptions
 from megatron_carve.kernels.wide_copy import contiguous, split_sections
 from megatron_carve.mixer_cache import MixerCache, mixer_cache
 from megatron_carve.mixers.parts import (
@@ -29,6 +29,7 @@ from megatron_carve.mixers.parts import (
 )
 from megatron_carve.parallel import PackedOrder, Span, context_exchange, packed_boundaries
 from megatron_carve.patches import mixed_precision_groups
+from megatron_carve.variants import VARIANTS, MixerKind
 
 # The projection's sections that pass the short convolution: the first ones, in this order.
 CONVOLVED = ("query", "key", "value")
@@ -44,7 +45,8 @@ class MixerSubmodules:
 
 @dataclass(frozen=True)
 class MixerInputs:
-    """What the recurrence of one layer consumes, in [batch, time, heads, channels]; decay and gates as projected."""
+    """What the recurrence of one layer consumes, in [batch, time, heads, channels]; decay and gates as projected; erase
+    is the write gate, [batch, time, heads], where that also erases."""
 
     q: Tensor
     k: Tensor
@@ -55,7 +57,7 @@ class MixerInputs:
 
 
 class LinearAttentionMixer(MegatronModule):
-    """Base of the CARVE and GDN-2 mixers, used as `self_attention` of a Megatron TransformerLayer.
+    """Base of the mixers, used as `self_attention` of a Megatron TransformerLayer.
 
     Args:
         config: Megatron's configuration. Sizes come from its linear_* fields, options from its `mixer` field
@@ -76,8 +78,6 @@ class LinearAttentionMixer(MegatronModule):
     """
 
     kind: ClassVar[MixerKind]
-    decay_by_channel: ClassVar[bool] = False
-    """A_log is one of every key channel instead of one of every key head."""
 
     def __init__(
         self,
@@ -138,7 +138,8 @@ class LinearAttentionMixer(MegatronModule):
                 self.config, key_channels, self.local_sizes["value"],
                 key_head_dim=c.key_head_dim, width=c.conv_width, bias=c.conv_bias,
             )  # fmt: skip
-        self.decay = LogDecay(self.config, c.num_key_heads // tp, c.key_head_dim, by_channel=self.decay_by_channel)
+        by_channel = VARIANTS[self.kind].sees_state
+        self.decay = LogDecay(self.config, c.num_key_heads // tp, c.key_head_dim, by_channel=by_channel)
         if c.decay_projection == "low_rank":
             self.decay_up = HeadParallelLinear(self.config, c.value_head_dim, c.key_dim // tp, bias=False)
         if c.has_low_rank_gate:
@@ -206,7 +207,8 @@ class LinearAttentionMixer(MegatronModule):
         first, *rest = split_sections(projected, [sum(convolved), *others.values()])
         part = dict(zip(others, rest, strict=True))
         decay, gate = self._raw_decay_and_gate(part["decay"], part.get("gate"))
-        by_token = [(x, [x.shape[-1]]) for x in (decay, part["erase"], part["write"])]
+        erase = [part["erase"]] if "erase" in part else []
+        by_token = [(x, [x.shape[-1]]) for x in (decay, *erase, part["write"])]
         return [(first, convolved), *by_token], gate
 
     def _recurrence(self, span: Span, *pieces: Tensor) -> Tensor:
@@ -238,7 +240,7 @@ class LinearAttentionMixer(MegatronModule):
 
     def _op_inputs(self, pieces: Sequence[Tensor], span: Span, tokens_before: Tensor | None = None) -> MixerInputs:
         """Exchanged pieces, [T, B, channels], as the op takes them; tokens_before: see ShortConvolution.forward."""
-        convolved, decay, erase, write = (x.transpose(0, 1) for x in pieces)
+        convolved, decay, *erase, write = (x.transpose(0, 1) for x in pieces)
         q, k, v = self.conv(convolved, self.exchange, span, self.backend, tokens_before)
         by_key = (-1, self.mixer.key_head_dim)
         return MixerInputs(
@@ -246,7 +248,7 @@ class LinearAttentionMixer(MegatronModule):
             k=k.unflatten(-1, by_key),
             v=v.unflatten(-1, (-1, self.mixer.value_head_dim)),
             g=decay.unflatten(-1, by_key),
-            erase=erase.unflatten(-1, by_key),
+            erase=erase[0].unflatten(-1, by_key) if erase else write,
             write=write,
         )
 

@@ -19,7 +19,6 @@ class CarveMixer(LinearAttentionMixer):
     """CARVE (arXiv 2606.27229). What the paper leaves open is chosen as the README says."""
 
     kind = "carve"
-    decay_by_channel = True
 
     def _build_head_parameters(self) -> None:
         super()._build_head_parameters()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,12 +11,13 @@ from megatron_carve import kernels
 from megatron_carve.mixers.base import LinearAttentionMixer, MixerInputs
 from megatron_carve.parallel import Span
 from megatron_carve.state_passing import chunk_gdn2
+from megatron_carve.variants import MixerKind
 
 
 class GDN2Mixer(LinearAttentionMixer):
     """Gated DeltaNet-2 (arXiv 2605.22791)."""
 
-    kind = "gdn2"
+    kind: ClassVar[MixerKind] = "gdn2"
 
     def mix(self, inputs: MixerInputs, span: Span) -> Tensor:
         tensors, options = self._arguments(inputs)
@@ -39,5 +40,8 @@ class GDN2Mixer(LinearAttentionMixer):
     def _arguments(self, inputs: MixerInputs) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """What the ops take of these inputs, by position and by name."""
         write = inputs.write.unflatten(-1, inputs.v.shape[-2:])
+        return (inputs.q, inputs.k, inputs.v, inputs.g, inputs.erase, write), self._options()
+
+    def _options(self) -> dict[str, Any]:
         options = {"gate_logits": True, "erase_scale": self.erase_scale, "backend": self.backend}
-        return (inputs.q, inputs.k, inputs.v, inputs.g, inputs.erase, write), self.decay(self.exchange) | options
+        return self.decay(self.exchange) | options
