@@ -20,7 +20,7 @@ test: lint
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+	sh .ci/check-types $(VENV)/bin/mypy
 
 $(INSTALLED): pyproject.toml
 	@python=$$(sh .ci/find-python) && \

@@ -52,7 +52,8 @@ def chunk_op(op: OpCall) -> tuple[Tensor, Any]:
     if not op.output_final_state:
         return o, None
     count = op.initial_state.count if isinstance(op.initial_state, CarveState) else 0
-    return o, CarveState(*final, (call.chunks.lengths + count) % op.content_chunk)
+    S, mean, partial = final
+    return o, CarveState(S, mean, partial, (call.chunks.lengths + count) % op.content_chunk)
 
 
 class ChunkGDN2(torch.autograd.Function):
@@ -129,7 +130,7 @@ class ChunkDiagonal(torch.autograd.Function):
         ctx.call, ctx.options, ctx.has_initial = call, options, initial[0] is not None
         ctx.save_for_backward(*tensors[:11], initial[3], A, states, terms, code, mean)
         ctx.set_materialize_grads(False)
-        if want_final and down is None:
+        if S is not None and down is None:
             final_mean, final_partial = (S.new_zeros(*S.shape[:2], call.V) for _ in range(2))
         return (o, S, final_mean, final_partial) if want_final else (o, None, None, None)
 
@@ -196,8 +197,8 @@ class ChunkDelta(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor | None, *d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         call, (content_chunk, detached), has_initial = ctx.call, ctx.options, ctx.has_initial
         # asked for once: under activation recomputation each asking would compute the op again
-        *given, down, up, bias, count, A, states, codes, terms, means = ctx.saved_tensors
-        x = Inputs(*given, terms)
+        q, k, v, g, logits, w, A_log, dt_bias, down, up, bias, count, A, states, codes, terms, means = ctx.saved_tensors
+        x = Inputs(q, k, v, g, logits, w, A_log, dt_bias, terms)
         do = torch.zeros_like(x.v) if do is None else do.contiguous()
         # without a gradient through the means nothing of the content path runs from chunk to chunk
         parallel = detached and d_final[1] is None and d_final[2] is None and not has_initial

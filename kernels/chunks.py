@@ -27,7 +27,7 @@ class Chunks(NamedTuple):
     table: Tensor
     first: Tensor
     lengths: Tensor
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     sequences: int
 
 

@@ -84,5 +84,6 @@ def gated_rms_norm(x: Tensor, gate: Tensor | None, weight: Tensor, *, eps: float
     compute = torch.promote_types(x.dtype, torch.float32)
     normed = F.rms_norm(x.to(compute), (x.shape[-1],), weight.to(compute), eps)
     if gate is not None:
-        normed = normed * {"silu": F.silu, "sigmoid": torch.sigmoid}[activation](gate.to(compute))
+        wide = gate.to(compute)
+        normed = normed * (F.silu(wide) if activation == "silu" else torch.sigmoid(wide))
     return normed.to(x.dtype)

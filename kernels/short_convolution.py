@@ -9,6 +9,8 @@ tokens are read more than once, and those of other programs come from a cache.
   the taps see, and the gradients of x that later tokens still add to, move along in registers: what the forward
   computed is computed once more and then needed by W tokens, without a trip to memory in between.
 """
+# mypy: disable-error-code="assignment, misc"
+# Tuples that a kernel builds up change their type.
 
 from typing import Any
 

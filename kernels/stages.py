@@ -384,6 +384,7 @@ def delta_state_gradient(
         ]
     d_initial = [d_rows.new_empty(*shape, *tail) if has_initial else None for tail in tails]
     K = call.K
+    assert operands.P is not None and operands.k_right is not None  # gradient_operands(for_delta_loop=True)
     d_content = None if detached else call.floats(do, heads, K).zero_()
     delta_state_gradient_kernel[(call.chunks.sequences * heads,)](
         x.k, x.g, x.b, x.A_log, x.dt_bias, content.down, content.up, codes, x.content,

@@ -20,7 +20,7 @@ from transformers.utils import logging
 try:
     from megatron_carve import kernels
 except ImportError:
-    kernels = None
+    kernels = None  # type: ignore[assignment]
     try:
         from fla.ops.gdn2 import chunk_gdn2 as peer_gdn2
     except ImportError:

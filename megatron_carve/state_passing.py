@@ -105,9 +105,10 @@ def chunk_carve(
         o, [B, T, HV, V].
     """
     options |= {"content_chunk": content_chunk, "cu_seqlens": span.cu_seqlens}
-    of_keys = {"A_log": A_log, "dt_bias": dt_bias, "erase_bias": erase_bias}
+    options |= {"content_down": content_down, "content_up": content_up}
+    of_keys: dict[str, Any] = {"A_log": A_log, "dt_bias": dt_bias, "erase_bias": erase_bias}
     if span.group is None:
-        return kernels.chunk_carve(q, k, v, g, erase_logits, w, content_down, content_up, **of_keys, **options)[0]
+        return kernels.chunk_carve(q, k, v, g, erase_logits, w, **of_keys, **options)[0]
     assert span.enters is not None and span.before is not None
     (H, K), (HV, V) = q.shape[2:], v.shape[2:]
     count = span.before % content_chunk
@@ -121,14 +122,14 @@ def chunk_carve(
     given = (q, k, v, g, erase_logits, w, content_down, content_up, *of_keys.values())
     turn = _Turn.apply(*(x for x in given if x is not None))
     outputs = []
-    for tensors, parameters in by_turn:
+    for (q, k, v, g, erase_logits, w), parameters in by_turn:
         received, turn = _TakeOver.apply(turn, (q.shape[0], HV // turns, sum(sizes)), _float(q), span.group)
         entering = torch.where(span.enters[:, None, None], received, 0.0)
         S, mean, partial = entering.split(sizes, -1)
         initial = CarveState(S.unflatten(-1, (K, V)), mean, partial, count)
+        own: dict[str, Any] = dict(zip(of_keys, parameters, strict=True))
         o, final = kernels.chunk_carve(
-            *tensors, content_down, content_up, **dict(zip(of_keys, parameters, strict=True)),
-            initial_state=initial, output_final_state=True, **options,
+            q, k, v, g, erase_logits, w, initial_state=initial, output_final_state=True, **own, **options
         )  # fmt: skip
         assert final is not None
         passed = torch.cat([final.S.flatten(2), final.mean, final.partial], -1)

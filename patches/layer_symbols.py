@@ -1,7 +1,14 @@
 """The mixers' letters in hybrid layer patterns."""
 
+from functools import partial
+
 from megatron_carve.patches.patch import Patch, Replacement
-from megatron_carve.variants import MIXER_LETTERS, VARIANTS
+from megatron_carve.variants import MIXER_LETTERS, VARIANTS, Variant
+
+
+def _letter(variant: Variant, _: object) -> str:
+    return variant.letter
+
 
 _SYMBOLS = "megatron.core.models.hybrid.hybrid_layer_allocation:Symbols"
 
@@ -11,7 +18,7 @@ layer_symbols = Patch(
     upstream="megatron/core/models/hybrid/hybrid_layer_allocation.py, class Symbols",
     remove_when="Megatron-Core lets plugins register layer letters",
     replacements=[
-        *(Replacement(f"{_SYMBOLS}.{v.kind.upper()}", lambda _, v=v: v.letter, new=True) for v in VARIANTS.values()),
+        *(Replacement(f"{_SYMBOLS}.{v.kind.upper()}", partial(_letter, v), new=True) for v in VARIANTS.values()),
         # A new set, so that reverting restores the old one.
         Replacement(f"{_SYMBOLS}.VALID_LAYERS", lambda letters: letters | set(MIXER_LETTERS)),
     ],

@@ -65,7 +65,9 @@ class ShortConvolution(nn.Module):
             tokens_before: [B, width - 1, D] the tokens that x continues, or None where it begins, or where a shard of
                 the span's group continues another's.
         """
-        weight, bias = (None if p is None else self._share(p, exchange) for p in (self.weight, self.bias))
+        weight, bias = self._share(self.weight, exchange), None
+        if self.bias is not None:
+            bias = self._share(self.bias, exchange)
         cu_seqlens, before = span.cu_seqlens, 0
         if tokens_before is not None:
             before = tokens_before.shape[1]
