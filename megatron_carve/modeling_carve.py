@@ -37,6 +37,9 @@ MIXERS: dict[str, dict[str, Any]] = {
     "K": {"op": "gdn2", "erase": "none", "write": "key_heads", "sees_state": False},
 }
 
+# By which transformers hands a cache on: "cache" from 5.24 on.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 CHUNK = 64
 # A log-decay of a step from which on nothing is left in float32.
 NO_STATE = -110.0
@@ -93,6 +96,10 @@ class CarveConfig(PretrainedConfig):
 
 class CarveCache:
     """What the layers remember of the tokens so far, by layer; its size does not grow beyond attention's window."""
+
+    # What transformers asks of caches: no graph is made of them, and what has been read is cut off the input.
+    is_compileable = False
+    is_linear = (False,)
 
     def __init__(self, layers: int) -> None:
         self.tokens = 0
@@ -485,32 +492,36 @@ class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        cache: CarveCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Token ids [B, T] -> logits [B, T, vocab], of the last logits_to_keep tokens if that is above 0.
+
+        Args:
+            past_key_values, cache: what a call before returned, by either name.
 
         Raises:
             ValueError: padded sequences; a recurrence would remember the padding.
         """
         if attention_mask is not None and not bool(attention_mask.all()):
             raise ValueError("attention_mask: expected sequences of one length, without padding, got zeros in it")
-        if use_cache and past_key_values is None:
-            past_key_values = CarveCache(self.config.num_hidden_layers)
-        hidden = self.model(input_ids, past_key_values)
+        memory = past_key_values if cache is None else cache
+        if use_cache and memory is None:
+            memory = CarveCache(self.config.num_hidden_layers)
+        hidden = self.model(input_ids, memory)
         logits = self.lm_head(hidden[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: memory})  # type: ignore[arg-type]
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: CarveCache | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        seen = 0 if past_key_values is None else past_key_values.tokens
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        memory = kwargs.get(CACHE)
+        seen = 0 if memory is None else memory.tokens
         return {
             "input_ids": input_ids[:, seen:],
             "attention_mask": kwargs.get("attention_mask"),
-            "past_key_values": past_key_values,
+            CACHE: memory,
             "use_cache": kwargs.get("use_cache", True),
             "logits_to_keep": 1,
         }

@@ -12,6 +12,7 @@ from support.parallel import launch
 from support.programs import assert_complaints, program
 from support.train import losses, train
 
+from megatron_carve import modeling_carve
 from megatron_carve.config import MixerConfig
 from megatron_carve.variants import VARIANTS
 
@@ -221,8 +222,6 @@ def test_mistakes_end_in_one_line(folder, exported):
 
 def small_model(**options):
     """A CARVE model of transformers that no run was exported from."""
-    from megatron_carve import modeling_carve
-
     sizes = {"num_key_heads": 2, "num_value_heads": 2, "key_head_dim": 128, "value_head_dim": 128}
     mixer = dataclasses.asdict(MixerConfig(**sizes, **options))
     return modeling_carve.CarveForCausalLM(modeling_carve.CarveConfig(pattern="C-", mixer=mixer))
@@ -242,9 +241,25 @@ def test_a_new_model_begins_as_the_package_does():
     assert (small_model(erase_bias=-2.5).model.layers[0].mixer.erase_bias == -2.5).all()
 
 
-def test_the_exported_code_knows_the_mixers():
-    from megatron_carve import modeling_carve
+def test_generation_reads_every_token_once():
+    """Whatever transformers calls the cache; and goes on from one that it returned."""
+    model = small_model().eval()
+    read = []
+    model.model.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    prompt = torch.randint(256, (1, 24))
+    first = model.generate(prompt, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
+    assert read == [24, 1, 1, 1]
+    whole = model.generate(prompt, max_new_tokens=7, do_sample=False, pad_token_id=0)
+    read.clear()
+    more = model.generate(
+        first.sequences, max_new_tokens=3, do_sample=False, pad_token_id=0,
+        **{modeling_carve.CACHE: first[modeling_carve.CACHE]},
+    )  # fmt: skip
+    assert read == [1, 1, 1]
+    assert torch.equal(more, whole)
 
+
+def test_the_exported_code_knows_the_mixers():
     for variant in VARIANTS.values():
         theirs = modeling_carve.MIXERS[variant.letter]
         assert theirs == {name: getattr(variant, name) for name in ("op", "erase", "write", "sees_state")}
