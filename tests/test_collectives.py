@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.parallel import launch
+from support.parallel import run_ranks
 
 WORKER = Path(__file__).parent / "support" / "collectives_worker.py"
 BYTES = 4  # of a number here, float32
@@ -77,7 +77,7 @@ def documented(
 def test_collectives_of_a_layer(kind, tp, sp, cp, method, tmp_path):
     sizes = {"hidden": 32, "heads": 4, "width": 8, "tokens": 128}
     layout = {"kind": kind, "tp": tp, "sp": sp, "cp": cp, "method": method}
-    launch(tp * cp, [str(WORKER), json.dumps({**layout, **sizes, "out": str(tmp_path / "found")})])
+    run_ranks(tp * cp, WORKER, {**layout, **sizes, "out": str(tmp_path / "found")})
     found = json.loads((tmp_path / "found").read_text())
     for rank, counts in enumerate(found):
         # consecutive ranks are tensor-parallel

@@ -3,13 +3,12 @@
 Packed documents have random lengths and are compared with each document run alone.
 """
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from support.parallel import launch
+from support.parallel import run_ranks
 
 from megatron_carve.parallel import HeadExchange
 
@@ -42,7 +41,7 @@ def test_group_equals_one_process(processes, method, key_heads):
         }
         for i, (kind, packed, order, options) in enumerate(LAYERS)
     ]  # fmt: skip
-    launch(processes, [str(WORKER), json.dumps(jobs)])
+    run_ranks(processes, WORKER, jobs)
 
 
 def exchange(size: int) -> HeadExchange:

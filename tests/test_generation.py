@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.models import hybrid_model, one_process
-from support.parallel import launch
 from support.programs import assert_complaints, program
-from support.train import train
+from support.train import train, train_ranks
 
 from megatron_carve.tokenizer import load_tokenizer
 
@@ -193,8 +192,8 @@ def test_the_program_continues_texts(folder):
 @pytest.mark.long  # exporting takes such a run too, in every test run
 def test_a_run_of_two_processes_generates_what_one_would(folder):
     """From one checkpoint, continued in another layout for no step at all, the same text comes."""
-    launch(2, ["-m", "megatron_carve.train", "tiny.yaml", "run.name=two", "checkpoint.load=runs/one",
-               "training.steps=61", "training.lr=1e-12", "parallel.tensor=2"], cwd=folder)  # fmt: skip
+    words = ["tiny.yaml", "run.name=two", "checkpoint.load=runs/one", "training.steps=61", "training.lr=1e-12"]
+    train_ranks(2, folder, *words, "parallel.tensor=2")
     words = ["--prompt", "the", "--max-new-tokens", "60", "--temperature", "0"]
     assert (
         program(folder, "generate", "runs/two", *words).stdout == program(folder, "generate", "runs/one", *words).stdout

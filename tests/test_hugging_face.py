@@ -8,9 +8,8 @@ import sys
 
 import pytest
 import torch
-from support.parallel import launch
 from support.programs import assert_complaints, program
-from support.train import losses, train
+from support.train import losses, train, train_ranks
 
 from megatron_carve import modeling_carve
 from megatron_carve.config import MixerConfig
@@ -139,8 +138,8 @@ def test_an_imported_run_can_be_trained_on(folder, exported):
 
 
 def test_a_run_of_two_processes_exports_the_same(folder, exported):
-    launch(2, ["-m", "megatron_carve.train", "tiny.yaml", "run.name=two", "checkpoint.load=runs/plain",
-               "training.steps=31", "training.lr=1e-12", "parallel.tensor=2"], cwd=folder)  # fmt: skip
+    words = ["tiny.yaml", "run.name=two", "checkpoint.load=runs/plain", "training.steps=31", "training.lr=1e-12"]
+    train_ranks(2, folder, *words, "parallel.tensor=2")
     from safetensors.torch import load_file
 
     program(folder, "export", "runs/two", "out/two")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.parallel import launch
-from support.train import losses, train
+from support.train import losses, train, train_ranks
 
 from megatron_carve.progress import read_metrics
 
@@ -132,7 +132,7 @@ def test_tokens_spread_over_two_processes_train_as_one(folder):
     """On the recall task, where the processes hold different numbers of tokens that count."""
     words = ["tiny.yaml", "model.pattern=C-2-", "training.steps=6", "checkpoint.interval=null"]
     train(folder, *words, "run.name=together")
-    launch(2, ["-m", "megatron_carve.train", *words, "run.name=spread", "parallel.context=2"], cwd=folder)
+    train_ranks(2, folder, *words, "run.name=spread", "parallel.context=2")
     expected, actual = losses(folder, "together"), losses(folder, "spread")
     assert list(actual) == list(expected) == list(range(1, 7))
     for step, loss in expected.items():
@@ -173,8 +173,7 @@ def test_a_walk_over_layouts_trains_as_one_process(folder, unmoved, seed):
     # the first leg draws the weights, which tensor parallelism draws differently
     walk = [LAYOUTS[0], *random.Random(seed).choices(LAYOUTS[1:], k=3)]
     for leg, (processes, layout) in enumerate(walk):
-        command = ["-m", "megatron_carve.train", *unmoved, f"run.name=walk{seed}", f"training.steps={3 * leg + 3}"]
-        launch(processes, [*command, *layout], cwd=folder)
+        train_ranks(processes, folder, *unmoved, f"run.name=walk{seed}", f"training.steps={3 * leg + 3}", *layout)
     expected, actual = losses(folder, "unmoved"), losses(folder, f"walk{seed}")
     assert list(actual) == list(expected) == list(range(1, 13))
     for step, loss in expected.items():
@@ -184,13 +183,13 @@ def test_a_walk_over_layouts_trains_as_one_process(folder, unmoved, seed):
 def test_attention_over_spread_tokens_needs_transformer_engine(folder):
     words = ["tiny.yaml", "run.name=refused", "model.pattern=C-*-", "parallel.context=2"]
     with pytest.raises(AssertionError, match=r"parallel\.context: attention without .* expected 1"):
-        launch(2, ["-m", "megatron_carve.train", *words], cwd=folder)
+        train_ranks(2, folder, *words)
     assert not (folder / "runs" / "refused").exists()
 
 
 def test_a_run_continues_another_at_another_layout(folder, straight):
     words = ["tiny.yaml", "run.name=split", "data.text=cats.txt", "checkpoint.load=runs/straight"]
-    out = launch(2, ["-m", "megatron_carve.train", *words, "parallel.tensor=2", "training.steps=14"], cwd=folder).stdout
+    out = train_ranks(2, folder, *words, "parallel.tensor=2", "training.steps=14").stdout
     assert "continuing another run at step 12" in out
     train(folder, *words[:1], "run.name=whole", *words[2:], "training.steps=14")
     expected, actual = losses(folder, "whole"), losses(folder, "split")

@@ -1,4 +1,4 @@
-"""Run programs under torchrun; how Megatron divides tokens over context-parallel ranks."""
+"""Run programs in several processes; how Megatron divides tokens over context-parallel ranks."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from support.forks import Done, run_forked
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -21,8 +22,13 @@ def run_layout(out: Path, *, tp: int = 1, pp: int = 1, cp: int = 1, dp: int = 1,
         "dtype": "float32", "steps": 3, "seq_length": 80, "micro_batch_size": 1, "micro_batches": 4,
         "distributed_optimizer": dp > 1, "out": str(out), **job,
     }  # fmt: skip
-    launch(tp * pp * cp * dp, [str(WORKER), json.dumps(settings)])
+    run_ranks(tp * pp * cp * dp, WORKER, settings)
     return torch.load(out, weights_only=False)
+
+
+def run_ranks(processes: int, worker: Path, job: object) -> None:
+    """A worker of support/ with its job in that many processes; a failure raises with the end of what they printed."""
+    raise_if_failed(run_forked([str(worker), json.dumps(job)], processes=processes, timeout=600))
 
 
 def launch(processes: int, command: list[str], **options) -> subprocess.CompletedProcess:
@@ -32,9 +38,13 @@ def launch(processes: int, command: list[str], **options) -> subprocess.Complete
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *command],
         env=environment, capture_output=True, text=True, timeout=600, **options,
     )  # fmt: skip
+    raise_if_failed(run)
+    return run
+
+
+def raise_if_failed(run: subprocess.CompletedProcess | Done) -> None:
     if run.returncode:
         raise AssertionError(f"exit status {run.returncode}\n{run.stdout[-2000:]}\n{run.stderr[-6000:]}")
-    return run
 
 
 def places(rank: int, size: int, lengths: Sequence[int]) -> torch.Tensor:

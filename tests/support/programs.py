@@ -5,7 +5,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+
+import torch
+from support.forks import Done, run_forked
 
 EACH_IN_TURN = """
 import contextlib, importlib, io, json, sys
@@ -24,18 +26,14 @@ print(json.dumps(results))
 """
 
 
-class Done(NamedTuple):
-    """What a program left."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 def program(folder: Path, name: str, *words: str, check: bool = True) -> Done:
     """`python -m megatron_carve.NAME WORDS` in `folder`; a failure raises with what it printed."""
-    command = [sys.executable, "-m", f"megatron_carve.{name}", *words]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    command = ["-m", f"megatron_carve.{name}", *words]
+    run: Done | subprocess.CompletedProcess
+    if torch.cuda.is_available():
+        run = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=300)
+    else:
+        run = run_forked(command, cwd=folder, timeout=300)
     if check and run.returncode:
         raise AssertionError(f"exit status {run.returncode}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}")
     return Done(run.returncode, run.stdout, run.stderr)
