@@ -47,8 +47,8 @@ class Model(_Checked):
     """The model apart from its mixers."""
 
     pattern: str
-    """Layers by letter: C CARVE, 2 GDN-2, * attention, - MLP, G Megatron's GDN; | between pipeline stages, / before
-    multi-token-prediction heads."""
+    """Layers by letter: C CARVE, 2 GDN-2, K KDA, * attention, - MLP, G Megatron's GDN; | between pipeline stages,
+    / before multi-token-prediction heads."""
     hidden_size: int
     ffn_hidden_size: int
     """Inner width of the SwiGLU MLP."""
