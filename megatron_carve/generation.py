@@ -53,7 +53,8 @@ class Sampling:
         """Token ids [B] int64 from logits [B, V] float32."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits / self.temperature
+        # From the largest, in float64: however low the temperature, that one stays 0 and nothing becomes no number.
+        logits = ((logits - logits.amax(-1, keepdim=True)).double() / self.temperature).float()
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)

@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = load_recipe(chosen.recipe, chosen.overrides)
         if chosen.tokens_per_second is not None and not chosen.tokens_per_second > 0:
             raise ValueError(f"--tokens-per-second: expected a number above 0, got {chosen.tokens_per_second}")
+        if not chosen.gpu_memory > 0:
+            raise ValueError(f"--gpu-memory: expected a number above 0, got {chosen.gpu_memory}")
         print("\n".join(report(recipe, chosen.gpus, chosen.gpu_memory, chosen.tokens_per_second)))
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -61,7 +63,7 @@ def report(recipe: Recipe, gpus: int | None, gpu_memory: float, tokens_per_secon
     flops = estimate.forward_flops_per_token(recipe, vocab)
     lines = ["Parameters", *_parameters(recipe, vocab), *_of_a_mixer(recipe), ""]
     lines += [
-        f"Training operations per token: {3 * flops / 1e9:.2f} GFLOP (three times the forward's)",
+        f"Training operations per token: {3 * flops / 1e9:.3g} GFLOP (three times the forward's)",
         f"Recurrent state of one sequence: {estimate.state_bytes(recipe) / 2**20:.1f} MiB, whatever its length",
         "",
         f"Layout: {gpus} GPUs = tensor {p.tensor} * pipeline {p.pipeline} * context {p.context} * data {replicas}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from megatron_carve.recipe_schema import Checkpoint, Data, Model, Parallel, Run,
 from megatron_carve.variants import MIXER_LETTERS
 
 INHERIT = "inherit"
+# Keys whose values are paths, or lists with paths in them; those of tokenizers are looked at when they are loaded.
+PATHS = (("data", "text"), ("data", "indexed"), ("data", "cache"), ("run", "folder"), ("checkpoint", "load"))
 OVERRIDES = "command line"
 
 
@@ -146,6 +149,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     values, origin = _with_ancestors(_find(name_or_path, base=Path.cwd(), named_by=OVERRIDES), ())
     for override in overrides:
         _apply_override(values, origin, override)
+    _expand_home(values)
     return _build(values, origin, Path(name_or_path).stem)
 
 
@@ -256,6 +260,16 @@ def _apply_override(values: dict[str, Any], origin: dict[str, str], override: st
     _check_keys(nested, OVERRIDES)
     _merge(values, nested)
     origin.update(dict.fromkeys(_dotted(nested), OVERRIDES))
+
+
+def _expand_home(values: Mapping[str, Any]) -> None:
+    """Put a user's home for ~ at the beginning of paths, as a shell does, but not behind `key=`."""
+    for section, name in PATHS:
+        keys = values.get(section)
+        if isinstance(keys, dict) and isinstance(keys.get(name), str):
+            keys[name] = os.path.expanduser(keys[name])
+        elif isinstance(keys, dict) and isinstance(keys.get(name), list):
+            keys[name] = [os.path.expanduser(x) if isinstance(x, str) else x for x in keys[name]]
 
 
 def _text_value(text: str) -> str | None:

@@ -108,6 +108,8 @@ def test_tokens_are_drawn_by_their_probabilities():
         (Sampling(top_p=0.01), only(1)),
         (Sampling(top_k=3, top_p=0.7), only(1, 4)),  # of the three 0.4 + 0.25 are 76 %
         (Sampling(temperature=0), only(1)),
+        (Sampling(temperature=1e-40), only(1)),
+        (Sampling(temperature=1e-310, top_p=0.9), only(1)),
     ]
     for sampling, expected in cases:
         found = draws(sampling, logits)

@@ -137,6 +137,7 @@ def test_memory_falls_with_what_divides_it():
         ),
         (["carve_1p3b_hybrid", "--gpus", "0"], "--gpus: expected at least 1, got 0"),
         (["carve_1p3b_hybrid", "--gpus", "3"], "global_batch_size: expected a multiple of .* 1 \\* 3, got 1024"),
+        (["carve_1p3b_hybrid", "--gpu-memory", "-1"], "--gpu-memory: expected a number above 0, got -1"),
         (["carve_1p3b_hybrid", "--tokens-per-second", "0"], "--tokens-per-second: expected a number above 0, got 0"),
         (["carve_1p3b_hybrid", "model.pattern=C-G-"], "model.pattern: expected layers of C, 2, K, \\*, -.* got G"),
         (["nothing"], "nothing"),
@@ -147,6 +148,15 @@ def test_mistakes_end_in_one_line(words, message, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert re.search(message, said), said
+
+
+def test_operations_of_a_small_model_are_not_rounded_away(capsys):
+    assert plan.main(["debug"]) == 0
+    found = re.search(r"operations per token: (\S+) GFLOP", capsys.readouterr().out)
+    assert found is not None
+    recipe = load_recipe("debug")
+    expected = 3 * estimate.forward_flops_per_token(recipe, plan.vocab_size(recipe)) / 1e9
+    assert float(found[1]) == pytest.approx(expected, rel=1e-2)
 
 
 def test_too_much_for_a_gpu_is_said(capsys):

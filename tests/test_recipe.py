@@ -262,6 +262,18 @@ class TestYaml:
         assert message(path) == f"{path}: month must be in 1..12"
 
 
+class TestPaths:
+    def test_home_at_the_beginning_of_a_path(self, write, monkeypatch):
+        monkeypatch.setenv("HOME", "/home/someone")
+        words = ["run.folder=~/runs", "checkpoint.load=~/runs/other", "data.cache=~/cache"]
+        recipe = load_recipe(write("data: {text: ~/a~b.txt}\n" + SMALL), words)
+        assert recipe.data.text == "/home/someone/a~b.txt"
+        assert (recipe.data.cache, recipe.run.folder) == ("/home/someone/cache", "/home/someone/runs")
+        assert recipe.checkpoint.load == "/home/someone/runs/other"
+        indexed = load_recipe(write(SMALL), ["data.indexed=[0.3, ~/a, 0.7, b/~c]"])
+        assert indexed.data.indexed == ["0.3", "/home/someone/a", "0.7", "b/~c"]
+
+
 class TestTypes:
     @pytest.mark.parametrize(
         ("section", "text", "expected", "actual"),
