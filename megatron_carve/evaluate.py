@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_carve import needles
 from megatron_carve.program import exit_status
+from megatron_carve.text import read_text
 
 if TYPE_CHECKING:
     from megatron_carve.trained import Trained
@@ -65,7 +66,7 @@ def _evaluate(chosen: argparse.Namespace) -> None:
         raise ValueError("--text: perplexity needs a text file, got none")
     if chosen.haystack is None and (needy := [t for t in hidden if needles.TASKS[t].from_text]):
         raise ValueError(f"--haystack: {', '.join(needy)} hide needles in a text file, got none")
-    texts = {name: path.read_text(encoding="utf-8") for name, path in
+    texts = {name: read_text(path) for name, path in
              (("text", chosen.text), ("haystack", chosen.haystack)) if path is not None}  # fmt: skip
     if harness:
         from megatron_carve.harness import require_tasks

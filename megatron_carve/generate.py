@@ -7,11 +7,11 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_carve.continuation import Continuation
 from megatron_carve.program import exit_status
+from megatron_carve.text import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,7 +142,7 @@ def _prompt(kind: str, value: str) -> tuple[str, str]:
 def _read(kind: str, value: str) -> str | list[int]:
     """A text, or token ids."""
     if kind == "--prompt-file":
-        return Path(value).read_text(encoding="utf-8")
+        return read_text(value)
     if kind == "--prompt":
         return value
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import logging
@@ -189,6 +190,27 @@ def _identity(source: Path, tokenizer: Tokenizer, text_key: str, fraction: float
     }
 
 
+def read_text(path: str | os.PathLike[str]) -> str:
+    """A text as prepare_text reads it: UTF-8, lines ending as they do, without the byte-order mark that may begin it.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not UTF-8.
+    """
+    raw = Path(path).expanduser().read_bytes()
+    mark = _mark(raw)
+    try:
+        return raw[mark:].decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = mark + error.start
+        raise ValueError(f"{path} is not UTF-8: byte 0x{raw[place]:02x} at byte offset {place}") from None
+
+
+def _mark(raw: bytes) -> int:
+    """Length of the byte-order mark that a file's first bytes begin with."""
+    return len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0
+
+
 def _changed(source: Path) -> ValueError:
     return ValueError(f"data.text: {source} changed while it was being read; run again")
 
@@ -210,7 +232,9 @@ def _text_pieces(source: Path, fraction: float) -> Iterator[_Piece]:
         cut = _validation_cut(stream, size, fraction)
         if not 0 < cut < size:
             raise ValueError(f"data.text: {source} is too short ({size} bytes) to split into train and validation")
-        for split, begin, end in (("train", 0, cut), ("validation", cut, size)):
+        stream.seek(0)
+        first = min(_mark(stream.read(len(codecs.BOM_UTF8))), cut)
+        for split, begin, end in (("train", first, cut), ("validation", cut, size)):
             stream.seek(begin)
             for offset, raw in _blocks(stream, begin, end, source):
                 position = offset + len(raw)
@@ -269,7 +293,9 @@ def _json_pieces(source: Path, text_key: str, fraction: float) -> Iterator[_Piec
         first_validation = documents - min(max(1, round(documents * fraction)), documents - 1)
         stream.seek(0)
         offset = document = 0
-        for number, line in enumerate(stream, start=1):
+        for number, whole_line in enumerate(stream, start=1):
+            mark = _mark(whole_line) if number == 1 else 0
+            line, offset = whole_line[mark:], offset + mark
             if line.strip():
                 text = _json_text(line, text_key, source, number, offset)
                 try:

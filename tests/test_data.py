@@ -17,7 +17,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_carve import text as text_module
 from megatron_carve.data import build_gpt_datasets, indexed_prefixes, require_indexed_tokens, require_known_ids
-from megatron_carve.text import prepare_text, require_tokens
+from megatron_carve.text import prepare_text, read_text, require_tokens
 from megatron_carve.tokenizer import Tokenizer, load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -126,8 +126,23 @@ def test_text_without_lines_is_cut_between_characters(tmp_path, prepare, monkeyp
 
 def test_line_ends_and_special_strings_survive(tmp_path, prepare):
     text = "\ufeffone\r\ntwo\rthree\u2028four\n\n\n<|endoftext|>\x00\n" * 20
-    prepared = prepare(write(tmp_path / "ends.md", text))
-    assert texts(prepared.train_prefix)[0] + texts(prepared.validation_prefix)[0] == text
+    path = write(tmp_path / "ends.md", text)
+    prepared = prepare(path)
+    # but for the byte-order mark that begins the file
+    assert texts(prepared.train_prefix)[0] + texts(prepared.validation_prefix)[0] == text[1:]
+    assert read_text(path) == text[1:]  # what prompts and texts to evaluate are read with
+
+
+def test_a_text_to_read_is_utf8(tmp_path):
+    path = write(tmp_path / "latin.txt", b"\xef\xbb\xbfna\xefve")
+    with pytest.raises(ValueError, match=re.escape(f"{path} is not UTF-8: byte 0xef at byte offset 5")):
+        read_text(path)
+
+
+def test_json_lines_may_begin_with_a_byte_order_mark(tmp_path, prepare):
+    prepared = prepare(write(tmp_path / "docs.jsonl", '\ufeff{"text": "one"}\r\n{"text": "\ufefftwo"}\n'))
+    assert texts(prepared.train_prefix) == ["one"]
+    assert texts(prepared.validation_prefix) == ["\ufefftwo"]
 
 
 def test_wide_vocabulary_is_not_wrapped(tmp_path, prepare):
