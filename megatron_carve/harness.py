@@ -80,6 +80,17 @@ def language_model(trained: Trained, batch: int = 1) -> Any:
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             return tokenizer.encode(string).tolist()
 
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            """The harness's, but for contexts without a token and continuations that a tokenizer joins to the last
+            token of the context: then what is scored begins where the two ways of writing them part."""
+            context_ids, continuation_ids = super()._encode_pair(context, continuation)
+            if not continuation_ids:
+                whole = self.tok_encode(context + continuation)
+                pairs = enumerate(zip(whole, context_ids, strict=False))
+                same = next((i for i, (ours, theirs) in pairs if ours != theirs), len(whole))
+                context_ids, continuation_ids = whole[:same], whole[same:]
+            return context_ids or [self.prefix_token_id], continuation_ids
+
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
             pairs = [(context, continuation) for _, context, continuation in requests]
             return score(trained, pairs, batch)
@@ -115,6 +126,11 @@ def score(trained: Trained, pairs: Sequence[tuple[list[int], list[int]]], batch:
     memory at once.
     """
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+    for context, continuation in pairs:
+        if not context or not continuation:
+            raise ValueError(
+                f"pairs: expected a token at least of context and continuation, got {context, continuation}"
+            )
     found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
@@ -134,24 +150,24 @@ def score(trained: Trained, pairs: Sequence[tuple[list[int], list[int]]], batch:
 
 def continue_until(trained: Trained, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
     """Continuations of texts up to the first of options["until"], by the harness's names for the rest."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
     from megatron_carve.continuation import Continuation
     from megatron_carve.generation import Sampling, generate
 
     tokenizer = trained.tokenizer
     assert tokenizer is not None
-    until = options.get("until") or []
-    found = [Continuation(tokenizer, [until] if isinstance(until, str) else until) for _ in contexts]
-    if options.get("do_sample", False):
-        sampling = Sampling(
-            temperature=float(options.get("temperature", 1.0)), top_k=options.get("top_k") or None,
-            top_p=options.get("top_p"),
-        )  # fmt: skip
-    else:
-        sampling = Sampling(temperature=0.0)
+    chosen: dict[str, Any] = dict(normalize_gen_kwargs(options, default_max_gen_toks=MOST_NEW_TOKENS))
+    found = [Continuation(tokenizer, chosen["until"]) for _ in contexts]
+    if chosen["max_gen_toks"] < 1:
+        return ["" for _ in contexts]
+    sampling = Sampling(temperature=0.0)
+    if chosen["do_sample"]:
+        temperature = float(chosen.get("temperature", 1.0))
+        sampling = Sampling(temperature=temperature, top_k=chosen.get("top_k") or None, top_p=chosen.get("top_p"))
     for tokens in generate(
         trained.model, [torch.tensor(tokenizer.encode(text).tolist() or [tokenizer.eod]) for text in contexts],
-        max_new_tokens=int(options.get("max_gen_toks", MOST_NEW_TOKENS)), sampling=sampling,
-        vocab_size=trained.vocab_size,
+        max_new_tokens=chosen["max_gen_toks"], sampling=sampling, vocab_size=trained.vocab_size,
     ):  # fmt: skip
         for continuation, token in zip(found, tokens.tolist(), strict=True):
             continuation.add(token)

@@ -208,6 +208,50 @@ class TestHarness:
         assert harness.continue_until(trained, ["sat "], {"until": until, "max_gen_toks": 30}) == [expected]
         assert asked["max_new_tokens"] == 30 and asked["sampling"].temperature == 0
 
+    @pytest.mark.parametrize(
+        ("options", "tokens", "temperature"),
+        [
+            ({}, 256, 0.0),
+            ({"max_new_tokens": 7}, 7, 0.0),
+            ({"max_tokens": 8, "temperature": 0.5}, 8, 0.5),
+            ({"do_sample": False, "temperature": 0.5}, 256, 0.0),
+            ({"do_sample": True}, 256, 1.0),
+            ({"max_gen_toks": 0}, None, None),
+        ],
+    )
+    def test_options_are_those_of_the_harness(self, monkeypatch, options, tokens, temperature):
+        from megatron_carve import generation, harness
+
+        asked = []
+        monkeypatch.setattr(generation, "generate", lambda *_, **given: asked.append(given) or [torch.tensor([65])])
+        trained = SimpleNamespace(model=None, tokenizer=load_tokenizer("bytes"), vocab_size=257)
+        assert harness.continue_until(trained, ["sat "], options) == ["" if tokens is None else "A"]
+        found = [(given["max_new_tokens"], given["sampling"].temperature) for given in asked]
+        assert found == ([] if tokens is None else [(tokens, temperature)])
+
+    def test_a_continuation_that_joins_the_context_is_scored(self, monkeypatch):
+        """By a tokenizer that writes "ab" as one token; and a context of blanks begins as an empty one does."""
+        from megatron_carve import harness
+
+        ids = {"ab": 2, "a": 0, "b": 1, " ": 3, "c": 4}
+
+        def encode(text):
+            found = []
+            while text:
+                piece = next(p for p in ids if text.startswith(p))
+                found.append(ids[piece])
+                text = text.removeprefix(piece)
+            return np.array(found)
+
+        trained = SimpleNamespace(tokenizer=SimpleNamespace(encode=encode, eod=9))
+        model = harness.language_model(trained)
+        assert model._encode_pair("ca", "b") == ([4], [2])
+        assert model._encode_pair("a", "b") == ([9], [2])
+        assert model._encode_pair("c", "b") == ([4], [1])
+        assert model._encode_pair("  ", "b") == ([9], [3, 3, 1])
+        with pytest.raises(ValueError, match="pairs: expected a token at least of context and continuation"):
+            harness.score(trained, [([1], [])])
+
 
 RECIPE = """
 inherit: debug
