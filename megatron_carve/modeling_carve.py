@@ -469,6 +469,18 @@ class CarveModel(CarvePreTrainedModel):
         return self.norm(x)
 
 
+def require_consecutive(position_ids: Tensor | None, first: int, length: int) -> None:
+    """Raise ValueError for positions that begin anew within a row, as those of packed documents do."""
+    if position_ids is None:
+        return
+    expected = torch.arange(first, first + length, device=position_ids.device).expand_as(position_ids)
+    if not torch.equal(position_ids, expected.to(position_ids.dtype)):
+        raise ValueError(
+            f"position_ids: expected {length} consecutive positions from {first} on, since packed documents would not "
+            f"be kept apart, got others"
+        )
+
+
 class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
     # The loss is a mean over the batch, whatever a trainer says about its size.
     accepts_loss_kwargs = False
@@ -501,11 +513,17 @@ class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
             past_key_values, cache: what a call before returned, by either name.
 
         Raises:
-            ValueError: padded sequences; a recurrence would remember the padding.
+            ValueError: padded sequences, since a recurrence would remember the padding; packed ones; what else this
+                model does not take.
         """
         if attention_mask is not None and not bool(attention_mask.all()):
             raise ValueError("attention_mask: expected sequences of one length, without padding, got zeros in it")
         memory = past_key_values if cache is None else cache
+        first = 0 if memory is None else memory.tokens
+        require_consecutive(kwargs.pop("position_ids", None), first, input_ids.shape[1])
+        kwargs.pop("return_dict", None)
+        if unknown := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
+            raise ValueError(f"{', '.join(unknown)}: this model takes no such argument")
         if use_cache and memory is None:
             memory = CarveCache(self.config.num_hidden_layers)
         hidden = self.model(input_ids, memory)

@@ -246,16 +246,38 @@ def test_generation_reads_every_token_once():
     read = []
     model.model.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
     prompt = torch.randint(256, (1, 24))
-    first = model.generate(prompt, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
+
+    def go_on(ids, new, **more):
+        # with a mask, or transformers would take the padding's number for padding
+        return model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0,
+            return_dict_in_generate=True, **more,
+        )  # fmt: skip
+
+    first = go_on(prompt, 4)
     assert read == [24, 1, 1, 1]
-    whole = model.generate(prompt, max_new_tokens=7, do_sample=False, pad_token_id=0)
+    whole = go_on(prompt, 7).sequences
     read.clear()
-    more = model.generate(
-        first.sequences, max_new_tokens=3, do_sample=False, pad_token_id=0,
-        **{modeling_carve.CACHE: first[modeling_carve.CACHE]},
-    )  # fmt: skip
+    more = go_on(first.sequences, 3, **{modeling_carve.CACHE: first[modeling_carve.CACHE]}).sequences
     assert read == [1, 1, 1]
     assert torch.equal(more, whole)
+
+
+def test_packed_batches_and_unknown_arguments_are_refused():
+    model = small_model().eval()
+    tokens = torch.randint(256, (1, 6))
+    for name in ("cu_seq_lens_q", "seq_idx"):
+        with pytest.raises(ValueError, match=f"{name}: this model takes no such argument"):
+            model(tokens, **{name: torch.tensor([0, 2, 6])})
+    with pytest.raises(ValueError, match="position_ids: expected 6 consecutive positions from 0 on"):
+        model(tokens, position_ids=torch.tensor([[0, 1, 0, 1, 2, 3]]))
+    plain = model(tokens).logits
+    assert torch.equal(model(tokens, position_ids=torch.arange(6)[None], return_dict=True).logits, plain)
+    begun = model(tokens[:, :4], use_cache=True)
+    later = model(
+        tokens[:, 4:], position_ids=torch.tensor([[4, 5]]), **{modeling_carve.CACHE: begun[modeling_carve.CACHE]}
+    )
+    torch.testing.assert_close(later.logits, plain[:, 4:], rtol=1e-4, atol=1e-5)
 
 
 def test_the_exported_code_knows_the_mixers():
