@@ -138,7 +138,7 @@ def test_layers_that_lose_their_place_are_refused():
     from megatron_carve.generation import Memory
 
     model = SimpleNamespace(decoder=SimpleNamespace(layer_type_list=["C", "M", "-", "G"]))
-    with pytest.raises(NotImplementedError, match="expected layers of C, 2, \\*, -, got G, M"):
+    with pytest.raises(NotImplementedError, match="expected layers of C, 2, K, \\*, -, got G, M"):
         Memory(model, 1, 4, vocab_size=VOCAB)
 
 
