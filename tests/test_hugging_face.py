@@ -13,6 +13,7 @@ from support.train import losses, train, train_ranks
 
 from megatron_carve import modeling_carve
 from megatron_carve.config import MixerConfig
+from megatron_carve.kernels import chunk_carve, chunk_gdn2
 from megatron_carve.variants import VARIANTS
 
 TINY = """
@@ -278,6 +279,27 @@ def test_packed_batches_and_unknown_arguments_are_refused():
         tokens[:, 4:], position_ids=torch.tensor([[4, 5]]), **{modeling_carve.CACHE: begun[modeling_carve.CACHE]}
     )
     torch.testing.assert_close(later.logits, plain[:, 4:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("steepest", [-1e5, -1e7, -math.inf])
+def test_the_exported_recurrences_stay_right_however_steep_a_token_decays(steepest):
+    B, T, H, K, V = 1, 150, 2, 16, 12
+    q, k = (torch.nn.functional.normalize(torch.randn(B, T, H, K), dim=-1) for _ in range(2))
+    v, g, erase = torch.randn(B, T, H, V), -torch.rand(B, T, H, K), torch.randn(B, T, H, K)
+    g[:, 70], g[:, 100, :, ::2] = steepest, steepest
+    w, D, U = torch.rand(B, T, H), torch.randn(4, V) / 4, torch.randn(K, 4)
+    wide = w[..., None].expand_as(v)
+
+    def compare(found, op, *inputs):
+        expected = op(*(x.double() for x in inputs), backend="torch")[0]
+        assert (found - expected).norm() < 2e-5 * expected.norm()
+
+    compare(
+        modeling_carve.gdn2(q, k, v, g, erase.sigmoid(), wide, None)[0], chunk_gdn2, q, k, v, g, erase.sigmoid(), wide
+    )
+    options = {"content_chunk": 64, "content_grad": "full", "erase": "diagonal", "prediction": "previous"}
+    found, _ = modeling_carve.carve_recurrence(q, k, v, g, erase, w, 1.0, (D, U), options, None)
+    compare(found, chunk_carve, q, k, v, g, erase, w, D, U)
 
 
 def test_the_exported_code_knows_the_mixers():
