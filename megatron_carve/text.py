@@ -314,7 +314,7 @@ def _json_text(line: bytes, text_key: str, source: Path, number: int, offset: in
     decoded = _decode(line, source, offset, f" (line {number})")
     try:
         record = json.loads(decoded)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
         raise ValueError(
             f"data.text: {source} line {number} is not JSON ({error}); one JSON object per line is expected"
         ) from error

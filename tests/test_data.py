@@ -362,6 +362,11 @@ def test_file_that_shrinks_while_read_is_refused(corpus, prepare, monkeypatch):
         ("blank.jsonl", "\n \n", r"holds too few documents \(0\)"),
         ("bad.jsonl", '{"text": "a"}\n\n{"text": \n', r"line 3 is not JSON \(.*\); one JSON object per line"),
         ("deep.jsonl", '{"text": "a"}\n' + "[" * 100_000 + "\n", r"line 2 is not JSON"),
+        (
+            "digits.jsonl",
+            '{"text": "a"}\n{"text": "b", "n": ' + 5000 * "1" + "}\n",
+            r"line 2 is not JSON \(.*4300 digits",
+        ),
         ("list.json", '["a"]\n["b"]\n', r"line 1 is a JSON list; one JSON object per line"),
         ("pretty.json", '{\n "text": "a"\n}\n', r"line 1 is not JSON"),
         ("key.jsonl", '{"text": "a"}\n{"id": 1, "b": 2}\n', r"line 2 has no key 'text' .*; found: 'id', 'b'$"),
