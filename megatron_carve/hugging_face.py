@@ -19,6 +19,7 @@ from megatron_carve.variants import MIXER_LETTERS, VARIANTS, MixerKind, listed
 
 MODELING = Path(__file__).with_name("modeling_carve.py")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+INDEX = f"{WEIGHTS}.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Sections of a recipe that say what the model is, from which it can be built again.
@@ -140,6 +141,24 @@ def to_hugging_face(state: dict[str, Any], recipe: Recipe) -> dict[str, Tensor]:
         for link in links(recipe)
         for name, part in zip(link.theirs, link.split(state[link.ours]), strict=True)
     }
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights of a folder: of one file, or of several that transformers names in an index.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: an index that names no files of the folder.
+    """
+    from safetensors.torch import load_file
+
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        return load_file(folder / WEIGHTS)
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or any(not isinstance(f, str) or Path(f).name != f for f in files.values()):
+        raise ValueError(f"{folder / INDEX}: expected a weight_map of tensors to files of the folder")
+    return {name: x for file in sorted(set(files.values())) for name, x in load_file(folder / file).items()}
 
 
 def from_hugging_face(weights: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:

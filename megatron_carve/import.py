@@ -47,11 +47,9 @@ def _import(folder: Path, run: Path) -> None:
         data["tokenizer"] = hugging_face.tokenizer_of(folder, data["tokenizer"], run)
     recipe = _recipe(config["recipe"], run)
     # Here because torch and Megatron take seconds to import; a typing mistake need not wait.
-    from safetensors.torch import load_file
-
     from megatron_carve.trained import save_run
 
-    weights = load_file(folder / hugging_face.WEIGHTS)
+    weights = hugging_face.read_weights(folder)
     if recipe.model.tie_embeddings:
         weights.pop("lm_head.weight", None)
     ours = hugging_face.from_hugging_face(weights, recipe)

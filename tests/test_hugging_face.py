@@ -264,6 +264,20 @@ def test_generation_reads_every_token_once():
     assert torch.equal(more, whole)
 
 
+def test_weights_in_several_files_are_read(tmp_path):
+    from megatron_carve import hugging_face
+
+    model = small_model()
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    found, expected = hugging_face.read_weights(tmp_path), model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    (tmp_path / hugging_face.INDEX).write_text('{"weight_map": {"lm_head.weight": "../model.safetensors"}}')
+    with pytest.raises(ValueError, match=r"index\.json: expected a weight_map of tensors to files of the folder"):
+        hugging_face.read_weights(tmp_path)
+
+
 def test_packed_batches_and_unknown_arguments_are_refused():
     model = small_model().eval()
     tokens = torch.randint(256, (1, 6))
