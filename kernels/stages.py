@@ -470,17 +470,12 @@ class Gradients(NamedTuple):
     content: Tensor | None
 
 
-def chunk_gradient(
-    call: Call, x: Inputs, factors: Factors, operands: GradientOperands, A: Tensor, states: Tensor, do: Tensor,
-    d_output_rows: Tensor | None, d_residuals: Tensor, d_states: Tensor, d_content: Tensor | None,
-) -> Gradients:  # fmt: skip
+def _by_value_head(call: Call, x: Inputs, blocks: int, with_content: bool) -> Gradients:
+    """Memory for the gradients that every value head gives; where value heads share what is given, and of a scalar
+    erase gate by blocks of key columns, they are summed up afterwards."""
     tokens = x.q.shape[:2]
-    stage = "precise_key_gradient" if call.precise_decay else "chunk_key_gradient"
-    BK = call.key_block(stage)
-    blocks = call.K // BK
 
     def share(given: Tensor, heads: int, *width: int) -> Tensor:
-        """A gradient per value head, summed up afterwards where value heads share what is given."""
         # The write gate that also erases has two gradients, which are added up before they are rounded.
         rounded = given.shape[2] == heads and not (call.precise_decay and given is x.w)
         dtype = given.dtype if rounded else torch.float32
@@ -489,17 +484,26 @@ def chunk_gradient(
     def vector() -> Tensor:
         return call.floats(x.q, call.HV, call.K)
 
-    shares = Gradients(
+    return Gradients(
         share(x.q, call.HV, call.K), share(x.k, call.HV, call.K), torch.empty_like(x.v),
         share(x.g, call.HV, call.K),
         torch.empty(*tokens, call.HV, blocks, dtype=torch.float32, device=x.b.device)
         if call.scalar_b else share(x.b, call.HV, call.K),
         share(x.w, call.HV) if call.scalar_w else torch.empty_like(x.w),
         vector() if call.raw_decay else None, vector() if call.raw_decay else None,
-        vector() if call.sees_content and d_content is None else None,
+        vector() if call.sees_content and with_content else None,
     )  # fmt: skip
+
+
+def chunk_gradient(
+    call: Call, x: Inputs, factors: Factors, operands: GradientOperands, A: Tensor, states: Tensor, do: Tensor,
+    d_output_rows: Tensor | None, d_residuals: Tensor, d_states: Tensor, d_content: Tensor | None,
+) -> Gradients:  # fmt: skip
+    stage = "precise_key_gradient" if call.precise_decay else "chunk_key_gradient"
+    BK = call.key_block(stage)
+    blocks = call.K // BK
+    dq, dk, dv, dg, db, dw, dA_log, d_dt_bias, d_content_share = _by_value_head(call, x, blocks, d_content is None)
     transposed = call.sees_content and d_output_rows is not None  # from the delta form's loop
-    dq, dk, dv, dg, db, dw, dA_log, d_dt_bias, d_content_share = shares
     d_written, dT, dP = call.tiles(do, call.HV, 64, call.V), *(call.tiles(do, call.HV, 64, 64) for _ in range(2))
     dP_own = call.floats(do, call.HV, 64)
     chunk_value_gradient_kernel[(call.chunks.count, call.HV)](

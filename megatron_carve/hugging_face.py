@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_carve.recipe import Recipe
 from megatron_carve.run_folder import architecture
 from megatron_carve.tokenizer import Tokenizer
-from megatron_carve.variants import MIXER_LETTERS, VARIANTS, MixerKind, listed
+from megatron_carve.variants import MIXER_LETTERS, VARIANTS, MixerKind
 
 MODELING = Path(__file__).with_name("modeling_carve.py")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -128,7 +128,8 @@ def _rows(ours: str, theirs: tuple[str, ...], sizes: list[int] | None) -> Link:
 def _require_counterpart(recipe: Recipe) -> None:
     unknown = sorted(set(recipe.model.pattern) - {*MIXER_LETTERS, "*", "-", "|"})
     if unknown:
-        raise ValueError(f"model.pattern: expected layers of {listed('*', '-')} to export, got {', '.join(unknown)}")
+        known = ", ".join((*MIXER_LETTERS, "*", "-"))
+        raise ValueError(f"model.pattern: expected layers of {known} to export, got {', '.join(unknown)}")
     options = [key for key in architecture(recipe) if key.startswith("megatron.")]
     if options:
         raise ValueError(f"{options[0]}: has no counterpart in the exported model")

@@ -390,9 +390,9 @@ def chunk(
         """Of every pair of rows its own, never above 1, however steep; [..., C, C, K]."""
         return (rows[..., :, None, :] - G[..., None, :, :]).masked_fill(~earlier[..., None], -math.inf).exp()
 
-    bk = b * k
-    T = torch.einsum("...rk,...rsk,...sk->...rs", bk, decays(found), k)
-    P = torch.einsum("...rk,...rsk,...sk->...rs", q, decays(G), k) + torch.diag_embed((q * k).sum(-1))
+    bk, own = b * k, decays(G)
+    T = torch.einsum("...rk,...rsk,...sk->...rs", bk, decays(found) if before_decay else own, k)
+    P = torch.einsum("...rk,...rsk,...sk->...rs", q, own, k) + torch.diag_embed((q * k).sum(-1))
     R = torch.linalg.solve_triangular(
         T + torch.eye(C, device=q.device), z - (found.exp() * bk) @ S, upper=False, unitriangular=True
     )  # fmt: skip

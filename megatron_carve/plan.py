@@ -116,12 +116,17 @@ def _of_a_mixer(recipe: Recipe) -> list[str]:
     """One CARVE layer beside one of GDN-2 with the same sizes: as CARVE's paper counts, and whole."""
     if "C" not in recipe.model.pattern:
         return []
-    h, counts = recipe.model.hidden_size, {"of a CARVE mixer": recipe.mixer.paper_parameter_count}
-    counts["of a whole CARVE layer"] = recipe.mixer.parameter_count
-    notes = (", as the paper counts (without output projection and gate)", "")
+    counts = (
+        (
+            "of a CARVE mixer",
+            recipe.mixer.paper_parameter_count,
+            ", as the paper counts (without output projection and gate)",
+        ),
+        ("of a whole CARVE layer", recipe.mixer.parameter_count, ""),
+    )
     lines = []
-    for (name, count), note in zip(counts.items(), notes, strict=True):
-        carve, gdn2 = count("carve", h), count("gdn2", h)
+    for name, count, note in counts:
+        carve, gdn2 = (count(kind, recipe.model.hidden_size) for kind in ("carve", "gdn2"))
         lines.append(_row(name, f"{carve:,}", f"{carve / gdn2 - 1:+.1%} of GDN-2's {gdn2:,}{note}"))
     return lines
 

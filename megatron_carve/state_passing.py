@@ -1,10 +1,11 @@
 """The ops on shards of sequences: every rank of a group holds one, in order, and starts from the state before its own.
 
-GDN-2's transition does not depend on the state: from shard to shard S becomes M S + N, and an output o + E S. So all
-ranks run at once. M and E are what the op makes of the columns of an identity in place of a state, without values:
-more value heads of the same call. Every rank then puts the (M, N) of the ranks before it together.
+GDN-2's and KDA's transition does not depend on the state: from shard to shard S becomes M S + N, and an output o + E S.
+So all ranks run at once. M and E are what the op makes of the columns of an identity in place of a state, without
+values: more value heads of the same call. Every rank then puts the (M, N) of the ranks before it together.
 
-CARVE's erase gate depends on the state, so its ranks run one after another, each from the state that it receives.
+CARVE's gates see the state through the content, so its ranks run one after another, each from the state that it
+receives (without content too, where they need not).
 While one works on some heads, the next can work on heads that are done before it.
 """
 

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _SPLITS = ("train", "validation")
 _JSON_LINES = (".json", ".jsonl")
 _MANIFEST = "manifest.json"
-_FORMAT = 1  # part of the cache key: raise it when the conversion changes
+_FORMAT = 2  # part of the cache key: raise it when the conversion changes
 _BLOCK_BYTES = 1 << 20
 _EDGE_BYTES = 1 << 16
 _MAX_SEQUENCE_TOKENS = 1 << 30  # the index holds lengths as int32
@@ -78,7 +78,7 @@ def prepare_text(
     A .jsonl or .json file holds one JSON object per line with a document under `text_key`; blank lines are skipped
     and the last documents are validation. Any other file is one document, the end of which is validation, cut at a
     line where that keeps validation between half and twice its share. Each document, and each part of a document
-    that is cut, ends with the tokenizer's end-of-document id.
+    that is cut, ends with the tokenizer's end-of-document id. A byte-order mark that begins the file is left out.
 
     The text is read in blocks of about 1 MiB that end at a line where possible (a JSON line is read whole), so a
     tokenizer that is not lossless line by line, such as a SentencePiece model that normalises white space, does not

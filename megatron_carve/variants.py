@@ -43,9 +43,3 @@ VARIANTS: dict[MixerKind, Variant] = {
 }
 
 MIXER_LETTERS: dict[str, MixerKind] = {v.letter: v.kind for v in VARIANTS.values()}
-
-
-def listed(*more: str) -> str:
-    """The mixers' letters, and more, for people: C, 2, K, * and -."""
-    *first, last = *MIXER_LETTERS, *more
-    return f"{', '.join(first)} and {last}"

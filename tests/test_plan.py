@@ -52,10 +52,13 @@ def test_parameters_are_those_of_the_built_model(pattern):
     assert sum(estimate.parameters(recipe, 64).values()) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("letter", MIXER_LETTERS)
+@pytest.mark.parametrize(
+    ("letter", "options"),
+    [*((letter, []) for letter in MIXER_LETTERS), ("C", ["mixer.erase=delta", "mixer.content_rank=0"])],
+)
 @pytest.mark.parametrize("recompute", ["false", "true"])
 @pytest.mark.parametrize("projections", ["low_rank", "full_rank"])
-def test_saved_numbers_are_those_that_a_layer_keeps(letter, recompute, projections):
+def test_saved_numbers_are_those_that_a_layer_keeps(letter, options, recompute, projections):
     """With the kernels of a GPU, in Triton's interpreter."""
     from support import interpreter  # noqa: F401
 
@@ -64,11 +67,11 @@ def test_saved_numbers_are_those_that_a_layer_keeps(letter, recompute, projectio
     kind = MIXER_LETTERS[letter]
     recipe = small(
         f"model.mixer_recompute={recompute}", f"mixer.decay_projection={projections}",
-        f"mixer.output_gate_projection={projections}",
+        f"mixer.output_gate_projection={projections}", *options,
     )  # fmt: skip
     spec = mixer_layer_spec(kind, "local").submodules.self_attention
     settings = config(mixer_backend="triton", mixer_recompute=recompute == "true", **megatron_sizes(recipe))
-    mixer = spec.module(settings, spec.submodules, 1, pg_collection=groups())
+    mixer = spec.module(settings, spec.submodules, 1, options=recipe.mixer.options, pg_collection=groups())
     parameters = {p.untyped_storage().data_ptr() for p in mixer.parameters()}
     kept: dict[int, int] = {}
 
@@ -83,9 +86,12 @@ def test_saved_numbers_are_those_that_a_layer_keeps(letter, recompute, projectio
     numbers = estimate.saved_numbers(recipe, letter)
     expected = (sum(numbers.values()) - numbers["input"]) * tokens  # the norm before the mixer keeps it
     x = recipe.mixer
-    if recompute == "false":  # too few to be in the plan: rates of every channel, of CARVE also both biases
-        expected += x.key_dim if letter != "C" else 3 * x.num_value_heads * x.key_head_dim
-    if letter == "C" and recompute == "false":  # means, codes and content terms
+    if recompute == "false":  # too few to be in the plan
+        if letter != "C":
+            expected += x.key_dim  # rates, which are then of every channel
+        elif x.erase == "diagonal":
+            expected += 3 * x.num_value_heads * x.key_head_dim  # rates and both biases, of every value head
+    if letter == "C" and x.content_rank and recompute == "false":  # means, codes and content terms
         expected += tokens // 64 * x.num_value_heads * (x.value_head_dim + x.content_rank + x.key_head_dim)
     assert sum(kept.values()) == expected
 

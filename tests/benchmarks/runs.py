@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import SimpleQueue
@@ -51,6 +51,6 @@ def train_each(
         raise RuntimeError("\n".join(failures))
 
 
-def mlp_as_large_as(wanted: int, size: Any, around: int) -> int:
+def mlp_as_large_as(wanted: int, size: Callable[[int], int], around: int) -> int:
     """The width of MLPs, a multiple of 4 within some hundreds of `around`, at which size(width) is nearest `wanted`."""
     return min(range(around - 200, around + 400, 4), key=lambda width: abs(size(width) - wanted))

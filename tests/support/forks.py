@@ -1,7 +1,6 @@
 """Processes that begin with Megatron imported: a server imports it once and forks for every job.
 
-Importing takes a process four seconds of CPU, more than most jobs themselves. Only for a machine without a GPU: what is
-imported is in CPU mode.
+Importing takes a process four seconds of CPU. Only for a machine without a GPU: what is imported is in CPU mode.
 """
 
 import atexit
@@ -19,13 +18,33 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 
 class Done(NamedTuple):
-    """What a program left, of several processes the first that failed, or of all."""
+    """The exit status, of several processes that of the first that failed, and what all printed."""
 
     returncode: int
     stdout: str
     stderr: str
+
+
+def run_python(command: list[str], *, cwd: str | os.PathLike[str], timeout: float, threads: int = 1) -> Done:
+    """`python COMMAND` in a process of its own, which begins anew with several threads and on a machine with a GPU."""
+    if threads == 1 and not torch.cuda.is_available():
+        return run_forked(command, cwd=cwd, timeout=timeout)
+    run = subprocess.run(
+        [sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+    )  # fmt: skip
+    return Done(run.returncode, run.stdout, run.stderr)
+
+
+def checked(run: Done) -> Done:
+    """A run that succeeded; else its end is raised."""
+    if run.returncode:
+        raise AssertionError(f"exit status {run.returncode}\n{run.stdout[-3000:]}\n{run.stderr[-6000:]}")
+    return run
 
 
 def run_forked(command: list[str], *, processes: int = 0, cwd: str | os.PathLike[str] = ".", timeout: float) -> Done:
@@ -35,7 +54,10 @@ def run_forked(command: list[str], *, processes: int = 0, cwd: str | os.PathLike
         TimeoutError: it took longer; it has been ended.
     """
     with tempfile.TemporaryDirectory() as logs:
-        job = {"command": command, "processes": processes, "cwd": str(Path(cwd).resolve()), "logs": logs}
+        job = {
+            "command": command, "processes": processes, "cwd": str(Path(cwd).resolve()), "logs": logs,
+            "environment": {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        }  # fmt: skip
         server = _server()
         assert server.stdin is not None and server.stdout is not None
         server.stdin.write(json.dumps(job) + "\n")
@@ -44,7 +66,9 @@ def run_forked(command: list[str], *, processes: int = 0, cwd: str | os.PathLike
             os.killpg(server.pid, signal.SIGKILL)
             _server.cache_clear()
             raise TimeoutError(f"{command}: not done after {timeout:g} s")
-        status = json.loads(server.stdout.readline())
+        answer = server.stdout.readline()
+        assert answer, "the server that forks has ended; it says above why"
+        status = json.loads(answer)
         stdout, stderr = ("".join(f.read_text() for f in sorted(Path(logs).glob(f"*.{n}"))) for n in ("out", "err"))
     return Done(status, stdout, stderr)
 
@@ -52,9 +76,8 @@ def run_forked(command: list[str], *, processes: int = 0, cwd: str | os.PathLike
 @functools.cache
 def _server() -> subprocess.Popen[str]:
     server = subprocess.Popen(
-        [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     atexit.register(server.kill)
     return server
@@ -86,8 +109,6 @@ def _all_ranks(job: dict[str, Any]) -> int:
     failed = 0
     while running:
         pid, status = os.wait()
-        if pid not in running:
-            continue
         del running[pid]
         code = os.waitstatus_to_exitcode(status)
         if code and not failed:
@@ -104,6 +125,8 @@ def _be_rank(job: dict[str, Any], rank: int, port: int) -> None:
         os.dup2(log, descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(job["cwd"])
+    os.environ.clear()
+    os.environ.update(job["environment"])
     if job["processes"]:
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["processes"], "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1")

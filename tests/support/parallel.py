@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from support.forks import Done, run_forked
+from support.forks import Done, checked, run_forked
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -28,23 +28,17 @@ def run_layout(out: Path, *, tp: int = 1, pp: int = 1, cp: int = 1, dp: int = 1,
 
 def run_ranks(processes: int, worker: Path, job: object) -> None:
     """A worker of support/ with its job in that many processes; a failure raises with the end of what they printed."""
-    raise_if_failed(run_forked([str(worker), json.dumps(job)], processes=processes, timeout=600))
+    checked(run_forked([str(worker), json.dumps(job)], processes=processes, timeout=600))
 
 
-def launch(processes: int, command: list[str], **options) -> subprocess.CompletedProcess:
+def launch(processes: int, command: list[str], **options) -> Done:
     """torchrun on this machine's CPU; a failure raises with the end of what the processes printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *command],
         env=environment, capture_output=True, text=True, timeout=600, **options,
     )  # fmt: skip
-    raise_if_failed(run)
-    return run
-
-
-def raise_if_failed(run: subprocess.CompletedProcess | Done) -> None:
-    if run.returncode:
-        raise AssertionError(f"exit status {run.returncode}\n{run.stdout[-2000:]}\n{run.stderr[-6000:]}")
+    return checked(Done(run.returncode, run.stdout, run.stderr))
 
 
 def places(rank: int, size: int, lengths: Sequence[int]) -> torch.Tensor:

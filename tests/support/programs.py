@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from support.forks import Done, run_forked
+from support.forks import Done, checked, run_python
 
 EACH_IN_TURN = """
 import contextlib, importlib, io, json, sys
@@ -28,15 +27,8 @@ print(json.dumps(results))
 
 def program(folder: Path, name: str, *words: str, check: bool = True) -> Done:
     """`python -m megatron_carve.NAME WORDS` in `folder`; a failure raises with what it printed."""
-    command = ["-m", f"megatron_carve.{name}", *words]
-    run: Done | subprocess.CompletedProcess
-    if torch.cuda.is_available():
-        run = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=300)
-    else:
-        run = run_forked(command, cwd=folder, timeout=300)
-    if check and run.returncode:
-        raise AssertionError(f"exit status {run.returncode}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}")
-    return Done(run.returncode, run.stdout, run.stderr)
+    run = run_python(["-m", f"megatron_carve.{name}", *words], cwd=folder, timeout=300)
+    return checked(run) if check else run
 
 
 def in_turn(folder: Path, name: str, cases: Sequence[Sequence[str]]) -> list[Done]:
