@@ -111,16 +111,16 @@ def test_kda_erases_and_writes_with_one_number_per_key_head(negative, monkeypatc
     from megatron_carve.mixers import gdn2
 
     mixer = build("kda", options={"negative_eigenvalues": negative})
-    given = []
-    original = gdn2.chunk_gdn2
+    given, mixed = [], []
+    original, mix = gdn2.chunk_gdn2, mixer.mix
     monkeypatch.setattr(gdn2, "chunk_gdn2", lambda *a, **k: given.append((a, k, original(*a, **k))) or given[-1][2])
+    monkeypatch.setattr(mixer, "mix", lambda inputs, span: mixed.append(inputs) or mix(inputs, span))
     mixer(3 * hidden_states())
-    (_, q, k, v, raw, logits, _), options, o = given[0]
+    (_, q, k, _, raw, logits, _), options, o = given[0]
     assert logits.shape == (BATCH, LENGTH, 2)
     g = -options["A_log"].exp()[:, None] * torch.nn.functional.softplus(raw + options["dt_bias"])
     beta = (2.0 if negative else 1.0) * logits.double().sigmoid()
-    own_v = v / 2.0 if negative else v  # the op takes them with beta's scale
-    expected, _ = oracle_gdn2(q, k, own_v, g, beta, beta.repeat_interleave(2, 2))
+    expected, _ = oracle_gdn2(q, k, mixed[0].v, g, beta, beta.repeat_interleave(2, 2))
     torch.testing.assert_close(o.double(), expected, rtol=1e-4, atol=1e-6)
 
 
