@@ -1,20 +1,18 @@
 """Exported models on a GPU: our kernels and the peer's, where they stand for torch, compute what torch does."""
 
 import importlib.util
+from dataclasses import asdict
 
 import pytest
 import torch
+
+from megatron_carve.config import MixerConfig
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.gpu
 
 VOCAB = 96
-MIXER = {
-    "num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 64, "value_head_dim": 64, "conv_width": 4,
-    "conv_bias": False, "decay_projection": "low_rank", "output_gate_projection": "low_rank",
-    "output_gate_activation": "silu", "negative_eigenvalues": False, "content_rank": 8, "content_chunk": 64,
-    "content_grad": "full", "short_convolution": "static", "erase": "diagonal", "prediction": "previous",
-}  # fmt: skip
+SIZES = MixerConfig(num_key_heads=2, num_value_heads=4, key_head_dim=64, value_head_dim=64, content_rank=8)
 
 
 @pytest.fixture
@@ -27,7 +25,7 @@ def modeling():
 def made(modeling, pattern, erase):
     config = modeling.CarveConfig(
         pattern=pattern, vocab_size=VOCAB, hidden_size=128, ffn_hidden_size=256, num_attention_heads=2,
-        num_key_value_heads=1, attention_head_dim=64, attention_window=50, mixer={**MIXER, "erase": erase},
+        num_key_value_heads=1, attention_head_dim=64, attention_window=50, mixer={**asdict(SIZES), "erase": erase},
     )  # fmt: skip
     torch.manual_seed(0)
     model = modeling.CarveForCausalLM(config).eval()
