@@ -1,6 +1,7 @@
-# make train   train the debug recipe (CPU is enough); any recipe key can follow: make train data.text=my.txt
-# make test    lint, types and tests
-# Both create what they need: a Python 3.12+ virtual environment in .venv with all dependencies.
+# make train      train the debug recipe (CPU is enough); any recipe key can follow: make train data.text=my.txt
+# make test       lint, types and the tests that a change needs first
+# make test-all   make test, and make test-rest: the tests that take longer
+# All create what they need: a Python 3.12+ virtual environment in .venv with all dependencies.
 
 RECIPE ?= debug
 # Words such as data.text=my.txt on the command line are overrides of the recipe.
@@ -8,14 +9,20 @@ OVERRIDES := $(foreach word,$(MAKEOVERRIDES),$(if $(findstring .,$(firstword $(s
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile
 
-.PHONY: train test lint clean
+.PHONY: train test test-rest test-all lint clean
 
 train: $(INSTALLED)
 	$(VENV_PYTHON) -m megatron_carve.train $(RECIPE) $(foreach word,$(OVERRIDES),'$(word)')
 
 test: lint
-	$(VENV)/bin/pytest -n 2 --dist loadfile
+	$(PYTEST)
+
+test-rest: $(INSTALLED)
+	$(PYTEST) -m 'slow and not gpu and not long'
+
+test-all: test test-rest
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

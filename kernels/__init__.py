@@ -20,14 +20,15 @@ from typing import Any
 
 from torch import Tensor
 
-from . import recurrent, reference
 from .backends import require_triton_convolution, require_triton_support, resolve_backend
 from .call import OpCall
 from .checks import check_call
-from .state import CarveState
+from .state import CarveState, state_shapes
+from .torch_backend import recurrent, reference
 
 __all__ = [
     "CarveState",
+    "OpCall",
     "chunk_carve",
     "chunk_gdn2",
     "recurrent_carve",
@@ -35,6 +36,9 @@ __all__ = [
     "require_triton_convolution",
     "require_triton_support",
     "resolve_backend",
+    "run_chunk",
+    "run_recurrent",
+    "state_shapes",
 ]
 
 
@@ -91,9 +95,9 @@ def chunk_gdn2(
     call = OpCall(
         op="gdn2", q=q, k=k, v=v, g=g, b=b, w=w, scale=scale, initial_state=initial_state,
         output_final_state=output_final_state, cu_seqlens=cu_seqlens, A_log=A_log, dt_bias=dt_bias,
-        gate_logits=gate_logits, erase_scale=erase_scale,
+        gate_logits=gate_logits, erase_scale=erase_scale, backend=backend,
     )  # fmt: skip
-    return _chunk_backend(call, backend).chunk_op(call)
+    return run_chunk(call)
 
 
 def chunk_carve(
@@ -174,9 +178,9 @@ def chunk_carve(
         erase=erase, prediction=prediction, content_chunk=content_chunk, content_grad=content_grad,
         erase_bias=erase_bias, erase_scale=erase_scale, scale=scale, initial_state=initial_state,
         output_final_state=output_final_state, cu_seqlens=cu_seqlens, A_log=A_log, dt_bias=dt_bias,
-        gate_logits=gate_logits,
+        gate_logits=gate_logits, backend=backend,
     )  # fmt: skip
-    return _chunk_backend(call, backend).chunk_op(call)
+    return run_chunk(call)
 
 
 def recurrent_gdn2(
@@ -208,8 +212,9 @@ def recurrent_gdn2(
         op="gdn2", q=q, k=k, v=v, g=g, b=b, w=w, scale=scale, initial_state=initial_state,
         output_final_state=output_final_state, cu_seqlens=cu_seqlens, A_log=A_log, dt_bias=dt_bias,
         gate_logits=gate_logits, erase_scale=erase_scale, inplace_state=inplace_state,
+        backend=backend,
     )  # fmt: skip
-    return _recurrent_backend(call, backend).recurrent_op(call)
+    return run_recurrent(call)
 
 
 def recurrent_carve(
@@ -249,30 +254,30 @@ def recurrent_carve(
         erase=erase, prediction=prediction, content_chunk=content_chunk, content_grad=content_grad,
         erase_bias=erase_bias, erase_scale=erase_scale, scale=scale, initial_state=initial_state,
         output_final_state=output_final_state, cu_seqlens=cu_seqlens, A_log=A_log, dt_bias=dt_bias,
-        gate_logits=gate_logits, inplace_state=inplace_state,
+        gate_logits=gate_logits, inplace_state=inplace_state, backend=backend,
     )  # fmt: skip
-    return _recurrent_backend(call, backend).recurrent_op(call)
+    return run_recurrent(call)
 
 
-def _chunk_backend(call: OpCall, backend: str) -> Any:
-    """The module whose chunk_op serves a call, which is checked; Triton is imported only when asked for."""
+def run_chunk(call: OpCall) -> tuple[Tensor, Any]:
+    """What chunk_gdn2 or chunk_carve does, of the arguments in a call; results and errors as there."""
     check_call(call)
-    if resolve_backend(backend, call.q.device) == "torch":
-        return reference
-    from . import chunk
+    if resolve_backend(call.backend, call.q.device) == "torch":
+        return reference.chunk_op(call)
+    from .triton_backend import chunk_ops  # Triton is imported only when asked for
 
     require_triton_support(
         call.op, call.q.dtype, call.q.shape[3], call.v.shape[3], erase=call.erase, content=call.has_content
     )
-    return chunk
+    return chunk_ops.chunk_op(call)
 
 
-def _recurrent_backend(call: OpCall, backend: str) -> Any:
-    """The same for recurrent_op."""
+def run_recurrent(call: OpCall) -> tuple[Tensor, Any]:
+    """What recurrent_gdn2 or recurrent_carve does, of the arguments in a call; results and errors as there."""
     check_call(call)
-    if resolve_backend(backend, call.q.device) == "torch":
-        return recurrent
-    from . import decode
+    if resolve_backend(call.backend, call.q.device) == "torch":
+        return recurrent.recurrent_op(call)
+    from .triton_backend import decode
 
     require_triton_support("recurrent", call.q.dtype, call.q.shape[3], call.v.shape[3])
-    return decode
+    return decode.recurrent_op(call)

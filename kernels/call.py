@@ -18,6 +18,8 @@ class OpCall:
         op: "gdn2" or "carve".
         b: the erase gate of GDN-2 (its logits with gate_logits), the erase logits of CARVE.
         inplace_state: write the final state into initial_state (recurrent ops alone).
+
+    One made of another by dataclasses.replace is checked anew when an op takes it.
     """
 
     op: str
@@ -43,6 +45,7 @@ class OpCall:
     output_final_state: bool = False
     cu_seqlens: Tensor | None = None
     inplace_state: bool = False
+    backend: str = "auto"
 
     @property
     def output_scale(self) -> float:

@@ -1,7 +1,8 @@
-"""The recurrent state that CARVE carries from one call to the next."""
+"""The recurrent state that an op carries from one call to the next."""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -23,3 +24,16 @@ class CarveState(NamedTuple):
     mean: Tensor
     partial: Tensor
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs on a state
+
+
+def state_shapes(op: str, value_heads: int, K: int, V: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape per sequence, and dtype beside 16- and 32-bit inputs, of the tensors of an op's state.
+
+    Args:
+        op: "gdn2", whose state is S alone, or "carve", in the order of CarveState.
+    """
+    S = (value_heads, K, V)
+    if op == "gdn2":
+        return [(S, torch.float32)]
+    mean = (value_heads, V)
+    return [(S, torch.float32), (mean, torch.float32), (mean, torch.float32), ((), torch.int64)]

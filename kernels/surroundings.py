@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import elementwise
 from .backends import require_triton_convolution, require_triton_dtype, require_triton_width, resolve_backend
 from .checks import check_convolution, check_gated_norm
+from .torch_backend import elementwise
 
 
 def convolve_qkv(
@@ -53,7 +53,7 @@ def convolve_qkv(
         require_triton_dtype(x.dtype)
         require_triton_width("convolve_qkv", "key_head_dim", key_head_dim)
         require_triton_convolution(weight.shape[1])
-        from .short_convolution import ConvolveQKV
+        from .triton_backend.short_convolution import ConvolveQKV
 
         x = x if x.stride(-1) == 1 else x.contiguous()
         return ConvolveQKV.apply(x, weight, bias, cu_seqlens, key_channels, key_head_dim)
@@ -89,7 +89,7 @@ def gated_head_norm(
     if resolve_backend(backend, x.device) == "triton":
         require_triton_dtype(x.dtype)
         require_triton_width("gated_head_norm", "V", x.shape[3])
-        from .gated_norm import GatedNorm, whole_tokens
+        from .triton_backend.gated_norm import GatedNorm, whole_tokens
 
         gate = None if gate is None else whole_tokens(gate)
         return GatedNorm.apply(whole_tokens(x), gate, weight, eps, activation)

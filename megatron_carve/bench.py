@@ -16,15 +16,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_carve import estimate
-from megatron_carve.program import plan_or_complain, pretrain
-from megatron_carve.recipe import Recipe, load_recipe, recipe_names
+from megatron_carve.recipe import Recipe, estimate, load_recipe, recipe_names
+from megatron_carve.run.program import exit_status
 
 if TYPE_CHECKING:
     import torch
 
-    from megatron_carve.preflight import Plan
-    from megatron_carve.recipe_schema import Training
+    from megatron_carve.recipe.schema import Training
+    from megatron_carve.run.preflight import Plan
 
 GIB = 2**30
 # A product of two square matrices this large runs at the most that a GPU reaches.
@@ -48,17 +47,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     chosen = parser.parse_intermixed_args(arguments)
     with _scratch() as scratch:
-        plan = plan_or_complain(lambda: _recipe(chosen, scratch))
-        if plan is None:
-            return 2
-        bench = StepTimer(plan, warmup=chosen.warmup, steps=chosen.steps)
-        bench.parameters = pretrain(plan, bench, bench.watch)
-        if plan.rank == 0:
-            numbers = bench.numbers(chosen.peak_tflops)
-            print("\n".join(report(numbers)))
-            if chosen.json is not None:
-                chosen.json.write_text(json.dumps(numbers, indent=2) + "\n")
-    return 0
+        return exit_status(lambda: _prepared(chosen, scratch), lambda plan: _measure(plan, chosen), log=sys.stdout)
+
+
+def _prepared(chosen: argparse.Namespace, scratch: Path) -> Plan:
+    recipe = _recipe(chosen, scratch)
+    # Here because torch and Megatron take seconds to import; a typing mistake need not wait.
+    from megatron_carve.run.preflight import prepare
+
+    return prepare(recipe)
+
+
+def _measure(plan: Plan, chosen: argparse.Namespace) -> None:
+    from megatron_carve.run.pretraining import pretrain
+
+    bench = StepTimer(plan, warmup=chosen.warmup, steps=chosen.steps)
+    bench.parameters = pretrain(plan, bench, bench.watch)
+    if plan.rank == 0:
+        numbers = bench.numbers(chosen.peak_tflops)
+        print("\n".join(report(numbers)))
+        if chosen.json is not None:
+            chosen.json.write_text(json.dumps(numbers, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -133,7 +142,7 @@ class StepTimer:
     def on_step(self, iteration: int, losses: dict[str, Any], learning_rate: float | None, grad_norm: Any) -> None:
         import torch
 
-        from megatron_carve.progress import LOSS
+        from megatron_carve.run.progress import LOSS
 
         on_gpu = self.plan.device == "cuda"
         if on_gpu:
@@ -160,7 +169,7 @@ class StepTimer:
     def _begin_profile(self) -> None:
         from torch.profiler import ProfilerActivity, profile
 
-        from megatron_carve.breakdown import mark_parts
+        from megatron_carve.run.breakdown import mark_parts
 
         for model in self.models:
             mark_parts(model)
@@ -169,7 +178,7 @@ class StepTimer:
         self.profiler.start()
 
     def _end_profile(self) -> None:
-        from megatron_carve.breakdown import longest_kernels, time_by_part
+        from megatron_carve.run.breakdown import longest_kernels, time_by_part
 
         self.profiler.stop()
         events = self.profiler.events()
@@ -183,7 +192,7 @@ class StepTimer:
         """
         import torch
 
-        from megatron_carve.launch import world_size
+        from megatron_carve.run.launch import world_size
 
         recipe, on_gpu = self.plan.recipe, self.plan.device == "cuda"
         seconds = [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]

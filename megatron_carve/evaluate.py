@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_carve import needles
-from megatron_carve.program import exit_status
-from megatron_carve.text import read_text
+from megatron_carve.data.text import read_text
+from megatron_carve.run.program import exit_status
+from megatron_carve.use import needles
 
 if TYPE_CHECKING:
-    from megatron_carve.trained import Trained
+    from megatron_carve.use.trained import Trained
 
 LENGTHS = (1024, 4096, 16384)
 DEPTHS = 5
@@ -69,13 +69,13 @@ def _evaluate(chosen: argparse.Namespace) -> None:
     texts = {name: read_text(path) for name, path in
              (("text", chosen.text), ("haystack", chosen.haystack)) if path is not None}  # fmt: skip
     if harness:
-        from megatron_carve.harness import require_tasks
+        from megatron_carve.use.harness import require_tasks
 
         require_tasks(harness, chosen.include_path)
     if chosen.out is not None:
         chosen.out.mkdir(parents=True, exist_ok=True)
     # Here because torch and Megatron take seconds to import; a typing mistake need not wait.
-    from megatron_carve.trained import trained_model
+    from megatron_carve.use.trained import trained_model
 
     with trained_model(chosen.run, device=chosen.device, step=chosen.step) as trained:
         if trained.tokenizer is None:
@@ -86,7 +86,7 @@ def _evaluate(chosen: argparse.Namespace) -> None:
         if hidden:
             results["needles"] = _needles(trained, hidden, lengths, texts.get("haystack"), chosen)
         if harness:
-            from megatron_carve.harness import evaluate
+            from megatron_carve.use.harness import evaluate
 
             results["harness"] = evaluate(trained, harness, chosen.batch, chosen.limit, chosen.include_path)
     print("\n".join(report(results)))
@@ -104,7 +104,7 @@ def _lengths(words: str) -> list[int]:
 
 
 def _perplexity(trained: Trained, text: str, chosen: argparse.Namespace) -> dict[str, Any]:
-    from megatron_carve.perplexity import text_perplexity
+    from megatron_carve.use.perplexity import text_perplexity
 
     assert trained.tokenizer is not None
     length = trained.recipe.training.seq_length if chosen.length is None else chosen.length
@@ -129,7 +129,7 @@ def _needles(
     """Accuracy of every task, length and depth."""
     import torch
 
-    from megatron_carve.generation import Sampling, generate
+    from megatron_carve.use.generation import Sampling, generate
 
     tokenizer = trained.tokenizer
     assert tokenizer is not None

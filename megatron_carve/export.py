@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_carve.program import exit_status
+from megatron_carve.run.program import exit_status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,8 +29,8 @@ def _export(run: str, out: Path, step: int | None) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out}: expected a new or empty folder")
     # Here because torch and Megatron take seconds to import; a typing mistake need not wait.
-    from megatron_carve import hugging_face
-    from megatron_carve.trained import trained_model
+    from megatron_carve.use import hugging_face
+    from megatron_carve.use.trained import trained_model
 
     try:
         import safetensors  # noqa: F401

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from megatron_carve.continuation import Continuation
-from megatron_carve.program import exit_status
-from megatron_carve.text import read_text
+from megatron_carve.data.text import read_text
+from megatron_carve.run.program import exit_status
+from megatron_carve.use.continuation import Continuation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_carve.generation import Sampling
-    from megatron_carve.tokenizer import Tokenizer
-    from megatron_carve.trained import Trained
+    from megatron_carve.data.tokenizer import Tokenizer
+    from megatron_carve.use.generation import Sampling
+    from megatron_carve.use.trained import Trained
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,8 +58,8 @@ def _generate(chosen: argparse.Namespace) -> None:
     # Here because torch and Megatron take seconds to import; a typing mistake need not wait.
     import torch
 
-    from megatron_carve.generation import Sampling
-    from megatron_carve.trained import trained_model
+    from megatron_carve.use.generation import Sampling
+    from megatron_carve.use.trained import trained_model
 
     sampling = Sampling(
         temperature=chosen.temperature, top_k=chosen.top_k, top_p=chosen.top_p, seed=chosen.seed
@@ -73,7 +73,7 @@ def _generate(chosen: argparse.Namespace) -> None:
 def _run(
     trained: Trained, prompts: list[Tensor], sampling: Sampling, max_new_tokens: int, writers: list[Writer]
 ) -> None:
-    from megatron_carve.generation import generate
+    from megatron_carve.use.generation import generate
 
     start = time.monotonic()
     first = start

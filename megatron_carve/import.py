@@ -1,6 +1,6 @@
 """Make a run of an exported Hugging Face folder: `python -m megatron_carve.import FOLDER RUN`.
 
-The name is a keyword, so the module can be run and not imported; its work is in hugging_face.py and trained.py.
+The name is a keyword, so the module can be run and not imported; its work is in use/hugging_face.py and use/trained.py.
 """
 
 from __future__ import annotations
@@ -8,15 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
-from megatron_carve.program import exit_status
-from megatron_carve.recipe import Recipe, load_recipe
-from megatron_carve.run_folder import EARLIER_CARVE, RunFolder, is_earlier_carve
+from megatron_carve.recipe import Recipe
+from megatron_carve.run.folder import EARLIER_CARVE, RunFolder, is_earlier_carve
+from megatron_carve.run.program import exit_status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _import(folder: Path, run: Path) -> None:
-    from megatron_carve import hugging_face
+    from megatron_carve.use import hugging_face
 
     config = json.loads((folder / hugging_face.CONFIG).read_text())
     kind = config.get("model_type")
@@ -45,9 +42,9 @@ def _import(folder: Path, run: Path) -> None:
     data = config["recipe"]["data"]
     if "tokenizer" in data:
         data["tokenizer"] = hugging_face.tokenizer_of(folder, data["tokenizer"], run)
-    recipe = _recipe(config["recipe"], run)
+    recipe = _recipe(config["recipe"], run, origin=str(folder / hugging_face.CONFIG))
     # Here because torch and Megatron take seconds to import; a typing mistake need not wait.
-    from megatron_carve.trained import save_run
+    from megatron_carve.use.trained import save_run
 
     weights = hugging_face.read_weights(folder)
     if recipe.model.tie_embeddings:
@@ -57,17 +54,14 @@ def _import(folder: Path, run: Path) -> None:
     print(f"{made}: {sum(w.numel() for w in ours.values()):,} parameters")
 
 
-def _recipe(values: dict, run: Path) -> Recipe:
+def _recipe(values: dict, run: Path, *, origin: str) -> Recipe:
     """The kept sections of a recipe, as the recipe of a run in this folder that has nothing left to train."""
     values = {
         **values,
         "training": {**values["training"], "steps": 1},
         "run": {"name": run.name, "folder": str(run.parent)},
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "recipe.yaml"
-        path.write_text(yaml.safe_dump(values))
-        return load_recipe(str(path))
+    return Recipe.from_dict(values, origin=origin)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 
-from megatron_carve import estimate
-from megatron_carve.recall import RecallTask
-from megatron_carve.recipe import Recipe, check_layout, load_recipe, recipe_names
-from megatron_carve.tokenizer import load_tokenizer
+from megatron_carve.recipe import Recipe, check_layout, estimate, load_recipe, recipe_names
+from megatron_carve.run.program import exit_status
+from megatron_carve.run.vocabulary import vocab_size
 
 GIB = 2**30
 # What CUDA, the kernels and the allocator's gaps take besides tensors.
@@ -29,17 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GiB", help="of one GPU (default: 80)")
     parser.add_argument("--tokens-per-second", type=float, metavar="N", help="of one GPU, measured: gives the time")
     chosen = parser.parse_intermixed_args(arguments)
-    try:
-        recipe = load_recipe(chosen.recipe, chosen.overrides)
-        if chosen.tokens_per_second is not None and not chosen.tokens_per_second > 0:
-            raise ValueError(f"--tokens-per-second: expected a number above 0, got {chosen.tokens_per_second}")
-        if not chosen.gpu_memory > 0:
-            raise ValueError(f"--gpu-memory: expected a number above 0, got {chosen.gpu_memory}")
-        print("\n".join(report(recipe, chosen.gpus, chosen.gpu_memory, chosen.tokens_per_second)))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: _plan(chosen))
+
+
+def _plan(chosen: argparse.Namespace) -> None:
+    recipe = load_recipe(chosen.recipe, chosen.overrides)
+    if chosen.tokens_per_second is not None and not chosen.tokens_per_second > 0:
+        raise ValueError(f"--tokens-per-second: expected a number above 0, got {chosen.tokens_per_second}")
+    if not chosen.gpu_memory > 0:
+        raise ValueError(f"--gpu-memory: expected a number above 0, got {chosen.gpu_memory}")
+    print("\n".join(report(recipe, chosen.gpus, chosen.gpu_memory, chosen.tokens_per_second)))
 
 
 def report(recipe: Recipe, gpus: int | None, gpu_memory: float, tokens_per_second: float | None) -> list[str]:
@@ -82,16 +79,6 @@ def report(recipe: Recipe, gpus: int | None, gpu_memory: float, tokens_per_secon
             f"{seconds * gpus / 3600:,.0f} GPU hours; {used:.0f} TFLOP/s and GPU",
         ]
     return lines
-
-
-def vocab_size(recipe: Recipe) -> int:
-    """Token ids of the recipe's model, before padding."""
-    if recipe.model.vocab_size is not None:
-        return recipe.model.vocab_size
-    if recipe.data.source == "recall":
-        task = RecallTask(seq_length=recipe.training.seq_length, **dataclasses.asdict(recipe.data.recall))
-        return task.vocab_size
-    return load_tokenizer(recipe.data.tokenizer).vocab_size
 
 
 def _parameters(recipe: Recipe, vocab: int) -> list[str]:

@@ -36,13 +36,13 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from megatron_carve.attention import WindowedSelfAttention
-from megatron_carve.config import LayerImplementation
-from megatron_carve.local_layers import RMSNorm, StandaloneRMSNorm, fused_rms_norm_affine
-from megatron_carve.mixers import MIXERS, MixerSubmodules
+from megatron_carve.model.attention import WindowedSelfAttention
+from megatron_carve.model.config import LayerImplementation
+from megatron_carve.model.local_layers import RMSNorm, StandaloneRMSNorm, fused_rms_norm_affine
+from megatron_carve.model.mixers import MIXERS, MixerSubmodules
+from megatron_carve.model.stack import MixerStack, MixerStackSubmodules
+from megatron_carve.model.variants import MIXER_LETTERS, MixerKind
 from megatron_carve.notices import say_once
-from megatron_carve.stack import MixerStack, MixerStackSubmodules
-from megatron_carve.variants import MIXER_LETTERS, MixerKind
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,18 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_carve.program import plan_or_complain, pretrain
 from megatron_carve.recipe import load_recipe, recipe_names
+from megatron_carve.run.program import exit_status
 
 if TYPE_CHECKING:
-    from megatron_carve.preflight import Plan
+    from megatron_carve.run.preflight import Plan
 
 USAGE = """\
 usage: python -m megatron_carve.train RECIPE [section.key=value ...]
        torchrun --nproc-per-node N -m megatron_carve.train RECIPE [section.key=value ...]
 
 RECIPE is a YAML file or one of: {names}.
-Keys and their defaults are documented in megatron_carve/recipe_schema.py and megatron_carve/config.py."""
+`python -m megatron_carve.recipe.reference` prints every key with its default and what it means."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,12 +26,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE.format(names=", ".join(recipe_names())))
         return 0 if words else 2
-    plan = plan_or_complain(lambda: load_recipe(words[0], words[1:]))
-    return 2 if plan is None else _train(plan)
+    return exit_status(lambda: _prepared(words), _train, log=sys.stdout)
 
 
-def _train(plan: Plan) -> int:
-    from megatron_carve.progress import Progress
+def _prepared(words: Sequence[str]) -> Plan:
+    recipe = load_recipe(words[0], words[1:])
+    # Here because torch and Megatron take seconds to import; a typing mistake need not wait.
+    from megatron_carve.run.preflight import prepare
+
+    return prepare(recipe)
+
+
+def _train(plan: Plan) -> None:
+    from megatron_carve.run.pretraining import pretrain
+    from megatron_carve.run.progress import Progress
 
     recipe, start = plan.recipe, plan.start
     total = recipe.training.total_steps
@@ -41,7 +49,7 @@ def _train(plan: Plan) -> int:
             progress.say(f"{recipe.run.name}: the checkpoint is at step {start.step} of {total}: nothing left to train")
             if start.resumes and not plan.folder.summary.exists():  # it was killed between its last save and these
                 progress.finish(parameters=None, device=plan.device, layers=plan.layers)
-        return 0
+        return
     if plan.rank == 0:
         verb = "resuming" if start.resumes else "continuing another run"
         begin = f"{verb} at step {start.step}" if start.step else "starting"
@@ -49,7 +57,6 @@ def _train(plan: Plan) -> int:
     parameters = pretrain(plan, progress)
     if progress.writes:
         progress.finish(parameters=parameters, device=plan.device, layers=plan.layers)
-    return 0
 
 
 if __name__ == "__main__":

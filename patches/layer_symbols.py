@@ -2,8 +2,8 @@
 
 from functools import partial
 
+from megatron_carve.model.variants import MIXER_LETTERS, VARIANTS, Variant
 from megatron_carve.patches.patch import Patch, Replacement
-from megatron_carve.variants import MIXER_LETTERS, VARIANTS, Variant
 
 
 def _letter(variant: Variant, _: object) -> str:

@@ -28,6 +28,11 @@ def applied_patches() -> list[str]:
     return list(_applied)
 
 
+def revert(name: str) -> None:
+    """Revert the patch of this name, which is in force."""
+    _applied[name].revert()
+
+
 @dataclass(frozen=True)
 class Replacement:
     """One attribute to replace.

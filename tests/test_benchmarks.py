@@ -19,6 +19,7 @@ def needles_benchmark(monkeypatch):
     return bench_needles
 
 
+@pytest.mark.slow
 def test_generation_beside_a_transformer(tmp_path):
     words = [
         "--models",

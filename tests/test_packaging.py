@@ -30,8 +30,8 @@ def test_wheel_holds_the_packages_under_one_name(wheel):
     # Never a top-level `kernels`, which another project owns and transformers looks for; no tests.
     assert {top for top in tops if not top.endswith(".dist-info")} == {"megatron_carve"}
     for name in (
-        "kernels/reference.py",
-        "mixers/carve.py",
+        "kernels/torch_backend/reference.py",
+        "model/mixers/carve.py",
         "patches/cpu_mode.py",
         "recipes/debug.yaml",
         "recipes/carve_1p3b_hybrid.yaml",

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from runs import mlp_as_large_as, train_each
 
-from megatron_carve import estimate
-from megatron_carve.plan import vocab_size
-from megatron_carve.recipe import load_recipe
+from megatron_carve.recipe import estimate, load_recipe
+from megatron_carve.run.vocabulary import vocab_size
 
 FFN = 640
 RECIPE = [

@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from bench_choices import source
 from torch import Tensor
 
-from megatron_carve.mixers.carve import CarveMixer
-from megatron_carve.run_folder import RunFolder
-from megatron_carve.trained import trained_model
+from megatron_carve.kernels import OpCall
+from megatron_carve.model.mixers import base
+from megatron_carve.run.folder import RunFolder
+from megatron_carve.use.trained import trained_model
 
 LENGTHS = (16, 32, 64, 128)
 WINDOWS = (16, 32, 64)
@@ -80,15 +81,16 @@ def recurrence(x: Layers, length: int | None, prediction: str) -> tuple[Tensor, 
 def layers_of(run: Path, step: int, text: Path, device: str) -> tuple[Layers, str, int]:
     """What the layers of a checkpoint read on validation text, how they predict, and their content chunk."""
     found: list[tuple[Any, ...]] = []
-    mix = CarveMixer.mix
+    run = base.chunk_on_span
 
-    def listen(self: CarveMixer, inputs: Any, span: Any) -> Tensor:
-        tensors, options = self._arguments(inputs)
+    def listen(span: Any, call: OpCall) -> Tensor:
+        tensors = (call.q, call.k, call.v, call.g, call.b, call.w)
         q, k, v, raw, logits, write = (x.detach().float().transpose(0, 1) for x in tensors)
-        g = -options["A_log"].exp() * F.softplus(raw + options["dt_bias"])
-        per_layer = (options[name].detach().float() for name in ("erase_bias", "content_down", "content_up"))
+        assert call.A_log is not None and call.dt_bias is not None
+        g = -call.A_log.exp() * F.softplus(raw + call.dt_bias)
+        per_layer = (x.detach().float() for x in (call.erase_bias, call.content_down, call.content_up) if x is not None)
         rows = (x.expand(q.shape[1], *x.shape) for x in per_layer)
-        o = mix(self, inputs, span)
+        o = run(span, call)
         found.append((q, k, v, g, logits, write.sigmoid(), o.float().transpose(0, 1), *rows))
         return o
 
@@ -99,11 +101,11 @@ def layers_of(run: Path, step: int, text: Path, device: str) -> tuple[Layers, st
         T = trained.recipe.training.seq_length
         ids = trained.tokenizer.encode(data[begin : begin + 2 * SEQUENCES * T].decode(errors="ignore"))
         tokens = torch.tensor(ids[: SEQUENCES * T], device=trained.device).view(SEQUENCES, T)
-        CarveMixer.mix = listen  # type: ignore[method-assign]
+        base.chunk_on_span = listen
         try:
             trained.model(tokens, torch.arange(T, device=trained.device).expand_as(tokens), None)
         finally:
-            CarveMixer.mix = mix  # type: ignore[method-assign]
+            base.chunk_on_span = run
         mixer = trained.recipe.mixer
     by_token = [torch.cat(parts, 1) for parts in list(zip(*found, strict=True))[:7]]
     by_row = [torch.cat(parts, 0) for parts in list(zip(*found, strict=True))[7:]]

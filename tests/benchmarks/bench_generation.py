@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 
-from megatron_carve import estimate
-from megatron_carve.generation import PREFILL_TOKENS, Memory
-from megatron_carve.recipe import Recipe, load_recipe
-from megatron_carve.trained import untrained_model
+from megatron_carve.recipe import Recipe, estimate, load_recipe
+from megatron_carve.use.generation import PREFILL_TOKENS, Memory
+from megatron_carve.use.trained import untrained_model
 
 PROMPTS, CONTEXTS, BATCHES = [4096, 65536, 524288], [4096, 65536], [1, 16, 128]
 STEPS = 32

@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_needles.py OUT --train-text FILE --test-text FILE [--documents N]
         [--lengths N,N] [--processes N] [section.key=value ...]
 
-Makes documents in the form of megatron_carve/needles.py, at most LONGEST bytes of haystack and needles and a few
+Makes documents in the form of megatron_carve/use/needles.py, at most LONGEST bytes of haystack and needles and a few
 questions with their answers, and a byte-pair tokenizer of them whose numbers have one or two digits; trains on
 sequences of 1024 tokens; evaluates on texts of more tokens, with other codes and another haystack. OUT gets the run,
 results.json and the heat map needles.png. Recipe keys change the model or the training.
@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from megatron_carve.needles import ADJECTIVES, NEEDLE, NOUNS, QUESTION, TASKS, make_sample
+from megatron_carve.use.needles import ADJECTIVES, NEEDLE, NOUNS, QUESTION, TASKS, make_sample
 
 # Bytes of a document up to its first answer; a token has about four.
 SHORTEST, LONGEST = 360, 3000

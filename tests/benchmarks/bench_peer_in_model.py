@@ -14,31 +14,32 @@ from fla.ops.gdn2 import chunk_gdn2 as peer
 from torch import Tensor
 
 from megatron_carve import bench
-from megatron_carve.mixers import gdn2
-from megatron_carve.parallel import Span
+from megatron_carve.kernels import OpCall
+from megatron_carve.model.context.exchange import Span
+from megatron_carve.model.mixers import base
 
 
 def peer_op(path: str) -> Any:
-    """What stands for state_passing.chunk_gdn2 in the mixer."""
+    """What stands for state_passing.chunk_on_span in the mixers."""
 
-    def chunk_gdn2(
-        span: Span, q: Tensor, k: Tensor, v: Tensor, g: Tensor, erase: Tensor, write: Tensor, *, A_log: Tensor,
-        dt_bias: Tensor, gate_logits: bool, erase_scale: float, backend: str,
-    ) -> Tensor:  # fmt: skip
-        assert span.group is None and gate_logits and erase_scale == 1.0 and backend in ("auto", "triton")
-        gates = erase.sigmoid(), write.sigmoid()
+    def chunk_on_span(span: Span, call: OpCall) -> Tensor:
+        assert span.group is None and call.op == "gdn2" and call.gate_logits and call.erase_scale == 1.0
+        assert call.A_log is not None and call.dt_bias is not None and call.backend in ("auto", "triton")
+        gates = call.b.sigmoid(), call.w.sigmoid()
         if path == "in_kernel":
-            gate = {"A_log": A_log, "dt_bias": dt_bias.flatten()}
-            return peer(q, k, v, g, *gates, use_gate_in_kernel=True, disable_recompute=True, **gate)[0]
-        decay = -A_log.exp()[:, None] * torch.nn.functional.softplus(g.float() + dt_bias)
-        return peer(q, k, v, decay, *gates, safe_gate=True, disable_recompute=True)[0]
+            gate = {"A_log": call.A_log, "dt_bias": call.dt_bias.flatten()}
+            return peer(
+                call.q, call.k, call.v, call.g, *gates, use_gate_in_kernel=True, disable_recompute=True, **gate
+            )[0]
+        decay = -call.A_log.exp()[:, None] * torch.nn.functional.softplus(call.g.float() + call.dt_bias)
+        return peer(call.q, call.k, call.v, decay, *gates, safe_gate=True, disable_recompute=True)[0]
 
-    return chunk_gdn2
+    return chunk_on_span
 
 
 if __name__ == "__main__":
     path, *words = sys.argv[1:]
     if path not in ("in_kernel", "safe"):
         sys.exit(f"PATH: expected in_kernel or safe, got {path}")
-    gdn2.chunk_gdn2 = peer_op(path)
+    base.chunk_on_span = peer_op(path)
     sys.exit(bench.main(words))

@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_recall.py OUT [--steps N] [--seeds N] [--levels PAIRS,OVERWRITES ...]
         [--variants NAME ...] [--jobs N]
 
-Keys are assigned values, some again and again, and the last value must be returned (megatron_carve/recall.py). Every
+Keys are assigned values, some again and again, and the last value must be returned (data/recall.py). Every
 model has two mixer layers with the same recurrent state and, by the width of its MLPs, the same number of parameters;
 all else is one recipe. The runs divide the GPUs that are there. OUT gets results.json, after every run, and a table and
 a plot; started again it goes on with the runs that are missing. GDN is Megatron's and needs flash-linear-attention and
@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from runs import mlp_as_large_as, train_each
 
-from megatron_carve import estimate
-from megatron_carve.recipe import Recipe, load_recipe
+from megatron_carve.recipe import Recipe, estimate, load_recipe
 
 # Of assignments, and of these that assign an earlier key again; a head's state has 32 columns.
 LEVELS = [(32, 16), (64, 32), (96, 48), (128, 64)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_carve.progress import read_metrics
+from megatron_carve.run.progress import read_metrics
 
 
 def train_each(

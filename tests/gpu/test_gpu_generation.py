@@ -28,7 +28,7 @@ def models():
 
 def generated(model, prompts, rest, cuda_graph):
     """Logits [B, T, V] of every token of `rest`, [T, B], after prompts of different lengths."""
-    from megatron_carve.generation import Memory
+    from megatron_carve.use.generation import Memory
 
     memory = Memory(model, len(prompts), LENGTH, vocab_size=VOCAB, cuda_graph=cuda_graph)
     for place, prompt in enumerate(prompts):

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from megatron_carve.config import MixerConfig
+from megatron_carve.model.config import MixerConfig
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.gpu
@@ -17,7 +17,7 @@ SIZES = MixerConfig(num_key_heads=2, num_value_heads=4, key_head_dim=64, value_h
 
 @pytest.fixture
 def modeling():
-    from megatron_carve import modeling_carve
+    from megatron_carve.use import modeling_carve
 
     return modeling_carve
 

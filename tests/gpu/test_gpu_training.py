@@ -90,7 +90,7 @@ def branch_off_at_step_20(folder, source, name, *words):
 
 def test_both_backends_and_recomputation_train_the_same_model(tmp_path):
     """200 steps on text (this project's own) in bfloat16, CARVE, attention and GDN-2."""
-    sources = sorted(Path(__file__).parents[2].glob("megatron_carve/*.py"))
+    sources = sorted(Path(__file__).parents[2].rglob("megatron_carve/**/*.py"))
     (tmp_path / "text.txt").write_text("\n".join(source.read_text() for source in sources))
     words = [
         "debug", "data.text=text.txt", "model.pattern=C-*-2-", "mixer.num_key_heads=2", "mixer.num_value_heads=2",

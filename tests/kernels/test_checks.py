@@ -259,8 +259,8 @@ def test_auto_is_triton_on_a_gpu_and_torch_elsewhere(caplog: pytest.LogCaptureFi
     ],
 )
 def test_recipe_beyond_the_kernels_is_refused_before_the_start(change, message):
-    from megatron_carve.preflight import check_backend
     from megatron_carve.recipe import load_recipe
+    from megatron_carve.run.preflight import check_backend
 
     with pytest.raises(NotImplementedError, match=f"model.mixer_backend: .*{message}"):
         check_backend(load_recipe("debug", [change]), "cuda")

@@ -9,9 +9,9 @@ from support.interpreter import DEVICE
 from support.surroundings import Convolution, Norm
 from support.tolerances import TOLERANCES, error
 
-from megatron_carve.kernels.elementwise import _position_in_sequence
-from megatron_carve.kernels.short_convolution import token_age
 from megatron_carve.kernels.surroundings import convolve_qkv, gated_head_norm
+from megatron_carve.kernels.torch_backend.elementwise import _position_in_sequence
+from megatron_carve.kernels.triton_backend.short_convolution import token_age
 
 CASES: dict[str, Convolution | Norm] = {
     "two batch entries, bias": Convolution(B=2, T=70, H=2, bias=True),

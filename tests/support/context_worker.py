@@ -19,7 +19,7 @@ def main(jobs: list[dict]) -> None:
     patches.cpu_mode.apply()
     from megatron.core import parallel_state
 
-    from megatron_carve import state_passing
+    from megatron_carve.model.context import state_passing
 
     state_passing.PROGRAMS_IN_TURN = 2  # several turns
     dist.init_process_group("gloo")

@@ -88,7 +88,7 @@ def serve() -> None:
     from megatron_carve.patches import cpu_mode
 
     cpu_mode.apply()
-    import megatron_carve.pretraining
+    import megatron_carve.run.task
     import megatron_carve.specs  # noqa: F401
 
     for line in sys.stdin:

@@ -49,7 +49,7 @@ def groups():
 
 def config(num_layers: int = 1, **changes):
     """A small configuration; `mixer` and any Megatron field can be given."""
-    from megatron_carve.pretraining import MixerTransformerConfig
+    from megatron_carve.run.task import MixerTransformerConfig
 
     return MixerTransformerConfig(
         **{

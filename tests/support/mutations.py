@@ -32,14 +32,14 @@ def _without_sum(gather: Callable[..., Tensor], axis: int) -> Callable[..., Tens
 
 def norm_weight() -> None:
     """The all-reduce of the gradient of the output norm's weight."""
-    from megatron_carve.mixers import parts
+    from megatron_carve.model.mixers import parts
 
     parts.copy_to_tensor_model_parallel_region = lambda x, group: x
 
 
 def norm_weight_mark() -> None:
     """The mark by which Megatron sums that gradient under sequence parallelism."""
-    from megatron_carve.mixers.parts import GatedHeadNorm
+    from megatron_carve.model.mixers.parts import GatedHeadNorm
 
     build = GatedHeadNorm.__init__
 
@@ -52,14 +52,14 @@ def norm_weight_mark() -> None:
 
 def content_maps() -> None:
     """The all-reduces of the gradients of CARVE's content maps."""
-    from megatron_carve.mixers import carve
+    from megatron_carve.model.mixers import carve
 
     carve.summed_over_ranks = lambda parameter, *_: parameter
 
 
 def content_maps_mark() -> None:
     """The mark by which Megatron sums these gradients under sequence parallelism."""
-    from megatron_carve.mixers.carve import CarveMixer
+    from megatron_carve.model.mixers.carve import CarveMixer
 
     build = CarveMixer._build_head_parameters
 
@@ -73,7 +73,7 @@ def content_maps_mark() -> None:
 
 def low_rank() -> None:
     """The reduction of the gradient of the low-rank features."""
-    from megatron_carve.mixers import base
+    from megatron_carve.model.mixers import base
 
     name = "all_gather_last_dim_from_tensor_parallel_region"
     setattr(base, name, _without_sum(getattr(base, name), -1))
@@ -81,28 +81,28 @@ def low_rank() -> None:
 
 def tokens_for_heads() -> None:
     """Both all-to-alls of the exchange of tokens for heads."""
-    from megatron_carve import parallel
+    from megatron_carve.model.context import exchange
 
-    parallel.all_to_all = lambda group, x, *splits: x
+    exchange.all_to_all = lambda group, x, *splits: x
 
 
 def tokens_before() -> None:
     """The last tokens of the shard before, which the convolution needs: zeros instead."""
-    from megatron_carve import state_passing
+    from megatron_carve.model.context import state_passing
 
     state_passing.all_to_all = lambda group, x, received, sent: x.new_zeros(sum(received), *x.shape[1:]) + 0 * x.sum()
 
 
 def transitions() -> None:
     """The all-gather of GDN-2's transitions."""
-    from megatron_carve import state_passing
+    from megatron_carve.model.context import state_passing
 
     state_passing.gather_from_sequence_parallel_region = lambda x, group: torch.cat([x] * group.size())
 
 
 def transitions_backward() -> None:
     """The reduction of the gradient of GDN-2's transitions."""
-    from megatron_carve import state_passing
+    from megatron_carve.model.context import state_passing
 
     name = "gather_from_sequence_parallel_region"
     setattr(state_passing, name, _without_sum(getattr(state_passing, name), 0))
@@ -110,7 +110,7 @@ def transitions_backward() -> None:
 
 def states() -> None:
     """The messages with CARVE's states, forward and backward."""
-    from megatron_carve import state_passing
+    from megatron_carve.model.context import state_passing
 
     class Silent:
         def __getattr__(self, _: str) -> Callable[..., None]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from support.forks import Done, checked, run_forked, run_python
 
-from megatron_carve.progress import read_metrics
+from megatron_carve.run.progress import read_metrics
 
 
 def train(folder: Path, *words: str, threads: int = 1, check: bool = True, timeout: float = 560) -> Done:

@@ -19,7 +19,7 @@ def main(job: dict) -> None:
     patches.cpu_mode.apply()
     patches.layer_symbols.apply()
     patches.adam_resume.apply()
-    from megatron_carve.stack import MixerStack
+    from megatron_carve.model.stack import MixerStack
 
     patches.mtp_stack(MixerStack).apply()
     from megatron.core import parallel_state
@@ -114,7 +114,7 @@ def trainer(config, models: list[torch.nn.Module], job: dict):
 
 
 def transformer_config(job: dict):
-    from megatron_carve.pretraining import MixerTransformerConfig
+    from megatron_carve.run.task import MixerTransformerConfig
 
     return MixerTransformerConfig(
         num_layers=len(job["pattern"].split("/")[0].replace("|", "")),

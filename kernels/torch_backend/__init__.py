@@ -1,0 +1,1 @@
+"""The ops in plain torch: any device, any floating dtype, the reference of the kernels."""

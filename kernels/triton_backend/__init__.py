@@ -1,0 +1,18 @@
+"""The ops in Triton, for GPUs: the chunk ops in stages, decoding, and what surrounds the recurrence.
+
+The way of a chunk op's data (C chunks, everything but the loops for all of them at once):
+
+    forward     erasing_decay, content          CARVE with diagonal erase: the erase gates, chunk after chunk
+                decay                           decays as factors
+                steep, chunk_operands           scores, inverse, what a chunk does to any state
+                chunk_state                     the state, chunk after chunk
+                chunk_output                    outputs
+    backward    decay, gradient_operands        what of the forward is needed again
+                chunk_state                     the state's gradient, from the last chunk to the first
+                content                         CARVE with diagonal erase: instead, with the gates' gradients
+                chunk_gradient, steep           gradients of everything that belongs to tokens
+                erasing_decay
+
+CARVE with delta erase has delta_operands and delta_state in the places of chunk_operands and chunk_state. A stage is a
+file: its kernels, their launch, their tuning. chunk_ops puts the stages together; stages has what they share.
+"""

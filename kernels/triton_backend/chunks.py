@@ -1,0 +1,77 @@
+"""Where the chunks of a call lie in its tokens, as device tensors: no size or boundary is read on the host."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import CHUNK_TOKENS
+
+
+class Chunks(NamedTuple):
+    """The chunks of all sequences of a call, sequence after sequence.
+
+    A sequence that enters with n tokens in its running content chunk starts n % 64 rows into its first chunk, so that
+    chunk boundaries divide content chunks. The rows before and after a sequence's tokens are empty.
+
+    Attributes:
+        table: [count, 4] int64 per chunk: the flat token index of row 0 (it may be negative), the first row that
+            holds a token, the row after the last one, the sequence. Chunks beyond the last one are empty.
+        first: [N + 1] int64, index of each sequence's first chunk.
+        lengths: [N] int64, tokens of each sequence.
+        count: upper bound of the number of chunks, known without reading the device.
+        sequences: N.
+    """
+
+    table: Tensor
+    first: Tensor
+    lengths: Tensor
+    count: int  # type: ignore[assignment]  # hides tuple.count
+    sequences: int
+
+
+def make_chunks(x: Tensor, cu_seqlens: Tensor | None, counts: Tensor | None) -> Chunks:
+    """Lay out a call whose tensors look like x, [B, T, ...].
+
+    Args:
+        x: gives B, T and the device.
+        cu_seqlens: [N + 1] int, boundaries of packed sequences (B = 1), or None for one sequence per batch entry.
+            Values outside [0, T] or falling ones are brought into order on the device, so that no kernel reads
+            outside its tensors.
+        counts: [N] int64, tokens that each sequence already has in its running content chunk, or None for zeros.
+    """
+    batch, tokens = x.shape[:2]
+    if cu_seqlens is None and counts is None:
+        return _regular_chunks(batch, tokens, x.device)
+    if cu_seqlens is None:
+        starts = torch.arange(batch + 1, device=x.device) * tokens
+    else:
+        starts = cu_seqlens.long().clamp(0, tokens).cummax(0).values
+    sequences = starts.shape[0] - 1
+    shift = torch.zeros_like(starts[:-1]) if counts is None else counts % CHUNK_TOKENS
+    spare = 1 if counts is None else 2
+    return _make(starts, shift, batch * tokens // CHUNK_TOKENS + spare * sequences)
+
+
+@functools.lru_cache(maxsize=64)
+def _regular_chunks(batch: int, tokens: int, device: torch.device) -> Chunks:
+    """The layout of B sequences of T tokens; a function of its arguments alone, so it may be kept."""
+    starts = torch.arange(batch + 1, device=device) * tokens
+    return _make(starts, torch.zeros_like(starts[:-1]), batch * -(-tokens // CHUNK_TOKENS))
+
+
+def _make(starts: Tensor, shift: Tensor, count: int) -> Chunks:
+    lengths = starts[1:] - starts[:-1]
+    ends = shift + lengths  # row after the last token, counted from row 0 of the sequence's first chunk
+    numbers = torch.where(lengths > 0, (ends + CHUNK_TOKENS - 1) // CHUNK_TOKENS, 0)
+    last = numbers.cumsum(0)
+    index = torch.arange(count, device=starts.device)
+    sequence = torch.searchsorted(last, index, right=True)
+    real = sequence < lengths.shape[0]
+    sequence = sequence.clamp(max=lengths.shape[0] - 1)
+    row = (index - (last - numbers)[sequence]) * CHUNK_TOKENS
+    low = (shift[sequence] - row).clamp(min=0)
+    high = torch.where(real, (ends[sequence] - row).clamp(max=CHUNK_TOKENS), 0)
+    table = torch.stack([starts[sequence] - shift[sequence] + row, low, high, sequence], 1)
+    return Chunks(table, torch.cat([torch.zeros_like(last[:1]), last]), lengths, count, lengths.shape[0])

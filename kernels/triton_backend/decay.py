@@ -1,0 +1,236 @@
+"""Stage 1, forward and backward: the decays of a chunk as factors, formed from the log-decays.
+
+With G the sum of log2-decays from the chunk's start through a row, two factors per element stand for every decay
+between two rows:
+
+    left  = 2^(G + SHIFT)     right = 1 / left
+
+The decay from row s to a later row r is left_r * right_s. SHIFT centres their exponents in the range that float32 and
+bfloat16 share; a power of two rounds nothing, and a constant one tells a row nothing about later rows. Rows that have
+decayed below 2^(-2 SHIFT) in some channel, where left is below UNSHIFT, are steep: all from the first such row on take
+the path of steep.py. Of these are
+
+    late    rows of the chunk's second half that have not decayed as far since its middle: their factors count from
+            there. Of a row of the first half whose decay to the middle is below 2^(SHIFT - 126) = 2^-36, right becomes
+            zero: as much of a term of a late row's scores is lost.
+    halved  the others.
+
+Which kind a row is depends on its past alone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..checks import CHUNK_TOKENS
+from .stages import HOPPER, Call, Factors, Inputs, Tuning
+from .tiles import BT, chunk_rows, chunk_sequence, load_columns, load_rows, load_tile, store_tile
+
+TUNING = {HOPPER: Tuning(64, 0, 4)}
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# One step of this log2-decay is an exact 0 in float32, so stopping here changes no value; it keeps 0 * g finite.
+STEEPEST_LOG2_DECAY = tl.constexpr(-256.0)
+# left and right of rows that are not halved stay within 2^-90 and 2^90 (to late rows, right of the first half's may be
+# smaller). What is left up to the ends 2^-126 and 2^127 is for what they multiply: gradients of the outputs may be as
+# small as 2^-36 at no loss.
+SHIFT = tl.constexpr(90.0)
+UNSHIFT = tl.constexpr(2.0**-90)
+SHIFTED = tl.constexpr(2.0**90)
+
+
+@triton.jit
+def softplus(x):
+    e = tl.exp(tl.minimum(x, 20.0))
+    # the logarithm loses a small e beside 1
+    small = e * (1.0 - 0.5 * e)
+    return tl.where(x > 20.0, x, tl.where(x < -7.0, small, tl.log(1.0 + e)))
+
+
+@triton.jit
+def load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K: tl.constexpr, o_k, RAW: tl.constexpr):
+    """log2 of the decay per step, [rows, BK] float32, 0 in empty rows; RAW forms it from the raw projection."""
+    b_g = load_rows(g, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
+    if RAW:
+        b_g += load_columns(dt_bias, i_h, K, o_k)[None, :]
+        b_g = -tl.exp(load_columns(A_log, i_h, K, o_k))[None, :] * softplus(b_g)
+        b_g = tl.where(m_r[:, None], b_g, 0.0)
+    return tl.maximum(b_g * LOG2_E, STEEPEST_LOG2_DECAY)
+
+
+@triton.jit
+def sum_rows(m_pairs, b_x, CT: tl.constexpr):
+    """Row r: the sum of the rows s of b_x where m_pairs is true, in float32, as a product with ones.
+
+    Faster here than a scan across warps. Terms left out count as exact zeros, for b_x is finite.
+    """
+    if tl.bfloat16 == CT:
+        # two halves of a float32's bits
+        high = b_x.to(tl.bfloat16)
+        low = (b_x - high.to(tl.float32)).to(tl.bfloat16)
+        ones = m_pairs.to(tl.bfloat16)
+        return tl.dot(ones, low, tl.dot(ones, high))
+    return tl.dot(m_pairs.to(tl.float32), b_x, input_precision="tf32x3")
+
+
+@triton.jit
+def shifted_decay(m_pairs, b_g, shift, CT: tl.constexpr):
+    """Row r: 2^shift times the decay over the rows s where m_pairs is true, [BT, BK]."""
+    if tl.bfloat16 == CT:
+        b_decay = tl.exp2(sum_rows(m_pairs, b_g, CT) + shift)
+    else:
+        # a float32 sum near -100 is coarser than the factor; the small parts of the steps, summed apart, are not
+        b_whole = tl.floor(b_g + 0.5)
+        b_decay = tl.exp2(sum_rows(m_pairs, b_g - b_whole, CT)) * tl.exp2(sum_rows(m_pairs, b_whole, CT) + shift)
+    return b_decay
+
+
+@triton.jit
+def late_factor(b_g, o_r, CT: tl.constexpr):
+    """left of the second half's rows and right of the first half's, counted from the chunk's middle, [BT, BK]."""
+    o_s = o_r[None, :]
+    m_second = (o_r >= 32)[:, None]
+    m_between = tl.where(m_second, (o_s >= 32) & (o_s <= o_r[:, None]), (o_s > o_r[:, None]) & (o_s < 32))
+    return shifted_decay(m_between, b_g, tl.where(m_second, SHIFT, -SHIFT), CT)
+
+
+@triton.jit
+def right_factor(b_left):
+    """1 / left; something finite where left is below UNSHIFT."""
+    return 1.0 / tl.maximum(b_left, UNSHIFT)
+
+
+@triton.jit
+def load_left(left, i_ch, o_r, K: tl.constexpr, o_k):
+    return load_tile(left, i_ch, o_r, K, o_k).to(tl.float32)
+
+
+@triton.jit
+def erase_left(b_left, left, i_ch, o_r, K: tl.constexpr, o_k, BEFORE: tl.constexpr, FIRST: tl.constexpr = 0):
+    """left of the rows that predict: that of their own, b_left, or if BEFORE their own decay that of the rows before.
+
+    FIRST: the row from which the factors count, where nothing has decayed yet; rows before it get 0.
+    """
+    if BEFORE:
+        p_left = left + i_ch * BT * K + ((o_r[:, None] - 1) * K + o_k[None, :])
+        b_left = tl.load(p_left, mask=(o_r > FIRST)[:, None], other=0.0).to(tl.float32)
+        b_left = tl.where((o_r == FIRST)[:, None], SHIFTED, b_left)
+    return b_left
+
+
+@triton.jit
+def load_late_factors(late, i_ch, o_r, K: tl.constexpr, o_k):
+    """left of late rows, and right of them and all before them, [BT, BK] float32; something finite elsewhere."""
+    b_late = load_tile(late, i_ch, o_r, K, o_k).to(tl.float32)
+    return b_late, tl.where((o_r >= 32)[:, None], right_factor(b_late), b_late)
+
+
+@triton.jit
+def halved_rows(o_r, first_steep, first_halved):
+    """Which rows of a chunk are halved, [BT]."""
+    return ((o_r >= first_steep) & (o_r < 32)) | (o_r >= first_halved)
+
+
+@triton.jit
+def has_halved_rows(first_steep, first_halved):
+    return (first_steep < BT // 2) | (first_halved < BT)
+
+
+@triton.jit
+def first_chunks_of(first_chunks, i_n, i_h, H):
+    """Where a sequence's first chunk with steep rows is kept, and after it the first one with halved rows."""
+    return first_chunks + (i_n * H + i_h) * 2
+
+
+@triton.jit
+def load_first_chunks(first_chunks, i_n, i_h, H, end):
+    """A sequence's first chunk with steep rows and its first one with halved rows, or `end`."""
+    p_first = first_chunks_of(first_chunks, i_n, i_h, H)
+    return tl.minimum(tl.load(p_first), end), tl.minimum(tl.load(p_first + 1), end)
+
+
+@triton.jit
+def takes_loop_for_steep_rows(first_chunks, table, i_c, i_h, H):
+    """Whether a chunk of CARVE's delta form has steep rows or comes after one of its sequence that has."""
+    return i_c >= tl.load(first_chunks_of(first_chunks, chunk_sequence(table, i_c), i_h, H))
+
+
+@triton.jit
+def load_decay_to_end(b_left, last, rest, first_steep, i_ch, o_r, K: tl.constexpr, o_k):
+    """From after each row to the chunk's end, [BT, BK] float32."""
+    if first_steep == BT:
+        b_decay = right_factor(b_left) * load_columns(last, i_ch, K, o_k)[None, :]
+    else:
+        b_decay = load_tile(rest, i_ch, o_r, K, o_k).to(tl.float32)
+    return b_decay
+
+
+@triton.jit
+def load_total_decay(last, i_ch, K: tl.constexpr, o_k):
+    """Over the whole chunk, [BK] float32."""
+    return load_columns(last, i_ch, K, o_k) * UNSHIFT
+
+
+@triton.jit
+def decay_kernel(
+    g, A_log, dt_bias, left, last, rest, late, steep_from, halved_from, first_chunks, table, H,
+    K: tl.constexpr, BK: tl.constexpr, RAW_DECAY: tl.constexpr, CT: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk and key head.
+
+    Writes left [NC, H, C, K]; last [NC, H, K] float32, left's last row; [NC, H] int32, BT if there is none: steep_from,
+    the first steep row, and halved_from, the first halved row of the second half; and, only for a chunk with steep
+    rows, [NC, H, C, K]: rest, the decay from after each row to the chunk's end, and late (see late_factor).
+    For CARVE's delta form it lowers first_chunks [N, H, 2] int32, on entry NC, to the first chunks with steep and with
+    halved rows.
+    """
+    i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_ch = i_c * H + i_h
+    start, low, high = chunk_rows(table, i_c)
+    o_r = tl.arange(0, BT)
+    m_r = (o_r >= low) & (o_r < high)
+    b_least = tl.full([BT], 1.0, tl.float32)
+    for i_k in range(K // BK):
+        o_k = i_k * BK + tl.arange(0, BK)
+        b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
+        b_left = shifted_decay(o_r[None, :] <= o_r[:, None], b_g, SHIFT, CT)
+        b_least = tl.minimum(b_least, tl.min(b_left, 1))
+        store_tile(left, i_ch, o_r, K, o_k, b_left)
+        tl.store(last + i_ch * K + o_k, tl.sum(tl.where(o_r[:, None] == 63, b_left, 0.0), 0))
+    first_steep = tl.min(tl.where(b_least < UNSHIFT, o_r, BT), 0)
+    b_least = tl.full([BT], 1.0, tl.float32)
+    if first_steep < BT:
+        for i_k in range(K // BK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
+            store_tile(rest, i_ch, o_r, K, o_k, tl.exp2(sum_rows(o_r[None, :] > o_r[:, None], b_g, CT)))
+            b_late = late_factor(b_g, o_r, CT)
+            b_least = tl.minimum(b_least, tl.min(b_late, 1))
+            store_tile(late, i_ch, o_r, K, o_k, b_late)
+    tl.store(steep_from + i_ch, first_steep)
+    m_halved = (b_least < UNSHIFT) & (o_r >= tl.maximum(first_steep, 32))
+    first_halved = tl.min(tl.where(m_halved, o_r, BT), 0)
+    tl.store(halved_from + i_ch, first_halved)
+    if first_chunks is not None:  # noqa: SIM102  decided by the compiler
+        if first_steep < BT:
+            p_first = first_chunks_of(first_chunks, chunk_sequence(table, i_c), i_h, H)
+            tl.atomic_min(p_first, i_c.to(tl.int32), sem="relaxed")
+            if has_halved_rows(first_steep, first_halved):
+                tl.atomic_min(p_first + 1, i_c.to(tl.int32), sem="relaxed")
+
+
+def decay_factors(call: Call, x: Inputs) -> Factors:
+    BK = call.key_block(TUNING)
+    left, rest, late = (call.tiles(x.g, call.H, CHUNK_TOKENS, call.K) for _ in range(3))
+    steep_from, halved_from = torch.empty(2, call.chunks.count, call.H, dtype=torch.int32, device=x.g.device)
+    first_chunks = None
+    if call.sees_content:
+        shape = call.chunks.sequences, call.H, 2
+        first_chunks = torch.full(shape, call.chunks.count, dtype=torch.int32, device=x.g.device)
+    factors = Factors(left, call.floats(x.g, call.H, call.K), rest, late, steep_from, halved_from, first_chunks)
+    decay_kernel[(call.chunks.count, call.H)](
+        x.g, x.A_log, x.dt_bias, *factors, call.chunks.table, call.H,
+        K=call.K, BK=BK, RAW_DECAY=call.raw_decay, CT=call.arithmetic["CT"],
+        **call.tuning(TUNING).launch(call.tile_dtype, BK),
+    )  # fmt: skip
+    return factors

@@ -1,0 +1,212 @@
+"""What the stages of the chunk ops share: the call, their tuning, and what one stage hands to the next."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .chunks import Chunks
+from .tiles import GATE_CONTENT, GATE_SCALAR, GATE_SCALAR_LOGITS
+
+SEES_CONTENT = GATE_CONTENT.value
+# Values wider than this count as several heads of this width wherever columns of values do not depend on each other.
+WIDEST_VALUES = 128
+
+
+# Major number of the compute capability. A stage has a table of tunings by it; what was not measured takes Hopper's.
+HOPPER = 9
+
+
+class Tuning(NamedTuple):
+    """Widest blocks of key and value columns, warps per program, stages of pipelined loads."""
+
+    BK: int
+    BV: int
+    num_warps: int
+    num_stages: int = 1
+    maxnreg: int | None = None
+
+    def launch(self, dtype: torch.dtype, *columns: int) -> dict[str, Any]:
+        """Launch options for tiles of this dtype with these blocks of columns.
+
+        Loads of float32 tiles and of 256 columns are not pipelined: several stages of them exceed a Hopper SM's shared
+        memory.
+
+        Triton 3.6 reads outside shared memory in a wgmma product of 64 rows with 32 columns or fewer that lie
+        contiguous (seen on an H200 with compute-sanitizer); two warps multiply without wgmma.
+        """
+        num_warps = min(self.num_warps, 2) if min(columns) < 64 else self.num_warps
+        num_stages = self.num_stages if dtype == torch.bfloat16 and max(columns) <= 128 else 1
+        return {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": self.maxnreg}
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call that belong to tokens, and the parameters that act on each of them.
+
+    b and w are gates, or their logits; content, [NC, HV, K] float32, is added to the logits of an erase gate that sees
+    it. A_log and dt_bias, [H, K] both, are given where g is the raw decay.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    b: Tensor
+    w: Tensor
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    content: Tensor | None = None
+
+
+class Content(NamedTuple):
+    """D [HV or 1, R, V], U [HV or 1, K, R], and the bias [H, K] float32 or None."""
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor | None
+
+    @property
+    def by_head(self) -> int:
+        """1 where every value head has D and U of its own, else 0."""
+        return int(self.down.shape[0] > 1)
+
+
+class Factors(NamedTuple):
+    """What decay_kernel writes, first_chunks for CARVE's delta form alone."""
+
+    left: Tensor
+    last: Tensor
+    rest: Tensor
+    late: Tensor
+    steep_from: Tensor
+    halved_from: Tensor
+    first_chunks: Tensor | None
+
+    @property
+    def of_rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the kernels take that form operands of all rows; steep ones among them are those of steep.py."""
+        return self.left, self.last, self.rest, self.steep_from
+
+    @property
+    def of_steep_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What forms the scores of steep rows."""
+        return self.late, self.steep_from, self.halved_from
+
+
+class DeltaOperands(NamedTuple):
+    """What delta_operands_kernel writes."""
+
+    P: Tensor
+    q_sum: Tensor
+    P_sum: Tensor
+    k_left: Tensor
+    k_right: Tensor
+    k_to_end: Tensor
+    q_from_start: Tensor
+
+
+class GradientOperands(NamedTuple):
+    """What gradient_operands_kernel writes; d_residuals_here only without the delta form's loop, P, k_right and
+    gate_slope only for it, P_sum only for the diagonal form's."""
+
+    erasure: Tensor
+    k_to_end: Tensor
+    q_from_start: Tensor
+    residuals: Tensor
+    d_residuals_here: Tensor | None
+    P: Tensor | None
+    k_right: Tensor | None
+    gate_slope: Tensor | None
+    P_sum: Tensor | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all stages of one call need besides its tensors.
+
+    HV heads of V value columns each, at most WIDEST_VALUES: `split` of them make a head of the caller. K and V are
+    powers of two. architecture: see HOPPER. before: the erased keys are those before a token's own decay.
+    precise_decay: the gradients of log-decays will be summed up over many tokens.
+    """
+
+    chunks: Chunks
+    H: int
+    HV: int
+    K: int
+    V: int
+    split: int
+    scale: float
+    erase_scale: float
+    gate: int
+    scalar_w: bool
+    logits_w: bool
+    raw_decay: bool
+    dtype: torch.dtype
+    architecture: int
+    before: bool = False
+    precise_decay: bool = False
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        """Dtype of the products' operands, and how float32 ones are multiplied."""
+        if self.dtype == torch.bfloat16:
+            return {"CT": triton.language.bfloat16, "PRECISION": "tf32"}
+        # tf32 keeps as many bits as float16, and float32's range
+        return {"CT": triton.language.float32, "PRECISION": "tf32" if self.dtype == torch.float16 else "tf32x3"}
+
+    @property
+    def tile_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+
+    @property
+    def gates(self) -> dict[str, Any]:
+        writes = {"SPLIT": self.split, "SCALAR_W": self.scalar_w, "LOGITS_W": self.logits_w}
+        return {"GATE": self.gate, "BEFORE": self.before, **writes}
+
+    @property
+    def sees_content(self) -> bool:
+        """The erase gate does: CARVE's delta form, whose loops keep what goes from chunk to chunk transposed."""
+        return self.gate == SEES_CONTENT
+
+    @property
+    def scalar_b(self) -> bool:
+        return self.gate in (GATE_SCALAR.value, GATE_SCALAR_LOGITS.value)
+
+    @property
+    def erase_heads(self) -> int:
+        """Heads that have an erase gate of their own."""
+        return self.HV // self.split if self.sees_content else self.H
+
+    def tiles(self, like: Tensor, heads: int, *shape: int) -> Tensor:
+        """Scratch with one tile per chunk and head."""
+        return torch.empty(self.chunks.count, heads, *shape, dtype=self.tile_dtype, device=like.device)
+
+    def floats(self, like: Tensor, heads: int, *shape: int) -> Tensor:
+        return torch.empty(self.chunks.count, heads, *shape, dtype=torch.float32, device=like.device)
+
+    def tuning(self, of_stage: Mapping[int, Tuning]) -> Tuning:
+        return of_stage.get(self.architecture, of_stage[HOPPER])
+
+    def key_block(self, of_stage: Mapping[int, Tuning]) -> int:
+        return column_block(self.K, self.tuning(of_stage).BK)
+
+    def value_block(self, of_stage: Mapping[int, Tuning]) -> int:
+        return column_block(self.V, self.tuning(of_stage).BV)
+
+    def launch(self, of_stage: Mapping[int, Tuning], *columns: int) -> dict[str, Any]:
+        return self.arithmetic | self.tuning(of_stage).launch(self.tile_dtype, *columns)
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """Of a GPU; that which kernels are interpreted or compiled for without one is Hopper."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else HOPPER
+
+
+def column_block(width: int, largest: int) -> int:
+    """The widest block of columns, a power of two, that divides a head width."""
+    return min(largest, width & -width)

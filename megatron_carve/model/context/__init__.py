@@ -1,0 +1,1 @@
+"""Context parallelism of a mixer: by heads, and by sequence."""

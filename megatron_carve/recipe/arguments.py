@@ -1,0 +1,226 @@
+"""From a recipe to Megatron's arguments."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_carve.model.config import LayerImplementation
+from megatron_carve.recipe import Recipe, RecipeError
+
+DATA_PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path")
+
+# Megatron reads these in its own scripts, not in its library: here they would be accepted and do nothing.
+WITHOUT_EFFECT = frozenset(
+    [
+        "mock_data",
+        "sft",
+        "eod_mask_loss",
+        "reset_position_ids",
+        "reset_attention_mask",
+        "per_split_data_args_path",
+        "yaml_cfg",
+        "dataloader_inter_document_masking",
+        "fim_data",
+        "multiple_validation_sets",
+        "per_dataset_sequences_path",
+        "use_checkpoint_args",
+        "padded_vocab_size",
+    ]
+)
+
+
+def owned_settings(
+    recipe: Recipe, *, vocab_size: int, layers: LayerImplementation, device: str
+) -> dict[str, tuple[str, Any]]:
+    """Megatron's argument -> (the recipe key that decides it, its value).
+
+    Args:
+        vocab_size: token ids in use, before padding.
+        layers: "transformer_engine" or "local".
+        device: "cuda" or "cpu".
+    """
+    m, x, t, p, r = recipe.model, recipe.mixer, recipe.training, recipe.parallel, recipe.run
+    run = r.path
+    spread_optimizer = p.distributed_optimizer
+    return {
+        # On one pipeline stage the boundaries mean nothing, and Megatron would take them for virtual stages.
+        "hybrid_layer_pattern": ("model.pattern", m.pattern if p.pipeline > 1 else m.pattern.replace("|", "")),
+        "hidden_size": ("model.hidden_size", m.hidden_size),
+        "ffn_hidden_size": ("model.ffn_hidden_size", m.ffn_hidden_size),
+        "num_attention_heads": ("model.num_attention_heads", m.num_attention_heads),
+        "kv_channels": ("model.attention_head_dim", m.attention_head_dim),
+        "group_query_attention": ("model.num_query_groups", m.num_query_groups is not None),
+        "num_query_groups": ("model.num_query_groups", m.num_query_groups),
+        # Megatron counts the earlier keys on each side; ours includes the token itself.
+        "window_size": ("model.attention_window", m.attention_window and f"{m.attention_window - 1},0"),
+        "position_embedding_type": ("model.position_embedding", m.position_embedding),
+        "rotary_base": ("model.rotary_base", m.rotary_base),
+        "vocab_size": ("model.vocab_size", vocab_size),
+        "make_vocab_size_divisible_by": ("model.vocab_multiple", m.vocab_multiple // p.tensor),
+        "untie_embeddings_and_output_weights": ("model.tie_embeddings", not m.tie_embeddings),
+        "layernorm_epsilon": ("model.norm_epsilon", m.norm_epsilon),
+        "init_method_std": ("model.init_std", m.init_std),
+        "transformer_impl": ("model.layers", layers),
+        "linear_num_key_heads": ("mixer.num_key_heads", x.num_key_heads),
+        "linear_num_value_heads": ("mixer.num_value_heads", x.num_value_heads),
+        "linear_key_head_dim": ("mixer.key_head_dim", x.key_head_dim),
+        "linear_value_head_dim": ("mixer.value_head_dim", x.value_head_dim),
+        "linear_conv_kernel_dim": ("mixer.conv_width", x.conv_width),
+        "tokenizer_type": ("data.tokenizer", "NullTokenizer"),
+        "seq_length": ("training.seq_length", t.seq_length),
+        "max_position_embeddings": ("training.seq_length", t.seq_length),
+        "micro_batch_size": ("training.micro_batch_size", t.micro_batch_size),
+        "global_batch_size": ("training.global_batch_size", t.global_batch_size),
+        "train_iters": ("training.steps", t.total_steps),
+        "lr": ("training.lr", t.lr),
+        "min_lr": ("training.min_lr", t.final_lr),
+        "lr_decay_style": ("training.lr_schedule", t.lr_schedule),
+        "lr_warmup_fraction": ("training.warmup_fraction", t.warmup_fraction),
+        "weight_decay": ("training.weight_decay", t.weight_decay),
+        "adam_beta1": ("training.adam_beta1", t.adam_beta1),
+        "adam_beta2": ("training.adam_beta2", t.adam_beta2),
+        "adam_eps": ("training.adam_eps", t.adam_eps),
+        "clip_grad": ("training.clip_grad", t.clip_grad),
+        "bf16": ("training.precision", t.precision == "bf16"),
+        "fp16": ("training.precision", t.precision == "fp16"),
+        "seed": ("training.seed", t.seed),
+        "eval_interval": ("training.eval_interval", t.eval_interval),
+        "eval_iters": ("training.eval_iters", t.eval_iters),
+        "tensor_model_parallel_size": ("parallel.tensor", p.tensor),
+        "sequence_parallel": ("parallel.sequence", p.sequence and p.tensor > 1),
+        "pipeline_model_parallel_size": ("parallel.pipeline", p.pipeline),
+        "context_parallel_size": ("parallel.context", p.context),
+        "use_distributed_optimizer": ("parallel.distributed_optimizer", spread_optimizer),
+        "overlap_grad_reduce": ("parallel.overlap", p.overlap and spread_optimizer),
+        "overlap_param_gather": ("parallel.overlap", p.overlap and spread_optimizer),
+        "distributed_backend": ("run.device", "nccl" if device == "cuda" else "gloo"),
+        "save": ("checkpoint.interval", str(run / "checkpoints") if recipe.checkpoint.interval else None),
+        "save_interval": ("checkpoint.interval", recipe.checkpoint.interval),
+        "tensorboard_dir": ("run.folder", str(run / "tensorboard")),
+        "log_interval": ("run.log_interval", r.log_interval),
+        # Decided by the keys named, so that these arguments stay as they are.
+        "load": ("checkpoint.load", None),
+        "finetune": ("checkpoint.weights_only", False),
+        "train_samples": ("training.steps", None),
+        "lr_warmup_iters": ("training.warmup_fraction", 0),
+        "lr_warmup_samples": ("training.warmup_fraction", 0),
+        "lr_decay_iters": ("training.steps", None),
+        "lr_decay_samples": ("training.steps", None),
+        "spec": ("model.pattern", None),
+        "num_layers": ("model.pattern", None),
+        "split": ("data.split", None),
+        **dict.fromkeys(DATA_PATHS, ("data.indexed", None)),
+        **dict.fromkeys(("tokenizer_model", "vocab_file", "merge_file"), ("data.tokenizer", None)),
+    }
+
+
+def default_settings(recipe: Recipe, *, layers: LayerImplementation, device: str) -> dict[str, Any]:
+    """What this project sets differently from Megatron; the recipe's `megatron` section may set it back."""
+    settings: dict[str, Any] = {
+        "swiglu": True,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "create_attention_mask_in_dataloader": False,
+        "calculate_per_token_loss": True,  # tokens that count weigh alike, however they are spread over ranks
+        # It waits for the GPU at every bucket of gradients; our loop looks at their norm, where Megatron tells it.
+        "check_for_nan_in_loss_and_grad": recipe.training.clip_grad == 0 or "loss_scale" in recipe.megatron,
+        "gradient_accumulation_fusion": False,  # Megatron's own output layer needs NVIDIA apex for it
+        "dist_ckpt_optim_fully_reshardable": recipe.parallel.distributed_optimizer,
+        "override_opt_param_scheduler": True,  # the recipe decides, also when a run is resumed
+        "exit_signal_handler": True,
+        "log_timers_to_tensorboard": True,
+        "data_cache_path": str(recipe.run.path / "data" / "index"),
+        "enable_one_logger": False,
+    }
+    if recipe.parallel.context > 1 and recipe.model.attention_window is not None:
+        settings["cp_comm_type"] = ["all_gather"]  # Megatron's choice, p2p, knows no windows
+    if layers == "local":
+        settings |= {"no_persist_layer_norm": True, "masked_softmax_fusion": False, "apply_rope_fusion": False}
+    if device == "cpu":
+        settings |= {"bias_swiglu_fusion": False, "bias_dropout_fusion": False, "num_workers": 0}
+    return settings
+
+
+def megatron_argv(
+    parser: argparse.ArgumentParser, owned: Mapping[str, tuple[str, Any]], defaults: Mapping[str, Any],
+    extra: Mapping[str, Any],
+) -> list[str]:  # fmt: skip
+    """The command line that gives Megatron these settings.
+
+    Args:
+        parser: Megatron's.
+        owned: see `owned_settings`.
+        defaults: see `default_settings`.
+        extra: the recipe's `megatron` section.
+
+    Raises:
+        RecipeError: an unknown argument, one that another key of the recipe decides, or a value it does not take.
+    """
+    actions: dict[str, list[argparse.Action]] = {}
+    for action in parser._actions:
+        actions.setdefault(action.dest, []).append(action)
+    for name in extra:
+        if name in owned:
+            raise RecipeError(f"megatron.{name}: set {owned[name][0]} instead, which decides it")
+        if name in WITHOUT_EFFECT:
+            raise RecipeError(f"megatron.{name}: has no effect in this program")
+        if name not in actions:
+            near = difflib.get_close_matches(name, actions, n=1)
+            hint = f"; did you mean megatron.{near[0]}?" if near else ""
+            raise RecipeError(f"unknown key megatron.{name}: Megatron has no such argument{hint}")
+    settings = {**defaults, **{name: value for name, (_, value) in owned.items()}, **extra}
+    argv: list[str] = []
+    for name, value in settings.items():
+        where = owned[name][0] if name in owned else f"megatron.{name}"
+        argv += _flags(actions[name], value, where)
+    return argv
+
+
+def _flags(actions: list[argparse.Action], value: Any, where: str) -> list[str]:
+    switches = [a for a in actions if a.nargs == 0]
+    if switches:
+        if not isinstance(value, bool):
+            raise RecipeError(f"{where}: expected true or false, got {value!r}")
+        if value == bool(switches[0].default):
+            return []
+        for switch in switches:
+            if isinstance(switch, argparse.BooleanOptionalAction):
+                return [switch.option_strings[0 if value else -1]]
+            if switch.const == value:
+                return [switch.option_strings[0]]
+        raise RecipeError(f"{where}: Megatron has no way to set it to {str(value).lower()}")
+    if value is None:
+        return []
+    action = actions[0]
+    items = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and action.nargs not in ("*", "+") and not isinstance(action.nargs, int):
+        raise RecipeError(f"{where}: expected one value, got {value!r}")
+    count_fits = len(items) == action.nargs if isinstance(action.nargs, int) else items or action.nargs == "*"
+    if not count_fits:
+        wanted = action.nargs if isinstance(action.nargs, int) else "at least one"
+        raise RecipeError(f"{where}: expected {wanted} values, got {len(items)}")
+    for item in items:
+        _check_value(action, str(item), where)
+    # One word, so that a value like -1 is not read as a flag; several values cannot be written so.
+    if len(items) == 1:
+        return [f"{action.option_strings[0]}={items[0]}"]
+    return [action.option_strings[0], *map(str, items)]
+
+
+def _check_value(action: argparse.Action, text: str, where: str) -> None:
+    convert = action.type if callable(action.type) else str
+    try:
+        value = convert(text)
+    except (ValueError, TypeError, KeyError, AssertionError, argparse.ArgumentTypeError):
+        kind = getattr(convert, "__name__", "value")
+        raise RecipeError(
+            f"{where}: expected {kind} as --{action.dest.replace('_', '-')} takes it, got {text!r}"
+        ) from None
+    if action.choices is not None and value not in action.choices:
+        choices = ", ".join(str(getattr(c, "name", c)) for c in action.choices)
+        raise RecipeError(f"{where}: expected one of {choices}, got {text!r}")

@@ -1,0 +1,184 @@
+"""Parameters, operations and memory of a recipe's model, by arithmetic: no GPU, no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from megatron_carve.model.config import CHUNK_TOKENS
+from megatron_carve.model.variants import MIXER_LETTERS, VARIANTS
+from megatron_carve.recipe import Recipe
+
+KINDS = {**{v.letter: v.name for v in VARIANTS.values()}, "*": "attention", "-": "MLP"}
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+def layers(recipe: Recipe) -> tuple[Counter[str], int, Counter[str]]:
+    """Layers of the decoder by letter, the number of heads for further tokens, and the layers of one such head.
+
+    Raises:
+        ValueError: a letter that is none of KINDS, whose sizes are Megatron's own affair.
+    """
+    decoder, *heads = recipe.model.pattern.replace("|", "").split("/")
+    unknown = sorted(set(recipe.model.pattern) - set(KINDS) - {"|", "/"})
+    if unknown:
+        raise ValueError(f"model.pattern: expected layers of {', '.join(KINDS)} to plan for, got {', '.join(unknown)}")
+    return Counter(decoder), len(heads), Counter(heads[0] if heads else "")
+
+
+def padded_vocab(recipe: Recipe, vocab_size: int) -> int:
+    """Rows of the embedding table."""
+    multiple = recipe.model.vocab_multiple
+    return -(-vocab_size // multiple) * multiple
+
+
+def attention_widths(recipe: Recipe) -> tuple[int, int]:
+    """Channels of all queries, and of all keys (as many of values)."""
+    m = recipe.model
+    head_dim = m.attention_head_dim or m.hidden_size // m.num_attention_heads
+    return m.num_attention_heads * head_dim, (m.num_query_groups or m.num_attention_heads) * head_dim
+
+
+def layer_parameters(recipe: Recipe, letter: str) -> int:
+    """Parameters of one layer, its norm included."""
+    h = recipe.model.hidden_size
+    if letter in MIXER_LETTERS:
+        return recipe.mixer.parameter_count(MIXER_LETTERS[letter], h)
+    if letter == "-":
+        return h + 3 * h * recipe.model.ffn_hidden_size
+    queries, keys = attention_widths(recipe)
+    return h + h * (queries + 2 * keys) + queries * h
+
+
+def parameters(recipe: Recipe, vocab_size: int) -> dict[str, int]:
+    """Parameters by part: of each kind of layer all together, embedding, output and what else there is."""
+    h = recipe.model.hidden_size
+    decoder, heads, in_head = layers(recipe)
+    found = {KINDS[letter]: n * layer_parameters(recipe, letter) for letter, n in decoder.items()}
+    if heads:
+        inner = sum(n * layer_parameters(recipe, letter) for letter, n in in_head.items())
+        # Two norms and a projection take in the embedded token; a norm ends it. All heads of our patterns are alike.
+        found["heads for further tokens"] = heads * (inner + 2 * h * h + 3 * h)
+    found["final norm"] = h
+    found["embedding"] = padded_vocab(recipe, vocab_size) * h
+    if not recipe.model.tie_embeddings:
+        found["output"] = found["embedding"]
+    return found
+
+
+def forward_flops_per_token(recipe: Recipe, vocab_size: int) -> float:
+    """Operations a token of a training sequence needs in the forward: matrix products, recurrences and attention.
+
+    Causal attention reads half of the sequence on average, or its window.
+    """
+    m, T = recipe.model, recipe.training.seq_length
+    decoder, heads, in_head = layers(recipe)
+    total = 0.0
+    for letter, n in (decoder + Counter({k: heads * v for k, v in in_head.items()})).items():
+        if letter in MIXER_LETTERS:
+            total += n * recipe.mixer.flops_per_token(MIXER_LETTERS[letter], m.hidden_size)
+            continue
+        total += n * 2 * layer_parameters(recipe, letter)
+        if letter == "*":
+            window = min(m.attention_window or T, T)
+            mean_keys = window - window * (window - 1) / (2 * T)  # the first tokens see fewer
+            total += n * 4 * attention_widths(recipe)[0] * mean_keys
+    return total + (1 + heads) * 2 * m.hidden_size * padded_vocab(recipe, vocab_size)
+
+
+def saved_numbers(recipe: Recipe, letter: str) -> dict[str, float]:
+    """What a layer keeps for the backward, in numbers of the activations' size per token of a rank, by tensor.
+
+    The fused kernels' way of a GPU. Tensor parallelism divides all but "input" and "normalised", which sequence
+    parallelism divides.
+    """
+    h, x, t = recipe.model.hidden_size, recipe.mixer, recipe.parallel.tensor
+    kept: dict[str, float] = {"input": h, "normalised": h}
+    if recipe.parallel.sequence:
+        kept = {name: size / t for name, size in kept.items()}
+    if letter == "-":
+        ffn = recipe.model.ffn_hidden_size / t
+        return kept | {"projected": 2 * ffn, "activated": ffn}
+    if letter == "*":
+        queries, keys = attention_widths(recipe)
+        rotated = {"rotated": (queries + keys) / t} if recipe.model.position_embedding == "rope" else {}
+        return kept | {"projected": (queries + 2 * keys) / t, **rotated, "attended": queries / t}
+    kind = MIXER_LETTERS[letter]
+    sections = {s.name: s.size for s in x.projection_sections(kind)}
+    inputs = {"projected": sum(sections.values())}
+    if x.decay_projection == "low_rank":
+        inputs |= {"decay": x.key_dim, "narrow decay": x.value_head_dim}  # the section that it is made of, copied
+    inside: dict[str, float] = {
+        "queries, keys, values": 2 * x.key_dim + x.value_dim,
+        "erase gate": sections.get("erase", 0),
+        "write gate": sections["write"],
+    }
+    if x.decay_projection != "low_rank":
+        inside["decay"] = x.key_dim  # a copy of a part of the projection
+    shared = x.num_value_heads // x.num_key_heads
+    if VARIANTS[kind].write == "key_heads" and shared > 1:
+        inside["write gate"] += x.num_value_heads  # once more, spread over the value heads
+    carve = VARIANTS[kind].op == "carve"
+    if carve and x.erase == "diagonal" and shared > 1:  # then every value head has its own copies
+        inside |= {"queries, keys, values": 2 * shared * x.key_dim + x.value_dim, "erase gate": shared * x.key_dim}
+        inside["decay"] = shared * x.key_dim
+    by_value_head = carve and (x.erase == "diagonal" or x.content_rank > 0)
+    erase_heads = x.num_value_heads if by_value_head else x.num_key_heads
+    inside["inverses"] = CHUNK_TOKENS * erase_heads
+    inside["states"] = x.num_value_heads * x.key_head_dim * x.value_head_dim / CHUNK_TOKENS
+    if recipe.model.mixer_recompute:
+        inside = {}
+    low_rank_gate = {"gate": x.value_dim} if x.has_low_rank_gate else {}
+    after = {**low_rank_gate, "output": x.value_dim, "normalised output": x.value_dim}
+    return kept | {name: size / t for name, size in {**inputs, **inside, **after}.items()}
+
+
+def memory(recipe: Recipe, vocab_size: int, gpus: int) -> dict[str, float]:
+    """Bytes on the fullest GPU, by part.
+
+    That is one of the first pipeline stage, which keeps most micro-batches, or of the last, which has the logits.
+
+    Args:
+        gpus: all of them; data parallelism takes those that the other kinds leave.
+    """
+    p, t = recipe.parallel, recipe.training
+    spread = gpus // (p.tensor * p.pipeline)  # over which the optimizer is spread: data and context
+    parts = parameters(recipe, vocab_size)
+    outside = {name: parts.pop(name) for name in ("embedding", "output", "final norm") if name in parts}
+    numbers = (sum(parts.values()) / p.pipeline + sum(outside.values()) / min(p.pipeline, 2)) / p.tensor
+    size = BYTES[t.precision]
+    adam = 12 if size == 2 else 8  # two moments, and of 16-bit weights a float32 copy
+    found = {
+        "weights": numbers * size,
+        "gradients": numbers * 4,  # summed up in float32
+        "optimizer": numbers * adam / (spread if p.distributed_optimizer else 1),
+    }
+    tokens = t.micro_batch_size * t.seq_length / p.context
+    decoder, heads, in_head = layers(recipe)
+    by_letter = {letter: sum(saved_numbers(recipe, letter).values()) for letter in (decoder + in_head)}
+    replicas = gpus // (p.tensor * p.pipeline * p.context)
+    waiting = min(p.pipeline, t.global_batch_size // (t.micro_batch_size * replicas))
+    inputs_alone = recipe.megatron.get("recompute_granularity") == "full"
+    if inputs_alone:
+        kept = sum(n * saved_numbers(recipe, letter)["input"] for letter, n in decoder.items())
+    else:
+        kept = sum(n * by_letter[letter] for letter, n in decoder.items())
+    of_one = tokens * size * kept / p.pipeline
+    beside = tokens * size * heads * sum(n * by_letter[letter] for letter, n in in_head.items())
+    # logits in the activations' size, and in float32, which turn into their gradient in place
+    logits = tokens * padded_vocab(recipe, vocab_size) / p.tensor * (size + 4) * (1 + heads)
+    first_is_fullest = p.pipeline > 1 and (waiting - 1) * of_one > beside + logits
+    found["activations"] = waiting * of_one if first_is_fullest else of_one + beside
+    if not first_is_fullest:
+        found["logits and loss"] = logits
+    if inputs_alone:  # a layer is computed again when the logits are gone
+        again = tokens * size * max(by_letter.values())
+        found["activations"] += max(0.0, again - found.get("logits and loss", 0.0))
+    return found
+
+
+def state_bytes(recipe: Recipe) -> int:
+    """Of all recurrent states of one sequence, float32: what generation keeps instead of a growing cache."""
+    x = recipe.mixer
+    decoder, _, _ = layers(recipe)
+    number = sum(n for letter, n in decoder.items() if letter in MIXER_LETTERS)
+    return 4 * number * x.num_value_heads * x.key_head_dim * x.value_head_dim

@@ -1,0 +1,1 @@
+"""A run, from its checked plan to its last checkpoint."""

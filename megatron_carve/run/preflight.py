@@ -1,0 +1,263 @@
+"""Everything that can fail through a user's input, checked before a model is built."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import math
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.distributed import Store
+
+from megatron_carve.data.datasets import indexed_prefixes, require_indexed_tokens, require_known_ids
+from megatron_carve.data.text import PreparedText, prepare_text, require_tokens
+from megatron_carve.data.tokenizer import load_tokenizer
+from megatron_carve.kernels import require_triton_convolution, require_triton_support, resolve_backend
+from megatron_carve.model.config import LayerImplementation
+from megatron_carve.model.variants import MIXER_LETTERS, VARIANTS
+from megatron_carve.notices import say_once
+from megatron_carve.recipe import Recipe, check_layout
+from megatron_carve.recipe.arguments import default_settings, megatron_argv, owned_settings
+from megatron_carve.run.folder import CheckpointError, RunFolder
+from megatron_carve.run.launch import join_processes, on_first_process, use_device, world_size
+from megatron_carve.run.session import choose_device, command_line, patch_megatron
+from megatron_carve.run.vocabulary import recall_task
+
+# Letters that exist with Transformer Engine's layers only.
+TRANSFORMER_ENGINE_LETTERS = "MD+E"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins; found on rank 0, the same for all."""
+
+    load_from: Path | None
+    """Folder of checkpoints, or None for fresh weights."""
+    step: int
+    resumes: bool
+    """The checkpoint is this run's own."""
+    new_random_state: bool
+    vocab_size: int
+    eod: int
+    chance_loss: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked recipe and what was decided for it."""
+
+    recipe: Recipe
+    folder: RunFolder
+    store: Store
+    rank: int
+    device: str
+    layers: LayerImplementation
+    argv: list[str]
+    start: Start
+    text: PreparedText | None
+
+
+def prepare(recipe: Recipe) -> Plan:
+    """Check the recipe against this machine, its data and its checkpoints; tokenise the text.
+
+    Every process calls this. The run's folder, data and checkpoints are read and written on rank 0 alone.
+
+    Raises:
+        ValueError, OSError, ImportError, NotImplementedError: in one line what is wrong. SystemExit on the other
+            ranks where only rank 0 can tell.
+    """
+    device: Literal["cuda", "cpu"] = use_device(recipe.run.device)
+    recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, device=device))
+    choose_device(device)
+    check_layout(recipe, world_size())
+    check_backend(recipe, device)
+    folder = RunFolder(recipe.run.path)
+    store, rank, _ = join_processes()
+    start = on_first_process(store, rank, "start", lambda: _find_start(recipe, folder))
+    layers = choose_layers(recipe, device)  # the first that imports Megatron, which takes seconds
+    argv = _argv(recipe, start, layers, device)
+    # Last, when nothing else can be wrong: the first writes, and tokenising takes long.
+    text = on_first_process(store, rank, "text", lambda: _write(recipe, folder))
+    return Plan(recipe, folder, store, rank, device, layers, argv, start, text)
+
+
+def check_backend(recipe: Recipe, device: str) -> None:
+    """Raise NotImplementedError if the chosen kernels cannot serve the recipe's mixers."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[recipe.training.precision]
+    try:
+        if resolve_backend(recipe.model.mixer_backend, torch.device(device)) == "triton":
+            for letter, kind in MIXER_LETTERS.items():
+                if letter in recipe.model.pattern:
+                    m = recipe.mixer
+                    require_triton_support(
+                        VARIANTS[kind].op,
+                        dtype,
+                        m.key_head_dim,
+                        m.value_head_dim,
+                        erase=m.erase,
+                        content=m.content_rank > 0,
+                    )
+                    require_triton_convolution(m.taps)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"model.mixer_backend: {error}") from None
+
+
+def _write(recipe: Recipe, folder: RunFolder) -> PreparedText | None:
+    text = _prepared_text(recipe) if recipe.data.text is not None else None
+    folder.save_recipe(recipe)
+    return text
+
+
+def _find_start(recipe: Recipe, folder: RunFolder) -> Start:
+    """Everything that is read from disk before anything is written."""
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    recall = recall_task(recipe)
+    ids = tokenizer.vocab_size if recall is None else recall.vocab_size
+    vocab_size = _vocab_size(recipe, ids)
+    if recipe.data.text is not None and not Path(recipe.data.text).is_file():
+        raise FileNotFoundError(f"data.text: {recipe.data.text} is not a file")
+    if recipe.data.indexed is not None:
+        entries = indexed_prefixes(recipe.data.indexed)
+        require_indexed_tokens(entries, split=recipe.data.split, seq_length=recipe.training.seq_length)
+        require_known_ids(entries, vocab_size=vocab_size)
+    elif recall is None and vocab_size > 4 * ids:
+        say_once(f"model.vocab_size={vocab_size}, but data.tokenizer {recipe.data.tokenizer} uses {ids} of the ids")
+    source, step, resumes = _checkpoint_to_load(recipe, folder)
+    saved_on = source.saved_recipe().run.device if source is not None else recipe.run.device
+    if saved_on != recipe.run.device:
+        say_once(f"the checkpoint was saved on {saved_on}: random states are drawn anew")
+    return Start(
+        load_from=source.checkpoints if source is not None else None,
+        step=step,
+        resumes=resumes,
+        new_random_state=saved_on != recipe.run.device,
+        vocab_size=vocab_size,
+        eod=tokenizer.eod,
+        chance_loss=math.log(ids) if recall is None else recall.chance_loss,
+    )
+
+
+def _vocab_size(recipe: Recipe, needed: int) -> int:
+    given = recipe.model.vocab_size
+    if given is not None and given < needed:
+        raise ValueError(f"model.vocab_size: expected at least the {needed} token ids of the data, got {given}")
+    return needed if given is None else given
+
+
+def _checkpoint_to_load(recipe: Recipe, folder: RunFolder) -> tuple[RunFolder | None, int, bool]:
+    """(the run to load from, the step to begin after, whether it is this run)."""
+    step = folder.checkpoint_step()
+    if step is not None:
+        folder.check_same_model(recipe)
+        for key in ("text", "indexed"):
+            was, now = getattr(folder.saved_recipe().data, key), getattr(recipe.data, key)
+            if was != now:
+                say_once(f"data.{key} was {was} when the checkpoint was saved and is {now} now")
+        return folder, step, True
+    if recipe.checkpoint.load is None:
+        return None, 0, False
+    other = RunFolder(Path(recipe.checkpoint.load))
+    step = other.checkpoint_step()
+    if step is None:
+        raise CheckpointError(f"checkpoint.load: no checkpoint in {other.checkpoints}; expected the folder of a run")
+    other.check_same_model(recipe)
+    return other, 0 if recipe.checkpoint.weights_only else step, False
+
+
+def choose_layers(recipe: Recipe, device: str) -> LayerImplementation:
+    """Resolve model.layers "auto" by what is installed.
+
+    Raises:
+        ValueError, ImportError: what the recipe asks of layers that are not there, or cannot do it.
+    """
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.ssm.gated_delta_net import HAVE_FLA
+
+    chosen = recipe.model.layers
+    best: LayerImplementation = "transformer_engine" if HAVE_TE and device == "cuda" else "local"
+    layers: LayerImplementation = best if chosen == "auto" else chosen
+    if layers == "transformer_engine" and not HAVE_TE:
+        raise ImportError(
+            'model.layers: transformer_engine is not installed; install "transformer-engine[pytorch]" or choose local'
+        )
+    if layers == "transformer_engine" and device == "cpu":
+        raise ValueError("model.layers: transformer_engine needs a GPU; choose local")
+    if layers == "local" and (needy := sorted(set(recipe.model.pattern) & set(TRANSFORMER_ENGINE_LETTERS))):
+        raise ValueError(f"model.pattern: the layers {', '.join(needy)} need Transformer Engine's layers")
+    if layers == "local" and recipe.megatron.get("normalization", "RMSNorm") != "RMSNorm":
+        raise ValueError(
+            "megatron.normalization: layers without Transformer Engine support RMSNorm only, got "
+            f"{recipe.megatron['normalization']!r}"
+        )
+    if layers == "local" and recipe.parallel.context > 1 and "*" in recipe.model.pattern:
+        raise ValueError(
+            "parallel.context: attention without Transformer Engine's layers takes whole sequences, expected 1, got "
+            f"{recipe.parallel.context}"
+        )
+    if "G" in recipe.model.pattern and not (HAVE_FLA and device == "cuda"):
+        raise ImportError("model.pattern: the layer G (Megatron's GDN) needs flash-linear-attention and a GPU")
+    return layers
+
+
+def megatron_arguments(recipe: Recipe, *, vocab_size: int, layers: LayerImplementation, device: str) -> list[str]:
+    """Megatron's command line for a recipe, all but what a checkpoint adds."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return megatron_argv(
+        parser,
+        owned_settings(recipe, vocab_size=vocab_size, layers=layers, device=device),
+        default_settings(recipe, layers=layers, device=device),
+        recipe.megatron,
+    )
+
+
+def _argv(recipe: Recipe, start: Start, layers: LayerImplementation, device: str) -> list[str]:
+    argv = megatron_arguments(recipe, vocab_size=start.vocab_size, layers=layers, device=device)
+    if start.load_from is not None:
+        argv.append(f"--load={start.load_from}")
+        argv += ["--no-load-rng"] if start.new_random_state else []
+        argv += ["--finetune"] if recipe.checkpoint.weights_only and not start.resumes else []
+    try_in_megatron(argv, recipe, layers)
+    return argv
+
+
+def try_in_megatron(argv: list[str], recipe: Recipe, layers: LayerImplementation) -> None:
+    """Let Megatron check its arguments and build its configuration, which it does with assertions.
+
+    Raises:
+        ValueError: what Megatron objects to, in one line.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+
+    from megatron_carve.run.task import model_config
+
+    patch_megatron()
+    try:
+        with command_line(argv), contextlib.redirect_stdout(io.StringIO()):
+            args = parse_args()
+            validate_args(args)
+            model_config(args, recipe, layers)
+    except (AssertionError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ValueError(f"Megatron refuses its arguments: {reason}") from error
+
+
+def _prepared_text(recipe: Recipe) -> PreparedText:
+    data = recipe.data
+    assert data.text is not None
+    prepared = prepare_text(
+        data.text,
+        load_tokenizer(data.tokenizer),
+        data.cache or RunFolder(recipe.run.path).path / "data",
+        text_key=data.text_key,
+        validation_fraction=data.validation_fraction,
+    )
+    require_tokens(prepared, recipe.training.seq_length)
+    return prepared

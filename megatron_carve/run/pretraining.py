@@ -1,0 +1,131 @@
+"""A checked plan in Megatron's training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import multiprocessing
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.training import pretrain as megatron_pretrain
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from megatron_carve.notices import say_once
+from megatron_carve.patches import TrainingListener, applied_patches
+from megatron_carve.run.preflight import Plan
+from megatron_carve.run.session import command_line, patch_megatron
+from megatron_carve.run.task import Task, count_parameters, model_config
+
+
+def pretrain(
+    plan: Plan, listener: TrainingListener, on_models: Callable[[Sequence[torch.nn.Module]], None] = lambda _: None
+) -> int:
+    """Hand everything to Megatron. Returns the model's number of parameters.
+
+    Args:
+        listener: is told about every step.
+        on_models: is given the wrapped parts of the model that this rank holds, before training.
+    """
+    errors = get_error_handler()
+    errors.initialize()
+    with _megatron_output(plan):
+        try:
+            return _pretrain(plan, listener, on_models)
+        except Exception as error:
+            errors.record_exception(error)  # torchrun closes with the first failure of all ranks
+            raise
+
+
+def _pretrain(plan: Plan, listener: TrainingListener, on_models: Callable[[Sequence[torch.nn.Module]], None]) -> int:
+    patch_megatron(FiniteGradients(listener))
+    say_once(f"patches to Megatron-Core: {', '.join(applied_patches())}")
+    with command_line(plan.argv):
+        args = parse_and_validate_args()
+    config = model_config(args, plan.recipe, plan.layers)
+    models: list[torch.nn.Module] = []
+
+    def remember(built: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        models.extend(built)
+        on_models(built)
+        return built
+
+    config.post_wrap_hooks = [remember]
+    task = Task(plan.recipe, plan.start.vocab_size, plan.start.eod, plan.text)
+
+    def datasets(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple:
+        return task.datasets(num_samples, vp_stage)
+
+    setattr(datasets, "is_distributed", True)  # noqa: B010  Megatron's mark: every rank builds its own part
+    try:
+        megatron_pretrain(
+            pretrain_cfg_container_from_args(args, config),
+            datasets,
+            ModelType.encoder_or_decoder,
+            task.forward_step,
+            store=torch.distributed.PrefixStore("megatron", plan.store),
+        )
+        return count_parameters(models)
+    finally:
+        _kill_data_workers()
+
+
+def _kill_data_workers() -> None:
+    """Megatron's data workers ignore SIGTERM, by which the interpreter would end them: its exit waited for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the death of a worker as a failure
+    for child in multiprocessing.active_children():
+        if child.daemon:  # as workers are, and the server is not through which Megatron's later saves go
+            child.kill()
+
+
+class FiniteGradients:
+    """A listener that ends training at a step whose gradients are no numbers, and else passes on what it is told.
+
+    That step has changed the weights already; it is not saved.
+    """
+
+    def __init__(self, listener: TrainingListener) -> None:
+        self.listener = listener
+        self.on_evaluation = listener.on_evaluation
+
+    def on_step(self, iteration: int, losses: dict[str, Any], learning_rate: float | None, grad_norm: Any) -> None:
+        if grad_norm is not None and not math.isfinite(grad_norm):  # None where a loss scaler has skipped the step
+            raise FloatingPointError(
+                f"step {iteration}: expected a finite norm of the gradients, got {grad_norm}; checkpoints of earlier "
+                "steps are whole"
+            )
+        self.listener.on_step(iteration, losses, learning_rate, grad_norm)
+
+
+@contextlib.contextmanager
+def _megatron_output(plan: Plan) -> Iterator[None]:
+    """Megatron prints hundreds of lines; unless asked otherwise they go to a file per rank."""
+    if plan.recipe.run.megatron_output == "console":
+        yield
+        return
+    plan.folder.logs.mkdir(parents=True, exist_ok=True)
+    log = plan.folder.logs / f"rank{plan.rank}.log"
+    root = logging.getLogger()
+    kept = root.handlers[:]
+    with log.open("a", buffering=1) as file, contextlib.redirect_stdout(file):
+        errors = logging.StreamHandler(sys.stderr)
+        errors.setLevel(logging.ERROR)
+        handlers: list[logging.Handler] = [logging.StreamHandler(file), errors]
+        logging.basicConfig(handlers=handlers, format="%(levelname)s %(name)s %(message)s", force=True)
+        logging.captureWarnings(True)
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, SystemExit) or error.code:
+                print(f"rank {plan.rank} failed; what Megatron printed before is in {log}", file=sys.stderr)
+            raise
+        finally:
+            logging.captureWarnings(False)
+            root.handlers[:] = kept

@@ -1,0 +1,88 @@
+"""What the programs share: how they speak, how they end, and that nothing of them is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+from megatron_carve.run.session import session
+
+
+def exit_status[T](
+    work: Callable[[], T], then: Callable[[T], int | None] | None = None, *, log: TextIO | None = None
+) -> int:
+    """Do the work of a program, in a session of its own.
+
+    Args:
+        work: what may meet a user's mistake, that is, any ValueError, OSError, ImportError, NotImplementedError or
+            PatchError. It is said in one line on stderr, by one process of a node.
+        then: is given what `work` returned. What it raises is nobody's mistake and passes.
+        log: where our notices go; standard error if None, since standard output is for the answer.
+
+    Returns:
+        0, or what `then` returned; 2 for a mistake; as a shell would say, 130 interrupted from the keyboard and 141
+        where nobody reads the output any more.
+    """
+    try:
+        with session():
+            with _quiet():
+                _configure_log(log or sys.stderr)
+                try:
+                    result = work()
+                except (ValueError, OSError, ImportError, RuntimeError) as error:
+                    if not _is_mistake(error):
+                        raise
+                    if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a node finds the same mistake
+                        print(f"error: {error}", file=sys.stderr)
+                    return 2
+            status = 0 if then is None else then(result) or 0
+            sys.stdout.flush()
+            return status
+    except KeyboardInterrupt:
+        print(flush=True)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush fails too
+        return 141
+
+
+def _is_mistake(error: Exception) -> bool:
+    if isinstance(error, BrokenPipeError):
+        return False
+    if not isinstance(error, RuntimeError):
+        return True
+    from megatron_carve.patches import PatchError  # here because it imports torch, which takes seconds
+
+    return isinstance(error, NotImplementedError | PatchError)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Megatron warns of every optional package, which our log says once."""
+    logger = logging.getLogger("megatron")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _configure_log(stream: TextIO) -> None:
+    """Our notices go to rank 0's console, one line each."""
+    logger = logging.getLogger("megatron_carve")
+    logger.handlers.clear()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logger.propagate = False
+    # It warns where a CUDA compiler is installed and no GPU is, which concerns nothing here.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

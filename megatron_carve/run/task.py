@@ -1,0 +1,217 @@
+"""What Megatron's pretrain() asks of a program: the model's configuration, batches, the loss, datasets."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    param_is_not_tensor_parallel_duplicate,
+    vocab_parallel_cross_entropy,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import param_is_not_shared
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training import get_args
+from megatron.training.argument_utils import core_transformer_config_from_args, hybrid_config_from_args
+from megatron.training.utils import is_first_or_last_pipeline_stage
+from torch import Tensor
+
+from megatron_carve.data.datasets import build_gpt_datasets
+from megatron_carve.data.recall import RecallDataset
+from megatron_carve.data.text import PreparedText
+from megatron_carve.model.config import LayerImplementation, MixerConfig
+from megatron_carve.model.variants import MIXER_LETTERS
+from megatron_carve.recipe import Recipe
+from megatron_carve.run.progress import LOSS, accuracy_name
+from megatron_carve.specs import stack_spec
+
+# Letters of layers that have attention heads.
+ATTENTION_LETTERS = frozenset("*D+")
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+@dataclass
+class MixerTransformerConfig(TransformerConfig):
+    """Megatron's configuration with the mixers' options, which every layer of the model can then see."""
+
+    mixer: dict[str, Any] = field(default_factory=dict)
+    """config.MixerOptions by name."""
+    mixer_backend: str = "auto"
+    """"auto", "triton" or "torch"."""
+    mixer_recompute: bool = False
+    """Compute the recurrence again in the backward instead of keeping what it needs."""
+    mixer_context: str = "auto"
+    """How context-parallel ranks share a mixer's work: "auto", "heads" or "sequence"."""
+    mixer_packed_order: str = "document"
+    """How packed sequences are divided over context-parallel ranks: "document" or "sequence"."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The data of a run, and what a step does with it."""
+
+    recipe: Recipe
+    vocab_size: int
+    eod: int
+    text: PreparedText | None = None
+
+    def datasets(self, num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+        """(train, validation, test) for this rank, as pretrain() asks for them."""
+        recipe, seed = self.recipe, self.recipe.training.seed
+        # Megatron calls this after loading a checkpoint. Validation begins anew at each start: what a run has used of
+        # it says nothing where the number of evaluations has changed.
+        get_args().consumed_valid_samples = 0
+        if recipe.data.source == "recall":
+            sizes = dataclasses.asdict(recipe.data.recall)
+            train, validation = (
+                RecallDataset(seq_length=recipe.training.seq_length, num_samples=count, seed=seed, split=split, **sizes)
+                for split, count in (("train", num_samples[0]), ("validation", num_samples[1]))
+            )
+            return train, validation, None
+        return build_gpt_datasets(
+            self.text if self.text is not None else list(recipe.data.indexed or ()),
+            split=recipe.data.split if self.text is None else None,
+            num_samples=(*num_samples[:2], 0),
+            seq_length=recipe.training.seq_length,
+            seed=seed,
+            eod=self.eod,
+            vocab_size=self.vocab_size,
+            cache_path=get_args().data_cache_path,
+            is_built_on_rank=partial(_reads_data, vp_stage),
+        )
+
+    def forward_step(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Callable]:
+        """One micro-batch: the model's output and the function that makes a loss of it.
+
+        While evaluating, the model returns logits instead of losses, so that accuracy is measured too.
+        """
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = next_batch(data_iterator, vp_stage)
+        evaluating = not model.training
+        output = model(
+            batch["tokens"], batch["position_ids"], None,
+            labels=None if evaluating else batch["labels"],
+            loss_mask=batch["loss_mask"],
+        )  # fmt: skip
+        if evaluating:
+            return output, partial(self._evaluate, batch["labels"], batch["loss_mask"])
+        return output, partial(_training_loss, batch["loss_mask"])
+
+    def _evaluate(self, labels: Tensor, mask: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Loss and accuracy from vocabulary-parallel logits [B, T, V/tp]."""
+        right = right_predictions(logits, labels)
+        losses = vocab_parallel_cross_entropy(logits.float().transpose(0, 1).contiguous(), labels.t().contiguous())
+        loss, count, report = _training_loss(mask, losses.t())
+        right_sum = (right.view(-1) * mask.view(-1)).sum()
+        return loss, count, {**report, accuracy_name(self.recipe): torch.stack([right_sum, count.float()])}
+
+
+def model_config(args: Any, recipe: Recipe, layers: LayerImplementation) -> Any:
+    """Megatron's HybridModelConfig for its validated arguments and our recipe."""
+    # Attributes of the arguments are stored in Megatron's checkpoints.
+    args.mixer = recipe.mixer.options
+    args.mixer_backend = recipe.model.mixer_backend
+    args.mixer_recompute = recipe.model.mixer_recompute
+    args.mixer_context = recipe.parallel.context_method
+    if not set(recipe.model.pattern) & ATTENTION_LETTERS:
+        # Megatron asks for heads that the tensor-parallel size divides, also where no layer has any. The arguments stay
+        # as they are: a checkpoint's are compared with them.
+        args = argparse.Namespace(**vars(args))
+        args.num_attention_heads *= args.tensor_model_parallel_size
+        args.num_query_groups, args.group_query_attention = None, False
+    config = hybrid_config_from_args(args, config=core_transformer_config_from_args(args, MixerTransformerConfig))
+    config.hybrid_stack_spec = stack_spec(layers)
+    return config
+
+
+def count_parameters(models: list[torch.nn.Module]) -> int:
+    """Parameters of the whole model, from this rank's parts of it; every rank calls this together."""
+    mine = sum(
+        p.numel()
+        for model in models
+        for p in model.parameters()
+        if param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p)
+    )
+    total = torch.tensor(mine, dtype=torch.int64, device="cuda")
+    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return int(total)
+
+
+def next_batch(data_iterator: Iterator, vp_stage: int | None) -> dict[str, Any]:
+    """This rank's part of the next micro-batch; None where a pipeline stage needs nothing."""
+    args = get_args()
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(BATCH_KEYS)
+    batch: dict[str, Any] = {}
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        sample = next(data_iterator)
+        if int(sample["tokens"].max()) >= args.vocab_size:  # on the CPU still, so this waits for nothing
+            raise ValueError(
+                f"data: token id {int(sample['tokens'].max())} is outside the vocabulary of {args.vocab_size}"
+            )
+        batch = {key: sample[key].cuda(non_blocking=True) for key in BATCH_KEYS}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=False,
+        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
+        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=mtp_on_this_rank(mtp_num_layers=args.mtp_num_layers, vp_stage=vp_stage),
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
+        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
+    )
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
+    return {key: batch.get(key) for key in BATCH_KEYS}
+
+
+def right_predictions(logits: Tensor, labels: Tensor) -> Tensor:
+    """1.0 where the label has the largest logit, [B, T]; logits [B, T, V/tp] are spread over the vocabulary."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    size = logits.shape[-1]
+    largest, place = logits.max(-1)
+    first = place + parallel_state.get_tensor_model_parallel_rank() * size
+    overall = largest.clone()
+    torch.distributed.all_reduce(overall, torch.distributed.ReduceOp.MAX, group=group)
+    # Of equal logits the first counts, so that a model that says the same of every token is not right about all.
+    first = torch.where(largest == overall, first, torch.full_like(first, torch.iinfo(first.dtype).max))
+    torch.distributed.all_reduce(first, torch.distributed.ReduceOp.MIN, group=group)
+    return (first == labels).float()
+
+
+def mixer_flops(args: Any, letter: str) -> float:
+    """Forward floating-point operations per token of one `C` or `2` layer, from Megatron's arguments."""
+    sizes = MixerConfig(
+        num_key_heads=args.linear_num_key_heads,
+        num_value_heads=args.linear_num_value_heads,
+        key_head_dim=args.linear_key_head_dim,
+        value_head_dim=args.linear_value_head_dim,
+        conv_width=args.linear_conv_kernel_dim,
+        **args.mixer,
+    )
+    return sizes.flops_per_token(MIXER_LETTERS[letter], args.hidden_size)
+
+
+def _training_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(sum of losses, number of tokens, report), Megatron's convention; Megatron divides."""
+    mask = mask.reshape(-1).float()
+    loss = (losses.reshape(-1).float() * mask).sum()
+    count = mask.sum()
+    return loss, count.to(torch.int), {LOSS: torch.stack([loss.detach(), count])}
+
+
+def _reads_data(vp_stage: int | None) -> bool:
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)

@@ -1,0 +1,294 @@
+"""Between a trained run and a Hugging Face folder: the names of weights, the configuration, the tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_carve.data.tokenizer import Tokenizer
+from megatron_carve.model.variants import MIXER_LETTERS, VARIANTS, MixerKind
+from megatron_carve.recipe import Recipe
+from megatron_carve.run.folder import architecture
+
+MODELING = Path(__file__).with_name("modeling_carve.py")
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+INDEX = f"{WEIGHTS}.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# Sections of a recipe that say what the model is, from which it can be built again.
+KEPT_SECTIONS = ("model", "mixer")
+
+
+@dataclass(frozen=True)
+class Link:
+    """One tensor of Megatron's model, and what it is divided into on the other side.
+
+    Attributes:
+        ours: its name.
+        theirs: the parts' names.
+        split, join: from one to the other, and back.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    split: Callable[[Tensor], Sequence[Tensor]] = lambda x: (x,)
+    join: Callable[..., Tensor] = lambda x: x
+
+
+def links(recipe: Recipe) -> list[Link]:
+    """All tensors of a recipe's model with local layers.
+
+    Raises:
+        ValueError: layers or options that have no counterpart.
+    """
+    _require_counterpart(recipe)
+    found = [
+        Link("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
+        Link("decoder.final_norm.weight", ("model.norm.weight",)),
+    ]
+    if not recipe.model.tie_embeddings:
+        found.append(Link("output_layer.weight", ("lm_head.weight",)))
+    for i, letter in enumerate(recipe.model.pattern.replace("|", "")):
+        if letter in MIXER_LETTERS:
+            of_layer = _mixer(recipe, MIXER_LETTERS[letter])
+        else:
+            of_layer = _attention(recipe) if letter == "*" else _mlp()
+        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
+        found += [Link(ours + k.ours, tuple(theirs + name for name in k.theirs), k.split, k.join) for k in of_layer]
+    return found
+
+
+def _mlp() -> list[Link]:
+    return [
+        Link("pre_mlp_layernorm.weight", ("norm.weight",)),
+        _rows("mlp.linear_fc1.weight", ("mixer.gate_proj.weight", "mixer.up_proj.weight"), None),
+        Link("mlp.linear_fc2.weight", ("mixer.down_proj.weight",)),
+    ]
+
+
+def _attention(recipe: Recipe) -> list[Link]:
+    m = recipe.model
+    groups = m.num_query_groups or m.num_attention_heads
+    width = m.attention_head_dim or m.hidden_size // m.num_attention_heads
+    # Megatron keeps the query heads of a group, its key head and its value head together.
+    sizes = [m.num_attention_heads // groups * width, width, width]
+
+    def split(x: Tensor) -> list[Tensor]:
+        return [part.flatten(0, 1) for part in x.unflatten(0, (groups, -1)).split(sizes, 1)]
+
+    def join(*parts: Tensor) -> Tensor:
+        return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
+
+    return [
+        Link("input_layernorm.weight", ("norm.weight",)),
+        Link("self_attention.linear_qkv.weight", tuple(f"mixer.{n}_proj.weight" for n in "qkv"), split, join),
+        Link("self_attention.linear_proj.weight", ("mixer.o_proj.weight",)),
+    ]
+
+
+def _mixer(recipe: Recipe, kind: MixerKind) -> list[Link]:
+    c = recipe.mixer
+    sections = c.projection_sections(kind)
+    names = tuple(f"mixer.{s.name}_proj.weight" for s in sections)
+    same = {"decay.A_log": "A_log", "decay.dt_bias": "dt_bias"}
+    if c.short_convolution == "static":
+        same |= {"conv.weight": "conv_weight"} | ({"conv.bias": "conv_bias"} if c.conv_bias else {})
+    if c.decay_projection == "low_rank":
+        same["decay_up.weight"] = "decay_up.weight"
+    if c.has_low_rank_gate:
+        same |= {"gate_up.weight": "gate_up.weight", "gate_up.bias": "gate_up.bias"}
+    if VARIANTS[kind].sees_state:
+        same["erase_bias.bias"] = "erase_bias"
+        if c.content_rank:
+            same |= {"content_down": "content_down", "content_up": "content_up"}
+    same |= {"out_norm.weight": "norm_weight", "out_proj.weight": "out_proj.weight"}
+    return [
+        Link("input_layernorm.weight", ("norm.weight",)),
+        _rows("self_attention.in_proj.weight", names, [s.size for s in sections]),
+        *(Link(f"self_attention.{ours}", (f"mixer.{theirs}",)) for ours, theirs in same.items()),
+    ]
+
+
+def _rows(ours: str, theirs: tuple[str, ...], sizes: list[int] | None) -> Link:
+    """Rows one after another, in equal parts where no sizes are given."""
+
+    def split(x: Tensor) -> Sequence[Tensor]:
+        return x.chunk(len(theirs)) if sizes is None else x.split(sizes)
+
+    return Link(ours, theirs, split, lambda *parts: torch.cat(parts))
+
+
+def _require_counterpart(recipe: Recipe) -> None:
+    unknown = sorted(set(recipe.model.pattern) - {*MIXER_LETTERS, "*", "-", "|"})
+    if unknown:
+        known = ", ".join((*MIXER_LETTERS, "*", "-"))
+        raise ValueError(f"model.pattern: expected layers of {known} to export, got {', '.join(unknown)}")
+    options = [key for key in architecture(recipe) if key.startswith("megatron.")]
+    if options:
+        raise ValueError(f"{options[0]}: has no counterpart in the exported model")
+
+
+def to_hugging_face(state: dict[str, Any], recipe: Recipe) -> dict[str, Tensor]:
+    """A model's state dict under the names of modeling_carve.py, contiguous on the CPU."""
+    return {
+        name: part.detach().cpu().contiguous()
+        for link in links(recipe)
+        for name, part in zip(link.theirs, link.split(state[link.ours]), strict=True)
+    }
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights of a folder: of one file, or of several that transformers names in an index.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: an index that names no files of the folder.
+    """
+    from safetensors.torch import load_file
+
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        return load_file(folder / WEIGHTS)
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or any(not isinstance(f, str) or Path(f).name != f for f in files.values()):
+        raise ValueError(f"{folder / INDEX}: expected a weight_map of tensors to files of the folder")
+    return {name: x for file in sorted(set(files.values())) for name, x in load_file(folder / file).items()}
+
+
+def from_hugging_face(weights: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+    """The inverse of to_hugging_face.
+
+    Raises:
+        ValueError: weights that are missing, or more than there should be.
+    """
+    known = links(recipe)
+    expected = {name for link in known for name in link.theirs}
+    if missing := sorted(expected - set(weights)):
+        raise ValueError(f"{WEIGHTS}: expected {len(expected)} tensors, but {missing[0]} is missing")
+    if extra := sorted(set(weights) - expected):
+        raise ValueError(f"{WEIGHTS}: there is no place for {extra[0]} in this model")
+    return {link.ours: link.join(*(weights[name] for name in link.theirs)) for link in known}
+
+
+def configuration(recipe: Recipe, padded_vocab: int, eod: int | None, step: int) -> dict[str, Any]:
+    """What config.json holds."""
+    m = recipe.model
+    values = recipe.to_dict()
+    kept = {section: values[section] for section in KEPT_SECTIONS}
+    kept["model"]["pattern"] = m.pattern.replace("|", "")
+    kept["data"] = _data(recipe)
+    kept["training"] = {"precision": recipe.training.precision, "seq_length": recipe.training.seq_length}
+    return {
+        "architectures": ["CarveForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{MODELING.stem}.CarveConfig",
+            "AutoModelForCausalLM": f"{MODELING.stem}.CarveForCausalLM",
+        },
+        "model_type": "megatron_carve",
+        "dtype": DTYPES[recipe.training.precision],
+        "pattern": kept["model"]["pattern"],
+        "vocab_size": padded_vocab,
+        "hidden_size": m.hidden_size,
+        "ffn_hidden_size": m.ffn_hidden_size,
+        "num_attention_heads": m.num_attention_heads,
+        "num_key_value_heads": m.num_query_groups or m.num_attention_heads,
+        "attention_head_dim": m.attention_head_dim or m.hidden_size // m.num_attention_heads,
+        "attention_window": m.attention_window,
+        "position_embedding": m.position_embedding,
+        "rotary_base": m.rotary_base,
+        "norm_epsilon": m.norm_epsilon,
+        "tie_word_embeddings": m.tie_embeddings,
+        "eos_token_id": eod,
+        "mixer": values["mixer"],
+        "recipe": kept,
+        "step": step,
+    }
+
+
+def _data(recipe: Recipe) -> dict[str, Any]:
+    """What kind of tokens it was trained on; of files their names alone."""
+    d = recipe.data
+    if d.source == "recall":
+        return {"recall": asdict(d.recall)}
+    names = [Path(str(place)).name for place in ([d.text] if d.text is not None else d.indexed or [])]
+    return {"tokenizer": d.tokenizer, "text": ", ".join(names)}
+
+
+def tokenizer_of(folder: Path, spec: str, run: Path) -> str:
+    """The tokenizer that a spec names; where it is not where the spec says, that of the folder, copied into the run."""
+    kind, _, value = spec.partition(":")
+    is_path = kind != "huggingface" or value.startswith(("/", ".", "~"))
+    if kind == "bytes" or not is_path or Path(value).expanduser().exists():
+        return spec
+    names = TOKENIZER_FILES if kind == "huggingface" else (Path(value).name,)
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        return spec
+    place = run / "tokenizer"
+    place.mkdir(parents=True, exist_ok=True)
+    for file in found:
+        shutil.copy(file, place)
+    return f"{kind}:{place.resolve() if kind == 'huggingface' else place.resolve() / Path(value).name}"
+
+
+def write_folder(
+    out: Path, weights: dict[str, Tensor], config: dict[str, Any], *, vocab_size: int, tokenizer: Tokenizer | None
+) -> list[str]:
+    """Write a Hugging Face folder; returns what a user should know about it.
+
+    Args:
+        out: a folder that is not there yet, or empty.
+        vocab_size: token ids that mean something; the others of config["vocab_size"] are never generated.
+    """
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    generation = {"eos_token_id": config["eos_token_id"], "do_sample": True}
+    if padding := list(range(vocab_size, config["vocab_size"])):
+        generation["suppress_tokens"] = padding
+    notes = [] if tokenizer is None else _write_tokenizer(out, tokenizer)
+    for name, value in ((CONFIG, config), ("generation_config.json", generation)):
+        (out / name).write_text(json.dumps(value, indent=2) + "\n")
+    shutil.copy(MODELING, out / MODELING.name)
+    save_file(weights, out / WEIGHTS, {"format": "pt"})
+    return notes
+
+
+def _write_tokenizer(out: Path, tokenizer: Tokenizer) -> list[str]:
+    kind, _, value = tokenizer.spec.partition(":")
+    if kind == "bytes":
+        _bytes_tokenizer(tokenizer).save_pretrained(out)
+    elif kind == "huggingface":
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(value).save_pretrained(out)
+    else:
+        if Path(value).is_file():
+            shutil.copy(value, out)
+        return [f"the tokenizer {tokenizer.spec} has no Hugging Face form; the folder has no tokenizer.json"]
+    return []
+
+
+def _bytes_tokenizer(tokenizer: Tokenizer) -> Any:
+    """The tokenizer "bytes" in Hugging Face's form: every byte is a token, in order, then the end of a document."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # byte-level vocabularies write a byte as a printable character: itself, or one from 256 on, in order
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    fast = Fast(models.BPE(vocab={letters[byte]: byte for byte in range(256)}, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(["<|endoftext|>"])
+    assert fast.token_to_id("<|endoftext|>") == tokenizer.eod
+    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|endoftext|>")

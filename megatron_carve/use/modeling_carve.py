@@ -1,0 +1,545 @@
+"""CARVE, GDN-2 and KDA hybrid language models for Hugging Face transformers.
+
+This file is copied into exported folders, where it stands alone: it needs torch and transformers. On a GPU it takes
+the Triton kernels of the package megatron-carve where that is installed, else, for GDN-2 in 16 bits, those of
+flash-linear-attention.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
+
+try:
+    from megatron_carve import kernels
+except ImportError:
+    kernels = None  # type: ignore[assignment]
+    try:
+        from fla.ops.gdn2 import chunk_gdn2 as peer_gdn2
+    except ImportError:
+        peer_gdn2 = None
+else:
+    peer_gdn2 = None
+
+logger = logging.get_logger(__name__)
+
+# Of the mixers by letter, as in megatron_carve/model/variants.py.
+MIXERS: dict[str, dict[str, Any]] = {
+    "C": {"op": "carve", "erase": "key_channels", "write": "value_heads", "sees_state": True},
+    "2": {"op": "gdn2", "erase": "key_channels", "write": "value_channels", "sees_state": False},
+    "K": {"op": "gdn2", "erase": "none", "write": "key_heads", "sees_state": False},
+}
+
+# By which transformers hands a cache on: "cache" from 5.24 on.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+CHUNK = 64
+# A log-decay of a step from which on nothing is left in float32.
+NO_STATE = -110.0
+
+
+class CarveConfig(PretrainedConfig):
+    """Sizes and options of a model, by the names of a megatron_carve recipe.
+
+    Args:
+        pattern: a letter for each layer: C (CARVE), 2 (GDN-2), K (KDA), * (attention), - (MLP).
+        mixer: heads, widths and options of the C, 2 and K layers.
+        recipe: the model, mixer and precision of the recipe, from which megatron_carve imports the folder again.
+    """
+
+    model_type = "megatron_carve"
+
+    def __init__(
+        self,
+        pattern: str = "C-",
+        vocab_size: int = 256,
+        hidden_size: int = 64,
+        ffn_hidden_size: int = 128,
+        num_attention_heads: int = 2,
+        num_key_value_heads: int = 2,
+        attention_head_dim: int = 32,
+        attention_window: int | None = None,
+        position_embedding: str = "rope",
+        rotary_base: int = 10000,
+        norm_epsilon: float = 1e-5,
+        mixer: dict[str, Any] | None = None,
+        recipe: dict[str, Any] | None = None,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.pattern = pattern
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.ffn_hidden_size = ffn_hidden_size
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.attention_head_dim = attention_head_dim
+        self.attention_window = attention_window
+        self.position_embedding = position_embedding
+        self.rotary_base = rotary_base
+        self.norm_epsilon = norm_epsilon
+        self.mixer = mixer or {}
+        self.recipe = recipe
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.pattern)
+
+
+class CarveCache:
+    """What the layers remember of the tokens so far, by layer; its size does not grow beyond attention's window."""
+
+    # What transformers asks of caches: no graph is made of them, and what has been read is cut off the input.
+    is_compileable = False
+    is_linear = (False,)
+
+    def __init__(self, layers: int) -> None:
+        self.tokens = 0
+        self.layers: list[dict[str, Any]] = [{} for _ in range(layers)]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.tokens
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: CarveConfig) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (
+            nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False) for _ in range(2)
+        )
+        self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, memory: dict[str, Any] | None, position: int) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Attention(nn.Module):
+    """Causal attention over the last attention_window tokens, or all."""
+
+    def __init__(self, config: CarveConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads, groups, D = config.num_attention_heads, config.num_key_value_heads, config.attention_head_dim
+        self.q_proj = nn.Linear(config.hidden_size, heads * D, bias=False)
+        self.k_proj, self.v_proj = (nn.Linear(config.hidden_size, groups * D, bias=False) for _ in range(2))
+        self.o_proj = nn.Linear(heads * D, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, memory: dict[str, Any] | None, position: int) -> Tensor:
+        c, T = self.config, x.shape[1]
+        q, k, v = (
+            p(x).unflatten(-1, (-1, c.attention_head_dim)).transpose(1, 2)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if c.position_embedding == "rope":
+            q, k = (rotate(part, position, c.rotary_base) for part in (q, k))
+        if memory is not None:
+            if memory:
+                k, v = torch.cat([memory["k"], k], 2), torch.cat([memory["v"], v], 2)
+            first = 0 if c.attention_window is None else max(0, k.shape[2] - c.attention_window + 1)
+            memory.update(k=k[:, :, first:].clone(), v=v[:, :, first:].clone())  # views would keep the whole prompt
+        places = torch.arange(k.shape[2], device=x.device)
+        age = places[-T:, None] - places
+        seen = age >= 0 if c.attention_window is None else (age >= 0) & (age < c.attention_window)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+
+def rotate(x: Tensor, position: int, base: int) -> Tensor:
+    """Rotary embedding of [B, heads, T, D] from a position on."""
+    D = x.shape[-1]
+    rates = 1.0 / base ** (torch.arange(0, D, 2, dtype=torch.float32, device=x.device) / D)
+    angles = torch.arange(position, position + x.shape[2], dtype=torch.float32, device=x.device)[:, None] * rates
+    angles = torch.cat([angles, angles], -1)
+    first, second = x.chunk(2, -1)
+    return x * angles.cos().to(x.dtype) + torch.cat([-second, first], -1) * angles.sin().to(x.dtype)
+
+
+class Mixer(nn.Module):
+    """CARVE (arXiv 2606.27229), GDN-2 (arXiv 2605.22791) or KDA (arXiv 2510.26692)."""
+
+    def __init__(self, config: CarveConfig, letter: str) -> None:
+        super().__init__()
+        m, h = config.mixer, config.hidden_size
+        self.variant, self.m, self.eps = MIXERS[letter], m, config.norm_epsilon
+        H, HV, K, V = (m[n] for n in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim"))
+        gated = m["output_gate_activation"] != "none"
+        low_rank_gate = gated and m["output_gate_projection"] == "low_rank"
+        sizes = {"query": H * K, "key": H * K, "value": HV * V}
+        sizes["write"] = {"key_heads": H, "value_heads": HV, "value_channels": HV * V}[self.variant["write"]]
+        sizes["decay"] = V if m["decay_projection"] == "low_rank" else H * K
+        linear = {name: nn.Linear(h, size, bias=False) for name, size in sizes.items()}
+        self.query_proj, self.key_proj, self.value_proj = linear["query"], linear["key"], linear["value"]
+        self.write_proj, self.decay_proj = linear["write"], linear["decay"]
+        has_erase = self.variant["erase"] != "none"
+        self.erase_proj = nn.Linear(h, H * K, bias=False) if has_erase else None
+        self.gate_proj = nn.Linear(h, V if low_rank_gate else HV * V, bias=False) if gated else None
+        self.taps = m["conv_width"] if m["short_convolution"] == "static" else 1
+        if m["short_convolution"] == "static":
+            channels = 2 * H * K + HV * V
+            self.conv_weight = nn.Parameter(torch.empty(channels, self.taps))
+            self.conv_bias = nn.Parameter(torch.empty(channels)) if m["conv_bias"] else None
+        self.A_log = nn.Parameter(torch.empty(H * K if self.variant["sees_state"] else H, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(H * K, dtype=torch.float32))
+        self.decay_up = nn.Linear(V, H * K, bias=False) if m["decay_projection"] == "low_rank" else None
+        self.gate_up = nn.Linear(V, HV * V) if low_rank_gate else None
+        if self.variant["sees_state"]:
+            self.erase_bias = nn.Parameter(torch.empty(H * K, dtype=torch.float32))
+            given = m["erase_bias"]
+            self.initial_erase_bias = given if given is not None else -4.0 if m["erase"] == "diagonal" else 0.0
+            if m["content_rank"]:
+                self.content_down = nn.Parameter(torch.empty(m["content_rank"], V))
+                self.content_up = nn.Parameter(torch.empty(K, m["content_rank"]))
+        self.norm_weight = nn.Parameter(torch.empty(V))
+        self.out_proj = nn.Linear(HV * V, h, bias=False)
+
+    def forward(self, x: Tensor, memory: dict[str, Any] | None, position: int) -> Tensor:
+        m = self.m
+        H, K, V = m["num_key_heads"], m["key_head_dim"], m["value_head_dim"]
+        convolved = torch.cat([self.query_proj(x), self.key_proj(x), self.value_proj(x)], -1)
+        q, k, v = self._convolve(convolved, memory)
+        q, k = (part.unflatten(-1, (-1, K)) for part in (q, k))
+        decay = self.decay_proj(x)
+        decay = decay if self.decay_up is None else self.decay_up(decay)
+        rate = -self.A_log.float().exp().view(H, -1)
+        g = rate * F.softplus(decay.float().unflatten(-1, (-1, K)) + self.dt_bias.float().view(H, K))
+        v, write = v.unflatten(-1, (-1, V)), self.write_proj(x)
+        # Without a gate of its own the erasure is the write gate's, of each key head.
+        erase = write if self.erase_proj is None else self.erase_proj(x).unflatten(-1, (-1, K))
+        if self.variant["write"] == "value_channels":
+            write = write.unflatten(-1, (-1, V))
+        elif self.variant["write"] == "key_heads":
+            write = write.repeat_interleave(v.shape[2] // H, 2)
+            v = 2.0 * v if m["negative_eigenvalues"] else v  # the gate writes with its scale too
+        state = None if memory is None else memory.get("state")
+        o, state = self._recurrence(q, k, v, g, erase, write, state)
+        if memory is not None:
+            memory["state"] = state
+        out = F.rms_norm(o.float(), (V,), self.norm_weight.float(), self.eps)
+        if self.gate_proj is not None:
+            gate = self.gate_proj(x)
+            gate = gate if self.gate_up is None else self.gate_up(gate)
+            act = F.silu if m["output_gate_activation"] == "silu" else torch.sigmoid
+            out = out * act(gate.float().unflatten(-1, (-1, V)))
+        return self.out_proj(out.to(x.dtype).flatten(-2))
+
+    def _kernels_take(self, dtype: torch.dtype) -> bool:
+        """Whether the package is installed and its kernels have this layer's widths in this dtype."""
+        if kernels is None:
+            return False
+        m = self.m
+        op = self.variant["op"]
+        content = {"erase": m["erase"], "content": m["content_rank"] > 0} if op == "carve" else {}
+        try:
+            kernels.require_triton_support(op, dtype, m["key_head_dim"], m["value_head_dim"], **content)
+        except NotImplementedError as error:
+            logger.warning_once(f"{error}: plain torch is used instead")
+            return False
+        return True
+
+    def _convolve(self, x: Tensor, memory: dict[str, Any] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Causal depthwise convolution if there is one, SiLU, and the L2 norm of every head of queries and keys."""
+        m, before = self.m, self.taps - 1
+        if before:
+            earlier = None if memory is None else memory.get("tokens")
+            wide = F.pad(x, (0, 0, before, 0)) if earlier is None else torch.cat([earlier, x], 1)
+            if memory is not None:
+                memory["tokens"] = wide[:, wide.shape[1] - before :].clone()
+            x = wide
+        if m["short_convolution"] == "static":
+            x = F.conv1d(
+                x.transpose(1, 2), self.conv_weight[:, None], self.conv_bias, groups=x.shape[2]
+            ).transpose(1, 2)  # fmt: skip
+        x = F.silu(x)
+        keys = m["num_key_heads"] * m["key_head_dim"]
+        q, k, v = x.split([keys, keys, x.shape[2] - 2 * keys], -1)
+        return unit_heads(q, m["key_head_dim"]), unit_heads(k, m["key_head_dim"]), v
+
+    def _recurrence(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, erase: Tensor, write: Tensor, state: Any
+    ) -> tuple[Tensor, Any]:
+        """[B, T, heads, ...] -> o, and the state to go on from: S, and CARVE's mean, partial sum and count.
+
+        erase and write are logits of the gates.
+        """
+        m, carve = self.m, self.variant["op"] == "carve"
+        scale = 2.0 if m["negative_eigenvalues"] else 1.0
+        if q.is_cuda and self._kernels_take(q.dtype):
+            options: dict[str, Any] = {"gate_logits": True, "erase_scale": scale, "output_final_state": True}
+            if not carve:
+                return kernels.chunk_gdn2(q, k, v, g, erase, write, initial_state=state, **options)
+            options |= {name: m[name] for name in ("erase", "prediction", "content_chunk", "content_grad")}
+            bias = self.erase_bias.float().view(q.shape[2:])
+            content = (self.content_down, self.content_up) if m["content_rank"] else (None, None)
+            state = None if state is None else kernels.CarveState(*state)
+            return kernels.chunk_carve(
+                q, k, v, g, erase, write, *content, erase_bias=bias, initial_state=state, **options
+            )  # fmt: skip
+        if not carve:
+            if erase.ndim == 3:  # one number for all channels
+                erase, write = erase[..., None], write[..., None]
+            if peer_gdn2 is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+                b, write = scale * erase.sigmoid().expand_as(k), write.expand_as(v)
+                q, k, g, b = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k, g, b))
+                return peer_gdn2(q, k, v, g, b, write.sigmoid(), initial_state=state, output_final_state=True)
+            return gdn2(q, k, v, g, scale * erase.float().sigmoid(), write.float().sigmoid(), state)
+        erase = erase.float() + self.erase_bias.float().view(q.shape[2:])
+        maps = (self.content_down, self.content_up) if m["content_rank"] else None
+        return carve_recurrence(q, k, v, g, erase, write.float().sigmoid(), scale, maps, m, state)
+
+
+def unit_heads(x: Tensor, D: int) -> Tensor:
+    wide = x.float().unflatten(-1, (-1, D))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).flatten(-2).to(x.dtype)
+
+
+def by_value_head(x: Tensor, heads: int) -> Tensor:
+    """[B, T, H, D] -> [B, heads, T, D] float32, where H divides heads."""
+    return x.float().repeat_interleave(heads // x.shape[2], 2).transpose(1, 2)
+
+
+def gdn2(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor]:
+    """GDN-2 in plain torch, float32, chunk after chunk; tensors [B, T, heads, ...], S [B, HV, K, V] -> (o, S)."""
+    B, T, HV, V = v.shape
+    K = q.shape[3]
+    z = (w * v.float()).transpose(1, 2)
+    q, k, g, b = (by_value_head(x, HV) for x in (q, k, g, b))
+    S = v.new_zeros(B, HV, K, V, dtype=torch.float32) if S is None else S
+    outputs = []
+    for start in range(0, T, CHUNK):
+        part = slice(start, start + CHUNK)
+        y, S = chunk(q[:, :, part], k[:, :, part], z[:, :, part], g[:, :, part], b[:, :, part], S, False)
+        outputs.append(y)
+    return (K**-0.5 * torch.cat(outputs, 2)).transpose(1, 2).to(v.dtype), S
+
+
+def carve_recurrence(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, erase: Tensor, w: Tensor, scale: float,
+    content: tuple[Tensor, Tensor] | None, m: dict[str, Any], state: Any,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """CARVE in plain torch, float32, in chunks that end where content chunks do -> (o, (S, mean, partial, count)).
+
+    S_t = Diag((1 - b_t) exp g_t) S_{t-1} + w_t k_t (v_t - P_t^T k_t)^T,    P_t = S_{t-1}, or S_{t-1} decayed
+    b_t = sigmoid(erase_t + U tanh(D m)),    m the mean of S_t^T q_t over the content chunk before
+
+    or, with m["erase"] "delta", GDN-2's recurrence with this erase gate. erase: logits with their bias.
+    """
+    B, T, HV, V = v.shape
+    K = q.shape[3]
+    z = (w[..., None] * v.float()).transpose(1, 2)
+    q, k, g, erase = (by_value_head(x, HV) for x in (q, k, g, erase))
+    w = w.transpose(1, 2)[..., None]
+    if state is None:
+        vectors = (v.new_zeros(B, HV, V, dtype=torch.float32) for _ in range(2))
+        state = (v.new_zeros(B, HV, K, V, dtype=torch.float32), *vectors, torch.zeros(B, dtype=torch.int64))
+    S, mean, partial, count = state
+    filled, outputs, start = int(count[0]), [], 0
+    while start < T:
+        end = min(start + CHUNK - filled % CHUNK, T)
+        part = slice(start, end)
+        logits = erase[:, :, part]
+        if content is not None:
+            down, up = (x.float() for x in content)
+            seen = mean.detach() if m["content_grad"] == "detached" else mean
+            logits = logits + (torch.tanh(seen @ down.T) @ up.T)[:, :, None]
+        if m["erase"] == "diagonal":
+            log_decay, b = g[:, :, part] + F.logsigmoid(-logits), w[:, :, part]
+        else:
+            log_decay, b = g[:, :, part], scale * logits.sigmoid()
+        before_decay = m["erase"] == "diagonal" and m["prediction"] == "previous"
+        y, S = chunk(q[:, :, part], k[:, :, part], z[:, :, part], log_decay, b, S, before_decay)
+        outputs.append(y)
+        filled, start = filled + end - start, end
+        if content is not None:
+            partial = partial + y.sum(2)
+        if filled == m["content_chunk"]:
+            mean, partial, filled = partial / filled, torch.zeros_like(partial), 0
+    o = (K**-0.5 * torch.cat(outputs, 2)).transpose(1, 2).to(v.dtype)
+    return o, (S, mean, partial, torch.full_like(count, filled))
+
+
+def chunk(
+    q: Tensor, k: Tensor, z: Tensor, g: Tensor, b: Tensor, S: Tensor, before_decay: bool
+) -> tuple[Tensor, Tensor]:
+    """A chunk of at most 64 tokens: q, k, g, what erases along the key b [B, HV, C, K or 1], z = w v [B, HV, C, V],
+    S [B, HV, K, V] -> (S_t^T q_t, S). before_decay: what a key finds in S is taken before the token's own decay."""
+    g = g.clamp(min=NO_STATE)
+    G = g.cumsum(-2)
+    found = F.pad(G[..., :-1, :], (0, 0, 1, 0)) if before_decay else G  # through which step what a key finds decayed
+    C = q.shape[-2]
+    earlier = torch.ones(C, C, dtype=torch.bool, device=q.device).tril(-1)
+
+    def decays(rows: Tensor) -> Tensor:
+        """Of every pair of rows its own, never above 1, however steep; [..., C, C, K]."""
+        return (rows[..., :, None, :] - G[..., None, :, :]).masked_fill(~earlier[..., None], -math.inf).exp()
+
+    bk, own = b * k, decays(G)
+    T = torch.einsum("...rk,...rsk,...sk->...rs", bk, decays(found) if before_decay else own, k)
+    P = torch.einsum("...rk,...rsk,...sk->...rs", q, own, k) + torch.diag_embed((q * k).sum(-1))
+    R = torch.linalg.solve_triangular(
+        T + torch.eye(C, device=q.device), z - (found.exp() * bk) @ S, upper=False, unitriangular=True
+    )  # fmt: skip
+    y = (G.exp() * q) @ S + P @ R
+    return y, G[..., -1, :, None].exp() * S + (k * (G[..., -1:, :] - G).exp()).transpose(-1, -2) @ R
+
+
+class Layer(nn.Module):
+    """Norm, mixer or attention or MLP, and the residual sum."""
+
+    def __init__(self, config: CarveConfig, letter: str) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.mixer: nn.Module
+        if letter in MIXERS:
+            self.mixer = Mixer(config, letter)
+        elif letter == "*":
+            self.mixer = Attention(config)
+        elif letter == "-":
+            self.mixer = MLP(config)
+        else:
+            raise ValueError(f"pattern: expected layers of {', '.join(MIXERS)}, * and -, got {letter!r}")
+
+    def forward(self, x: Tensor, memory: dict[str, Any] | None, position: int) -> Tensor:
+        return x + self.mixer(self.norm(x), memory, position)
+
+
+class CarvePreTrainedModel(PreTrainedModel):
+    config_class = CarveConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["Layer"]  # noqa: RUF012
+    _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "erase_bias"]  # noqa: RUF012
+    _is_stateful = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """As megatron_carve begins, but for matrices, whose spread there depends on the depth."""
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "A_log":
+                parameter.data.uniform_(1.0, 16.0).log_()
+            elif name == "dt_bias":  # softplus of it is log-uniform in [0.001, 0.1]
+                step = parameter.data.uniform_(math.log(0.001), math.log(0.1)).exp_()
+                step.add_(torch.log(-torch.expm1(-step)))
+            elif name == "erase_bias":
+                nn.init.constant_(parameter, float(module.initial_erase_bias))  # type: ignore[arg-type]
+            elif name == "content_down":
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+            elif name == "conv_weight":
+                nn.init.uniform_(parameter, -(parameter.shape[1] ** -0.5), parameter.shape[1] ** -0.5)
+            elif name in ("content_up", "conv_bias", "bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
+
+class CarveModel(CarvePreTrainedModel):
+    def __init__(self, config: CarveConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, letter) for letter in config.pattern)
+        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, past_key_values: CarveCache | None = None) -> Tensor:
+        """Token ids [B, T] -> hidden states [B, T, hidden]; a cache is brought up to date."""
+        x = self.embed_tokens(input_ids)
+        position = 0 if past_key_values is None else past_key_values.tokens
+        for i, layer in enumerate(self.layers):
+            x = layer(x, None if past_key_values is None else past_key_values.layers[i], position)
+        if past_key_values is not None:
+            past_key_values.tokens += input_ids.shape[1]
+        return self.norm(x)
+
+
+def require_consecutive(position_ids: Tensor | None, first: int, length: int) -> None:
+    """Raise ValueError for positions that begin anew within a row, as those of packed documents do."""
+    if position_ids is None:
+        return
+    expected = torch.arange(first, first + length, device=position_ids.device).expand_as(position_ids)
+    if not torch.equal(position_ids, expected.to(position_ids.dtype)):
+        raise ValueError(
+            f"position_ids: expected {length} consecutive positions from {first} on, since packed documents would not "
+            f"be kept apart, got others"
+        )
+
+
+class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
+    # The loss is a mean over the batch, whatever a trainer says about its size.
+    accepts_loss_kwargs = False
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: CarveConfig) -> None:
+        super().__init__(config)
+        self.model = CarveModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: CarveCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        cache: CarveCache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Token ids [B, T] -> logits [B, T, vocab], of the last logits_to_keep tokens if that is above 0.
+
+        Args:
+            past_key_values, cache: what a call before returned, by either name.
+
+        Raises:
+            ValueError: padded sequences, since a recurrence would remember the padding; packed ones; what else this
+                model does not take.
+        """
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise ValueError("attention_mask: expected sequences of one length, without padding, got zeros in it")
+        memory = past_key_values if cache is None else cache
+        first = 0 if memory is None else memory.tokens
+        require_consecutive(kwargs.pop("position_ids", None), first, input_ids.shape[1])
+        kwargs.pop("return_dict", None)
+        if unknown := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
+            raise ValueError(f"{', '.join(unknown)}: this model takes no such argument")
+        if use_cache and memory is None:
+            memory = CarveCache(self.config.num_hidden_layers)
+        hidden = self.model(input_ids, memory)
+        logits = self.lm_head(hidden[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: memory})  # type: ignore[arg-type]
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        memory = kwargs.get(CACHE)
+        seen = 0 if memory is None else memory.tokens
+        return {
+            "input_ids": input_ids[:, seen:],
+            "attention_mask": kwargs.get("attention_mask"),
+            CACHE: memory,
+            "use_cache": kwargs.get("use_cache", True),
+            "logits_to_keep": 1,
+        }

@@ -1,0 +1,81 @@
+"""Mixers over a context-parallel group: equal to one process, packed or not; what cannot be is refused by name.
+
+Packed documents have random lengths and are compared with each document run alone.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.parallel import run_ranks
+
+from megatron_carve.model.context.exchange import HeadExchange
+
+WORKER = Path(__file__).parents[1] / "support" / "context_worker.py"
+
+
+# Kind of mixer, whether documents are packed, the order in which they were divided, options.
+LAYERS = [
+    ("carve", False, "document", {}),
+    ("gdn2", False, "document", {"conv_bias": True}),
+    ("carve", True, "document", {"decay_projection": "full_rank", "output_gate_projection": "full_rank"}),
+    ("carve", True, "document", {"erase": "delta", "output_gate_activation": "none"}),
+    ("gdn2", True, "document", {"short_convolution": "none"}),
+    ("carve", True, "sequence", {"conv_bias": True, "content_grad": "detached", "prediction": "decayed"}),
+    ("gdn2", True, "sequence", {"conv_bias": True}),
+    ("kda", True, "document", {"negative_eigenvalues": True}),
+]
+
+
+@pytest.mark.parametrize(
+    ("processes", "method", "key_heads"),
+    [
+        (1, "auto", 2),
+        (2, "heads", 4),
+        pytest.param(4, "heads", 4, marks=pytest.mark.slow),
+        (2, "auto", 3),
+        (4, "auto", 2),
+    ],
+)
+def test_group_equals_one_process(processes, method, key_heads):
+    """Where the heads do not divide, "auto" is by sequence."""
+    jobs = [
+        {
+            "kind": kind, "packed": packed, "order": order, "method": method, "key_heads": key_heads,
+            "options": options, "seed": 10 * processes + i,
+        }
+        for i, (kind, packed, order, options) in enumerate(LAYERS)
+    ]  # fmt: skip
+    run_ranks(processes, WORKER, jobs)
+
+
+def exchange(size: int) -> HeadExchange:
+    return HeadExchange(SimpleNamespace(size=lambda: size, rank=lambda: 0))
+
+
+def packed(ends: list[int]) -> SimpleNamespace:
+    return SimpleNamespace(qkv_format="thd", cu_seqlens_q=torch.tensor(ends), cu_seqlens_q_padded=None)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "documents", "message"),
+    [
+        (5, None, "expected a length that 2 \\* context_parallel_size = 4 divides, got 10"),
+        (8, [0, 8, 14, 16], "packed documents: expected lengths that .* = 4 divides, padding included, got 6, 2"),
+        (8, [0, 8], "cu_seqlens: expected to end at the 16 tokens of all ranks, got 8"),
+    ],
+)
+def test_orders_that_cannot_be_are_refused(tokens, documents, message):
+    params = None if documents is None else packed(documents)
+    with pytest.raises(ValueError, match=message):
+        exchange(2).order(tokens, params, "document", "cpu")
+
+
+def test_order_is_found_once_for_the_layers_of_a_step():
+    params = packed([0, 8, 16])
+    first = exchange(2).order(8, params, "document", "cpu")
+    assert exchange(2).order(8, params, "document", "cpu") is first
+    assert torch.equal(first.natural[first.pieces], torch.arange(16))
+    # document 0 in pieces of two: rank 0 holds the first and the last, rank 1 those between
+    assert first.natural[:8].tolist() == [0, 1, 8, 9, 10, 11, 2, 3]

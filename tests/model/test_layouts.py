@@ -1,0 +1,116 @@
+"""Every parallel layout trains the same model: losses, outputs, gradients of inputs and of every parameter."""
+
+import pytest
+import torch
+from support.parallel import run_layout
+
+# Rounding of float32 sums taken in another order, over a few layers.
+LOSS_TOLERANCE = 2e-5
+GRADIENT_TOLERANCE = 2e-4
+
+HYBRID, CARVE, GDN2 = {"pattern": "C-2-*-"}, {"pattern": "C-C-"}, {"pattern": "2-2-"}
+KDA = {"pattern": "K-K-"}
+DELTA = {"pattern": "C-C-", "mixer": {"content_rank": 4, "erase": "delta"}}
+# Documents of random lengths that 2 * cp divides, packed into one sequence. Local attention does not take them.
+PACKED = {"pattern": "C-2-", "documents": [24, 80, 8, 72], "seq_length": 184, "steps": 2}
+# Not under context parallelism: there Megatron weighs the tokens of every rank apart.
+MULTI_TOKEN = {"pattern": "C-2-/C-", "steps": 2}
+SEQUENCE = {"mixer_context": "sequence"}
+FULL = {"recompute": "full"}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """A run on one process and its checkpoint, by model."""
+    found = {}
+
+    def run(model: dict) -> tuple[dict, str]:
+        key = str(model)
+        if key not in found:
+            folder = tmp_path_factory.mktemp("single")
+            checkpoint = str(folder / "checkpoint")
+            found[key] = run_layout(folder / "out", save=checkpoint, **model), checkpoint
+        return found[key]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        pytest.param(HYBRID, {"tp": 2}, marks=pytest.mark.slow),
+        pytest.param(HYBRID, {"tp": 2, "sp": True, "dp": 2}, marks=pytest.mark.long),
+        pytest.param(HYBRID, {"pp": 2}, marks=pytest.mark.slow),
+        pytest.param(HYBRID, {"pp": 2, "pattern": "C-2|-*-", "dp": 2}, marks=pytest.mark.slow),
+        pytest.param(HYBRID, {"pp": 2, "pattern": "C|-2|-*|-", "virtual": 2}, marks=pytest.mark.slow),
+        (HYBRID, {"tp": 2, "sp": True, "pp": 2}),
+        pytest.param(HYBRID, {"cp": 2}, marks=pytest.mark.slow),
+        pytest.param(HYBRID, {"cp": 2, "dp": 2}, marks=pytest.mark.long),
+        pytest.param(HYBRID, {"cp": 2, "pp": 2}, marks=pytest.mark.slow),
+        (HYBRID, {"cp": 4, **SEQUENCE}),
+        (HYBRID, {"tp": 2, "sp": True, "cp": 2}),
+        pytest.param(HYBRID, FULL, marks=pytest.mark.slow),
+        pytest.param(CARVE, {"tp": 4, "sp": True}, marks=pytest.mark.long),
+        pytest.param(DELTA, {"tp": 4, "sp": True}, marks=pytest.mark.long),
+        pytest.param(DELTA, {"tp": 2, "cp": 2, **SEQUENCE}, marks=pytest.mark.slow),
+        pytest.param(CARVE, {"tp": 2, "cp": 2, **SEQUENCE, **FULL}, marks=pytest.mark.slow),
+        pytest.param(CARVE, {"cp": 4, "mixer_recompute": True}, marks=pytest.mark.long),
+        pytest.param(CARVE, {"cp": 2, **SEQUENCE, "mixer_recompute": True}, marks=pytest.mark.slow),
+        pytest.param(GDN2, {"dp": 4}, marks=pytest.mark.long),
+        pytest.param(GDN2, {"tp": 2, "sp": True, "cp": 2, **SEQUENCE}, marks=pytest.mark.slow),
+        (KDA, {"tp": 2, "sp": True, "cp": 2}),
+        pytest.param(KDA, {"tp": 4}, marks=pytest.mark.long),
+        pytest.param(GDN2, {"cp": 2, **FULL}, marks=pytest.mark.long),
+        pytest.param(GDN2, {"recompute": "selective", "recompute_modules": ["mlp"], "tp": 2}, marks=pytest.mark.slow),
+        pytest.param(PACKED, {"cp": 2}, marks=pytest.mark.long),
+        pytest.param(PACKED, {"cp": 4, **SEQUENCE}, marks=pytest.mark.slow),
+        pytest.param(PACKED, {"tp": 2, "sp": True, "cp": 2, "mixer_recompute": True}, marks=pytest.mark.slow),
+        pytest.param(MULTI_TOKEN, {"pp": 2}, marks=pytest.mark.long),
+        pytest.param(MULTI_TOKEN, {"tp": 2, "sp": True, "dp": 2}, marks=pytest.mark.slow),
+    ],
+    ids=lambda layout: " ".join(f"{k}={v}" for k, v in layout.items() if k not in ("steps", "seq_length")),
+)
+def test_layout_equals_one_process(single, model, layout, tmp_path):
+    expected, checkpoint = single(model)
+    compare(run_layout(tmp_path / "out", load=checkpoint, **{**model, **layout}), expected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("model", "layout", "without"),
+    [
+        (HYBRID, {"tp": 2}, "norm_weight"),
+        (HYBRID, {"tp": 2}, "low_rank"),
+        (HYBRID, {"tp": 2}, "content_maps"),
+        (HYBRID, {"tp": 2, "sp": True}, "norm_weight_mark"),
+        (HYBRID, {"tp": 2, "sp": True}, "content_maps_mark"),
+        (HYBRID, {"tp": 2, "sp": True}, "sequence_parallel_norms"),
+        (HYBRID, {"dp": 2, "distributed_optimizer": False}, "data_and_context"),
+        (CARVE, {"cp": 2}, "data_and_context"),
+        (CARVE, {"cp": 2}, "tokens_for_heads"),
+        (CARVE, {"cp": 2, **SEQUENCE}, "tokens_before"),
+        (CARVE, {"cp": 2, **SEQUENCE}, "states"),
+        (GDN2, {"cp": 2, **SEQUENCE}, "transitions"),
+        (GDN2, {"cp": 2, **SEQUENCE}, "transitions_backward"),
+    ],
+)
+def test_a_missing_collective_is_seen(single, model, layout, without, tmp_path):
+    expected, checkpoint = single(model)
+    with pytest.raises(AssertionError) as seen:
+        compare(run_layout(tmp_path / "out", load=checkpoint, **{**model, **layout}, without=without), expected)
+    complaint = [line for line in str(seen.value).splitlines() if "error" in line.lower() and "torchrun" not in line]
+    print(f"{without}: {complaint[0].strip()}")
+
+
+def compare(actual: dict, expected: dict) -> None:
+    assert not expected["outputs"].isnan().any() and not expected["d_embedded"].isnan().any()
+    pairs = {name: (actual["gradients"].get(name), g) for name, g in expected["gradients"].items()}
+    assert actual["gradients"].keys() == pairs.keys()
+    pairs["embedded tokens"] = actual["d_embedded"], expected["d_embedded"]
+    for name, (found, gradient) in pairs.items():
+        assert gradient.abs().max() > 0, f"{name} has no gradient, so comparing it shows nothing"
+        error = (found - gradient).norm() / gradient.norm()
+        assert error < GRADIENT_TOLERANCE, f"{name}: relative error {error:.2e}"
+    torch.testing.assert_close(actual["outputs"], expected["outputs"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual["losses"], expected["losses"], rtol=LOSS_TOLERANCE, atol=0)
+    torch.testing.assert_close(actual["grad_norms"], expected["grad_norms"], rtol=1e-4, atol=0)

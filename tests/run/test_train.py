@@ -1,0 +1,354 @@
+"""The training program from end to end, as a user runs it: learn, be killed, resume, run on several processes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.parallel import launch
+from support.train import losses, train, train_ranks
+
+from megatron_carve.run.progress import read_metrics
+
+TINY = """
+inherit: debug
+model: {pattern: C-2-, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 1}
+mixer: {num_key_heads: 2, num_value_heads: 2, key_head_dim: 16, value_head_dim: 16, content_rank: 4}
+training: {steps: 12, seq_length: 96, micro_batch_size: 2, global_batch_size: 4, eval_interval: 6, eval_iters: 2}
+checkpoint: {interval: 4}
+run: {log_interval: 1}
+"""  # tensor-parallel ranks need not divide attention heads where no layer has any
+TEXT = "".join(f"line {i}: the cat sat on the mat, and then it sat again. ünïcode\n" for i in range(400))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "tiny.yaml").write_text(TINY)
+    (folder / "cats.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(folder):
+    """A run that nothing interrupts."""
+    return train(folder, "tiny.yaml", "run.name=straight", "data.text=cats.txt")
+
+
+def test_a_run_on_text_learns_and_leaves_everything(folder, straight):
+    run = folder / "runs" / "straight"
+    curve = losses(folder, "straight")
+    assert list(curve) == list(range(1, 13))
+    assert curve[1] == pytest.approx(np.log(257), rel=0.1)
+    assert curve[12] < curve[1] - 0.5
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["final_loss"] == curve[12]
+    assert summary["steps"] == 12
+    assert summary["chance_loss"] == pytest.approx(np.log(257))
+    assert summary["final_validation"]["validation_loss"] < 5.5
+    assert 0 <= summary["final_validation"]["accuracy"] <= 1
+    assert np.asarray(Image.open(run / "loss.png").convert("L")).std() > 10
+    assert list((run / "tensorboard").glob("events.*"))
+    assert (run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "12"
+    for said in ("step 12/12", "tokens/s", "left", "validation loss", "next-token accuracy"):
+        assert said in straight.stdout
+    assert "Warning" not in straight.stdout + straight.stderr
+
+
+def test_a_finished_run_is_not_trained_again(folder, straight):
+    summary = folder / "runs" / "straight" / "summary.json"
+    before = json.loads(summary.read_text())
+    summary.unlink()  # as if killed just before it was written
+    again = train(folder, "tiny.yaml", "run.name=straight", "data.text=cats.txt")
+    assert "at step 12 of 12: nothing left to train" in again.stdout
+    assert json.loads(summary.read_text())["final_loss"] == before["final_loss"]
+    assert list(losses(folder, "straight")) == list(range(1, 13))
+
+
+def test_the_saved_recipe_describes_the_run(folder, straight):
+    from megatron_carve.recipe import load_recipe
+
+    saved = load_recipe(str(folder / "runs" / "straight" / "recipe.yaml"))
+    assert saved.training.steps == 12
+    assert saved.data.text == "cats.txt"
+    assert saved.run.name == "straight"
+
+
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(signal.SIGKILL, id="kill -9"), pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow)],
+)
+def test_an_interrupted_run_resumes_with_the_same_losses(folder, straight, how):
+    name = how.name
+    words = ["tiny.yaml", f"run.name={name}", "data.text=cats.txt"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_carve.train", *words], cwd=folder, stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    metrics = folder / "runs" / name / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(losses(folder, name)) >= 6):
+        assert process.poll() is None, "it ended before it could be interrupted"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(how)
+    status = process.wait(60)
+    assert status == (-signal.SIGKILL if how == signal.SIGKILL else 0)
+    tracker = folder / "runs" / name / "checkpoints" / "latest_checkpointed_iteration.txt"
+    at = int(tracker.read_text())
+    assert at >= 6 if how == signal.SIGTERM else at in (4, 8)
+    if at < 12:
+        assert f"resuming at step {at}" in train(folder, *words).stdout
+    expected, actual = losses(folder, "straight"), losses(folder, name)
+    assert actual.keys() == expected.keys()
+    for step, loss in expected.items():
+        assert actual[step] == pytest.approx(loss, rel=1e-6), f"step {step}"
+
+
+@pytest.mark.slow
+def test_a_bf16_run_resumes_with_the_same_losses(folder):
+    """Its model has float32 parameters among 16-bit ones."""
+    words = ["tiny.yaml", "run.name=bf16", "training.precision=bf16", "training.steps=6", "checkpoint.interval=3"]
+    train(folder, *words)
+    straight = losses(folder, "bf16")
+    (folder / "runs" / "bf16" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
+    (folder / "runs" / "bf16" / "metrics.jsonl").unlink()
+    train(folder, *words)
+    assert losses(folder, "bf16") == pytest.approx({step: straight[step] for step in (4, 5, 6)}, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_replicas_train_as_one_process(folder, straight):
+    launch(2, ["-m", "megatron_carve.train", "tiny.yaml", "run.name=replicas", "data.text=cats.txt"], cwd=folder)
+    expected, actual = losses(folder, "straight"), losses(folder, "replicas")
+    assert actual.keys() == expected.keys()
+    for step, loss in expected.items():
+        assert actual[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
+
+
+@pytest.mark.slow
+def test_tokens_spread_over_two_processes_train_as_one(folder):
+    """On the recall task, where the processes hold different numbers of tokens that count."""
+    words = ["tiny.yaml", "model.pattern=C-2-", "training.steps=6", "checkpoint.interval=null"]
+    train(folder, *words, "run.name=together")
+    train_ranks(2, folder, *words, "run.name=spread", "parallel.context=2")
+    expected, actual = losses(folder, "together"), losses(folder, "spread")
+    assert list(actual) == list(expected) == list(range(1, 7))
+    for step, loss in expected.items():
+        assert actual[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
+
+
+# Processes, and how the model is spread over them; data parallelism takes the rest.
+LAYOUTS = [
+    (1, ()),
+    (2, ()),
+    (2, ("parallel.tensor=2",)),
+    (2, ("parallel.tensor=2", "parallel.sequence=false")),
+    (2, ("parallel.context=2",)),
+    (2, ("parallel.pipeline=2",)),
+    (4, ("parallel.tensor=2", "parallel.context=2")),
+    (4, ("parallel.tensor=2", "parallel.pipeline=2")),
+    (4, ("parallel.context=2",)),
+    (4, ("parallel.context=2", "parallel.pipeline=2")),
+    (2, ("parallel.context=2", "parallel.context_method=sequence", "model.mixer_recompute=true")),
+]
+WALKS = [pytest.param(seed, marks=[pytest.mark.long] if seed > 0 else []) for seed in range(10)]
+
+
+@pytest.fixture(scope="module")
+def unmoved(folder):
+    """Twelve steps that every walk over layouts repeats."""
+    words = [
+        "tiny.yaml", "data.text=cats.txt", "mixer.num_key_heads=4", "mixer.num_value_heads=4",
+        "training.lr_schedule=constant", "training.warmup_fraction=0", "checkpoint.interval=3",
+    ]  # fmt: skip
+    train(folder, *words, "run.name=unmoved")
+    return words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", WALKS)
+def test_a_walk_over_layouts_trains_as_one_process(folder, unmoved, seed):
+    """Every three steps the run is resumed at another layout, parameters and optimizer with it."""
+    # the first leg draws the weights, which tensor parallelism draws differently
+    walk = [LAYOUTS[0], *random.Random(seed).choices(LAYOUTS[1:], k=3)]
+    for leg, (processes, layout) in enumerate(walk):
+        train_ranks(processes, folder, *unmoved, f"run.name=walk{seed}", f"training.steps={3 * leg + 3}", *layout)
+    expected, actual = losses(folder, "unmoved"), losses(folder, f"walk{seed}")
+    assert list(actual) == list(expected) == list(range(1, 13))
+    for step, loss in expected.items():
+        assert actual[step] == pytest.approx(loss, rel=2e-5), f"step {step} of {walk}"
+
+
+def test_attention_over_spread_tokens_needs_transformer_engine(folder):
+    words = ["tiny.yaml", "run.name=refused", "model.pattern=C-*-", "parallel.context=2"]
+    with pytest.raises(AssertionError, match=r"parallel\.context: attention without .* expected 1"):
+        train_ranks(2, folder, *words)
+    assert not (folder / "runs" / "refused").exists()
+
+
+@pytest.mark.slow
+def test_a_run_continues_another_at_another_layout(folder, straight):
+    words = ["tiny.yaml", "run.name=split", "data.text=cats.txt", "checkpoint.load=runs/straight"]
+    out = train_ranks(2, folder, *words, "parallel.tensor=2", "training.steps=14").stdout
+    assert "continuing another run at step 12" in out
+    train(folder, *words[:1], "run.name=whole", *words[2:], "training.steps=14")
+    expected, actual = losses(folder, "whole"), losses(folder, "split")
+    assert list(actual) == list(expected) == [13, 14]
+    for step, loss in expected.items():
+        assert actual[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_learning_rate(folder, straight):
+    """The recipe decides, not the checkpoint; upstream's optimizer would not find its own parameters again."""
+    shutil.copytree(folder / "runs" / "straight", folder / "runs" / "slower")
+    (folder / "runs" / "slower" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("4")
+    train(folder, "tiny.yaml", "run.name=slower", "data.text=cats.txt", "training.lr=1e-5", "training.min_lr=1e-6")
+    metrics = read_metrics(folder / "runs" / "slower" / "metrics.jsonl")
+    rates = {r["step"]: r["learning_rate"] for r in metrics if "learning_rate" in r}
+    assert all(rates[step] <= 1e-5 < rates[4] for step in range(5, 13))
+
+
+@pytest.mark.slow
+def test_weights_alone_start_a_run_anew(folder, straight):
+    words = ["tiny.yaml", "run.name=fresh", "data.text=cats.txt", "checkpoint.load=runs/straight"]
+    train(folder, *words, "checkpoint.weights_only=true", "training.steps=4")
+    curve = losses(folder, "fresh")
+    assert list(curve) == [1, 2, 3, 4]
+    assert curve[1] < losses(folder, "straight")[1] - 0.3
+    assert "resuming at step 4" in train(folder, *words, "checkpoint.weights_only=true", "training.steps=5").stdout
+
+
+@pytest.mark.slow
+def test_the_recall_task_and_multi_token_prediction(folder):
+    out = train(folder, "tiny.yaml", "run.name=recall", "model.pattern=C-*-/2-", "training.steps=6").stdout
+    assert "recall accuracy" in out
+    summary = json.loads((folder / "runs" / "recall" / "summary.json").read_text())
+    assert summary["chance_loss"] == pytest.approx(np.log(32))
+    assert summary["accuracy_name"] == "recall accuracy"
+
+
+def test_json_lines_and_indexed_datasets(folder):
+    documents = [{"body": f"document {i} " * 30} for i in range(60)]
+    (folder / "docs.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+    words = ["tiny.yaml", "training.steps=3", "checkpoint.interval=null"]
+    train(folder, *words, "run.name=lines", "data.text=docs.jsonl", "data.text_key=body")
+    assert losses(folder, "lines")[3] < losses(folder, "lines")[1]
+    (prefix,) = {p.with_suffix("") for p in (folder / "runs" / "lines" / "data").glob("docs-*/train.bin")}
+    train(folder, *words, "run.name=indexed", f"data.indexed=[{prefix}]", "data.split='80,20,0'")
+    assert losses(folder, "indexed")[1] == pytest.approx(losses(folder, "lines")[1], rel=0.1)
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_kept(folder, straight):
+    checkpoints = folder / "runs" / "straight" / "checkpoints"
+    before = {p: p.stat().st_mtime_ns for p in checkpoints.rglob("*")}
+    run = train(
+        folder, "tiny.yaml", "run.name=straight", "data.text=cats.txt", "mixer.content_rank=8", check=False
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1
+    assert "mixer.content_rank is 4 there and 8 here" in run.stderr
+    assert {p: p.stat().st_mtime_ns for p in checkpoints.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_a_failing_rank_ends_the_job_with_its_own_error(folder):
+    with pytest.raises(AssertionError, match=r"megatron\.recompute_granularity"):
+        launch(
+            2,
+            ["-m", "megatron_carve.train", "tiny.yaml", "run.name=bad", "megatron.recompute_granularity=half"],
+            cwd=folder,
+        )
+    assert not (folder / "runs" / "bad").exists()
+
+
+FAILS_IN_STEP_TWO = """
+import os, sys
+from megatron_carve import train
+from megatron_carve.run import task
+
+forward, calls = task.Task.forward_step, []
+
+def failing(self, *args):
+    calls.append(None)
+    if len(calls) == 3 and int(os.environ["RANK"]) + 1 == int(os.environ["WORLD_SIZE"]):
+        raise RuntimeError("the loss fell off a cliff")
+    return forward(self, *args)
+
+task.Task.forward_step = failing
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_failure_ends_the_program_although_data_workers_run(folder):
+    run = subprocess.run(
+        [sys.executable, "-c", FAILS_IN_STEP_TWO, "tiny.yaml", "run.name=fails", "megatron.num_workers=2"],
+        cwd=folder, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert run.stderr.rstrip().endswith("RuntimeError: the loss fell off a cliff")
+
+
+NAN_IN_STEP_SIX = """
+import sys
+from megatron_carve import train
+from megatron_carve.run import task
+
+forward, calls = task.Task.forward_step, []
+
+def poisoned(self, *args):
+    calls.append(None)
+    output, loss = forward(self, *args)
+    return output * (float("nan") if len(calls) > 10 else 1.0), loss
+
+task.Task.forward_step = poisoned
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_gradients_that_are_no_numbers_end_a_run_before_they_are_saved(folder):
+    words = ["tiny.yaml", "run.name=poisoned", "checkpoint.interval=3"]
+    run = subprocess.run(
+        [sys.executable, "-c", NAN_IN_STEP_SIX, *words], cwd=folder, capture_output=True, text=True, timeout=100
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert "FloatingPointError: step 6: expected a finite norm of the gradients, got nan" in run.stderr
+    checkpoints = folder / "runs" / "poisoned" / "checkpoints"
+    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "3"
+    assert list(losses(folder, "poisoned")) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+def test_torchrun_closes_with_the_error_of_the_rank_that_failed(folder):
+    (folder / "fails.py").write_text(FAILS_IN_STEP_TWO)
+    words = ["tiny.yaml", "run.name=one_fails", "parallel.tensor=2", "megatron.num_workers=1"]
+    with pytest.raises(AssertionError) as failure:
+        launch(2, ["fails.py", *words], cwd=folder)
+    closing = str(failure.value).rpartition("Root Cause")[2]
+    assert "RuntimeError: the loss fell off a cliff" in closing
+    assert "rank      : 1 (local_rank: 1)" in closing
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_program_although_data_workers_run(folder):
+    words = ["tiny.yaml", "run.name=stops", "training.steps=4000", "megatron.num_workers=2"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "megatron_carve.train", *words], cwd=folder, stdout=subprocess.PIPE, text=True
+    )
+    assert run.stdout is not None
+    for line in run.stdout:
+        if line.startswith("step    3/4000"):
+            run.send_signal(signal.SIGTERM)
+            break
+    assert run.wait(timeout=100) == 0
+    tracker = folder / "runs" / "stops" / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert int(tracker.read_text()) >= 3
