@@ -1,7 +1,5 @@
 """The last stages of the backward: gradients of everything that belongs to tokens, for all chunks at once."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -214,25 +212,7 @@ def chunk_key_gradient_kernel(
     store_rows(dg, start, o_r, m_r, i_hv, HV, K, o_k, b_dg)
 
 
-class Gradients(NamedTuple):
-    """Of the inputs, in their order; and of CARVE's content terms, [NC, HV, K]. None for what the call has not."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    b: Tensor
-    w: Tensor
-    A_log: Tensor | None
-    dt_bias: Tensor | None
-    content: Tensor | None
-
-    @property
-    def of_inputs(self) -> tuple[Tensor | None, ...]:
-        return self[:-1]
-
-
-def _by_value_head(call: Call, x: Inputs, blocks: int, with_content: bool) -> Gradients:
+def _by_value_head(call: Call, x: Inputs, blocks: int, with_content: bool) -> Inputs:
     """Memory for the gradients that every value head gives; where value heads share what is given, and of a scalar
     erase gate by blocks of key columns, they are summed up afterwards."""
     tokens = x.q.shape[:2]
@@ -246,7 +226,7 @@ def _by_value_head(call: Call, x: Inputs, blocks: int, with_content: bool) -> Gr
     def vector() -> Tensor:
         return call.floats(x.q, call.HV, call.K)
 
-    return Gradients(
+    return Inputs(
         share(x.q, call.HV, call.K), share(x.k, call.HV, call.K), torch.empty_like(x.v),
         share(x.g, call.HV, call.K),
         torch.empty(*tokens, call.HV, blocks, dtype=torch.float32, device=x.b.device)
@@ -260,7 +240,8 @@ def _by_value_head(call: Call, x: Inputs, blocks: int, with_content: bool) -> Gr
 def chunk_gradient(
     call: Call, x: Inputs, factors: Factors, operands: GradientOperands, A: Tensor, states: Tensor, do: Tensor,
     d_output_rows: Tensor | None, d_residuals: Tensor, d_states: Tensor, d_content: Tensor | None,
-) -> Gradients:  # fmt: skip
+) -> Inputs:  # fmt: skip
+    """Gradients of the inputs; None for what the call has not."""
     key_tuning = PRECISE_KEY_TUNING if call.precise_decay else KEY_TUNING
     BK = call.key_block(key_tuning)
     blocks = call.K // BK
@@ -303,7 +284,7 @@ def chunk_gradient(
         dA_log, d_dt_bias = (d.sum(0).view(call.H, -1, call.K).sum(1) for d in (dA_log, d_dt_bias))
     if d_content_share is not None:
         d_content = d_content_share.unflatten(1, (call.erase_heads, -1)).sum(2)
-    return Gradients(
+    return Inputs(
         gather(dq, x.q), gather(dk, x.k), dv, gather(dg, x.g), gather(db, x.b), gather(dw, x.w),
         dA_log, d_dt_bias, d_content,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..call import OpCall
 from ..state import CarveState
 from ..wide_copy import contiguous
-from .chunk_gradient import Gradients, chunk_gradient
+from .chunk_gradient import chunk_gradient
 from .chunk_operands import chunk_operands
 from .chunk_output import chunk_output
 from .chunk_state import chunk_state, chunk_state_gradient
@@ -67,7 +67,7 @@ class ChunkGDN2(torch.autograd.Function):
         d, d_initial = backward_stages(
             ctx.call, Inputs(*given), A, states, do.contiguous(), d_final_state, ctx.has_initial
         )  # fmt: skip
-        return None, None, *d.of_inputs, d_initial
+        return None, None, *d.of_tokens, d_initial
 
 
 def forward_stages(
@@ -82,7 +82,7 @@ def forward_stages(
 
 def backward_stages(
     call: Call, x: Inputs, A: Tensor, states: Tensor, do: Tensor, d_final_state: Tensor | None, has_initial: bool
-) -> tuple[Gradients, Tensor | None]:
+) -> tuple[Inputs, Tensor | None]:
     """Gradients of the inputs and of the initial state."""
     factors = decay_factors(call, x)
     operands = gradient_operands(call, x, factors, A, states, do)
@@ -211,7 +211,7 @@ class ChunkDelta(torch.autograd.Function):
         d = chunk_gradient(call, x, factors, operands, A, states, do, d_rows, d_residuals, d_states, d_content)
         of_content = content_map_gradients(d.content, codes, means, down, up)
         d_bias = None if bias is None else d.b.sum((0, 1), dtype=torch.float32)
-        return None, None, None, *d.of_inputs, *of_content, d_bias, *d_initial, None
+        return None, None, None, *d.of_tokens, *of_content, d_bias, *d_initial, None
 
 
 def content_map_gradients(

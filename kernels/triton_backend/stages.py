@@ -48,7 +48,8 @@ class Inputs(NamedTuple):
     """The tensors of a call that belong to tokens, and the parameters that act on each of them.
 
     b and w are gates, or their logits; content, [NC, HV, K] float32, is added to the logits of an erase gate that sees
-    it. A_log and dt_bias, [H, K] both, are given where g is the raw decay.
+    it. A_log and dt_bias, [H, K] both, are given where g is the raw decay. Gradients come in the same form, that of
+    the content by value head.
     """
 
     q: Tensor
@@ -60,6 +61,11 @@ class Inputs(NamedTuple):
     A_log: Tensor | None
     dt_bias: Tensor | None
     content: Tensor | None = None
+
+    @property
+    def of_tokens(self) -> tuple[Tensor | None, ...]:
+        """All but the content, which belongs to chunks."""
+        return self[:-1]
 
 
 class Content(NamedTuple):

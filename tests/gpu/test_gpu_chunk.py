@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.gpu import assert_no_host_synchronisation
 from support.inputs import FORMS, OpInputs, in_float64, make_inputs, run_with_grads
 from support.interpreter import DEVICE
 from support.tolerances import CONTENT_PATH
@@ -174,14 +175,7 @@ def test_no_host_synchronisation(form: str) -> None:
         o, _ = leaves.call(OPS[inputs.op], CarveState, backend="triton")
         o.backward(torch.ones_like(o))
 
-    step()
-    torch.use_deterministic_algorithms(False)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_no_host_synchronisation(step)
 
 
 @pytest.mark.parametrize("form", ["previous", "decayed"])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.gpu import assert_no_host_synchronisation
 from support.interpreter import DEVICE
 from support.surroundings import Convolution, Norm
 from support.tolerances import error
@@ -84,11 +85,4 @@ def test_no_host_synchronisation() -> None:
         )
         torch.autograd.grad([q, k, v], [x, weight], [torch.ones_like(part) for part in (q, k, v)])
 
-    step()
-    torch.use_deterministic_algorithms(False)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_no_host_synchronisation(step)

@@ -12,7 +12,7 @@ import torch
 from support.inputs import FORMS, OpInputs, in_float64, make_inputs, named_outputs
 from support.interpreter import DEVICE
 from support.oracle import oracle_carve, oracle_gdn2
-from support.tolerances import assert_close
+from support.tolerances import assert_close, assert_same_bits
 from torch import Tensor
 
 from megatron_carve.kernels import CarveState, recurrent_carve, recurrent_gdn2
@@ -104,12 +104,6 @@ def on_device(inputs: OpInputs) -> OpInputs:
 
 def truth(inputs: OpInputs) -> dict[str, Tensor]:
     return named_outputs(in_float64(inputs).call(ORACLE[inputs.op]))
-
-
-def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        assert torch.equal(actual[name], expected[name]), name
 
 
 @pytest.mark.parametrize(("form", "options"), CASE_PARAMS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.inputs import FORMS, OpInputs, in_float64, make_inputs, named_outputs, random_loss, run_with_grads
 from support.oracle import oracle_carve, oracle_gdn2
-from support.tolerances import assert_close, error
+from support.tolerances import assert_close, assert_same_bits, error
 from torch import Tensor
 
 from megatron_carve.kernels import CarveState, chunk_carve, chunk_gdn2, recurrent_carve, recurrent_gdn2
@@ -71,12 +71,6 @@ def truth(inputs: OpInputs) -> dict[str, Any]:
 
 def without_grads(results: dict[str, Any]) -> dict[str, Tensor]:
     return {name: x for name, x in results.items() if not name.startswith("grad_")}
-
-
-def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        assert torch.equal(actual[name], expected[name]), name
 
 
 @pytest.mark.parametrize(("form", "options"), CASE_PARAMS)

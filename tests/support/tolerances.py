@@ -77,3 +77,9 @@ def assert_close(
         if not found <= limit:
             failures.append(f"{name}: error {found:.2e} above {limit:.2e}")
     assert not failures, "; ".join(failures)
+
+
+def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name

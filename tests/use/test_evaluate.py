@@ -263,39 +263,40 @@ data: {text: cats.txt}
 """
 CATS = "the cat sat on the mat. " * 400
 # As the harness's own tasks are written.
-CHOICE = """
-task: cats_choice
+TASK = """
+task: cats_{name}
 dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/choice.jsonl}}
+dataset_kwargs: {{data_files: {{test: FOLDER/{data}.jsonl}}}}
 test_split: test
-output_type: multiple_choice
+output_type: {type}
+"""
+CHOICE = (
+    TASK.format(name="choice", data="choice", type="multiple_choice")
+    + """\
 doc_to_text: "{{context}}"
 doc_to_choice: "{{choices}}"
 doc_to_target: label
 target_delimiter: ""
 metric_list: [{metric: acc}]
 """
-ROLLING = """
-task: cats_perplexity
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/texts.jsonl}}
-test_split: test
-output_type: loglikelihood_rolling
+)
+ROLLING = (
+    TASK.format(name="perplexity", data="texts", type="loglikelihood_rolling")
+    + """\
 doc_to_text: ""
 doc_to_target: "{{text}}"
 metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]
 """
-GENERATE = """
-task: cats_generate
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/generate.jsonl}}
-test_split: test
-output_type: generate_until
+)
+GENERATE = (
+    TASK.format(name="generate", data="generate", type="generate_until")
+    + """\
 doc_to_text: "{{context}}"
 doc_to_target: "{{target}}"
 generation_kwargs: {until: ["."], max_gen_toks: 40}
 metric_list: [{metric: exact_match}]
 """
+)
 
 
 @pytest.fixture(scope="module")
