@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_carve.model.variants import MIXER_LETTERS
+from megatron_carve.notices import say_once
 from megatron_carve.recipe import Recipe, RecipeError, load_recipe, written
 
-# Beginnings of Megatron arguments that change how a model is trained or watched, not what it is.
-SAME_MODEL = [
-    "recompute_",
-    "fp8",
-    "fp4",
-    "log_",
-    "wandb_",
-    "tensorboard_",
-    "timing_",
-    "profile",
-    "exit_",
-    "num_workers",
-    "nccl_",
-    "overlap_",
-    "tp_comm_",
-    "cuda_graph",
-    "attention_backend",
-    "async_save",
-    "ckpt_",
-    "dist_ckpt",
-    "distributed_timeout",
-    "rerun_",
-    "manual_gc",
-    "empty_unused",
-    "deterministic_mode",
-]
+# Beginnings of the Megatron arguments that make a model what it is; the rest may change between two parts of a run.
+MODEL_ARGUMENTS = (
+    "normalization", "layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm",
+    "add_bias_linear", "add_qkv_bias", "swiglu", "openai_gelu", "squared_relu", "quick_geglu", "glu_linear_offset",
+    "activation_func_clamp_value", "add_position_embedding", "use_rotary_position_embeddings", "rotary_", "rope_type",
+    "use_rope_scaling", "rope_scaling_factor", "no_rope_freq", "yarn_", "mrope_section", "mscale",
+    "relative_attention_", "window_attn_skip_freq", "softmax_type", "qk_layernorm", "qk_l2_norm",
+    "attention_output_gate", "apply_query_key_layer_scaling", "multi_latent_attention", "q_lora_rank", "kv_lora_rank",
+    "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "experimental_attention_variant", "linear_attention_freq",
+    "dsa_indexer_n_heads", "dsa_indexer_head_dim", "dsa_indexer_topk", "dsa_indexer_skip_topk_offset",
+    "dsa_indexer_rope_interleaved", "dsa_indexer_rotate_activation", "dsa_indexer_scoring_relu",
+    "dsa_indexer_k_norm_epsilon", "mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads",
+    "mtp_num_layers", "mtp_use_repeated_layer", "mtp_hybrid_override_pattern", "use_mup", "mup_", "num_experts",
+    "moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate",
+    "moe_latent_size", "moe_router_topk", "moe_router_num_groups", "moe_router_group_topk", "moe_router_pre_softmax",
+    "moe_router_score_function", "moe_router_enable_expert_bias", "moe_apply_probs_on_input", "heterogeneous_layers",
+)  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -80,6 +74,34 @@ class RunFolder:
         partial.write_text("# The resolved recipe of this run.\n" + recipe.dump(), encoding="utf-8")
         os.replace(partial, self.recipe)
 
+    def lock(self) -> IO[str]:
+        """Keep other programs from training in this run, until the file returned is closed or this process ends.
+
+        On storage of several machines it holds for all of them where that passes POSIX locks on, as NFS does.
+
+        Raises:
+            CheckpointError: another program trains here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = (self.path / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read().strip() or "it has just begun"
+            file.close()
+            raise CheckpointError(
+                f"{self.path}: another program trains in this run ({who}); wait for its end, or choose another run.name"
+            ) from None
+        except OSError as error:
+            say_once(
+                f"{self.path}: this storage has no locks ({error.strerror}): let no other program train in this run"
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        return file
+
     def checkpoint_step(self) -> int | None:
         """The step of the newest finished checkpoint, or None if there is none.
 
@@ -98,7 +120,7 @@ class RunFolder:
 
     def check_whole(self, step: int) -> None:
         """Raise CheckpointError unless the checkpoint of this step is there with every byte its index refers to."""
-        _check_whole(self.checkpoints / f"iter_{step:07d}")
+        _check_whole(self._checkpoint(step))
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of all checkpoints that were begun here, whole or not."""
@@ -135,6 +157,21 @@ class RunFolder:
                 "or change the recipe back"
             )
 
+    def check_optimizer(self, step: int, recipe: Recipe) -> None:
+        """Raise CheckpointError unless the checkpoint here has what the recipe's optimizer goes on from."""
+        remedy = "begin another run from its weights alone: checkpoint.load=RUN checkpoint.weights_only=true"
+        if not any("optimizer." in name for name in _index(self._checkpoint(step)).state_dict_metadata):
+            raise CheckpointError(f"{self.checkpoints}: the checkpoint has no state of an optimizer; {remedy}")
+        theirs, ours = (r.megatron.get("optimizer", "adam") for r in (self.saved_recipe(), recipe))
+        if theirs != ours:
+            raise CheckpointError(
+                f"{self.checkpoints}: the checkpoint has the state of another optimizer (megatron.optimizer is "
+                f"{theirs!r} there and {ours!r} here); {remedy}"
+            )
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"iter_{step:07d}"
+
 
 EARLIER_CARVE = (
     "CARVE as this package built it before the paper's text was known (its recipe has no mixer.erase): other gates and "
@@ -163,23 +200,27 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
         flat |= {f"data.recall.{k}": values["data"]["recall"][k] for k in ("num_keys", "num_values")}
     else:
         flat["data.tokenizer"] = recipe.data.tokenizer
-    flat |= {f"megatron.{k}": v for k, v in values["megatron"].items() if not k.startswith(tuple(SAME_MODEL))}
+    flat |= {f"megatron.{k}": v for k, v in values["megatron"].items() if k.startswith(MODEL_ARGUMENTS)}
     return flat
 
 
-def _check_whole(folder: Path) -> None:
-    """Raise CheckpointError unless every byte range that the checkpoint's index refers to is there."""
+def _index(folder: Path) -> Any:
+    """torch's description of the checkpoint in a folder."""
     from torch.distributed.checkpoint import FileSystemReader
 
     for name in ("metadata.json", ".metadata"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: the checkpoint is incomplete: {name} is missing; it was left as it is")
     try:
-        index = FileSystemReader(folder).read_metadata()
+        return FileSystemReader(folder).read_metadata()
     except Exception as error:  # whatever a damaged pickle may raise
         raise CheckpointError(f"{folder}: the checkpoint's index .metadata is damaged: {error}") from None
+
+
+def _check_whole(folder: Path) -> None:
+    """Raise CheckpointError unless every byte range that the checkpoint's index refers to is there."""
     needed: dict[str, int] = {}
-    for part in (index.storage_data or {}).values():
+    for part in (_index(folder).storage_data or {}).values():
         needed[part.relative_path] = max(needed.get(part.relative_path, 0), part.offset + part.length)
     for name, size in needed.items():
         file = folder / name

@@ -10,7 +10,7 @@ import math
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import torch
 from torch.distributed import Store
@@ -61,6 +61,8 @@ class Plan:
     argv: list[str]
     start: Start
     text: PreparedText | None
+    locks: list[IO[str]]
+    """What keeps other programs from the run's folder while they are open; on rank 0."""
 
 
 def prepare(recipe: Recipe) -> Plan:
@@ -83,8 +85,9 @@ def prepare(recipe: Recipe) -> Plan:
     layers = choose_layers(recipe, device)  # the first that imports Megatron, which takes seconds
     argv = _argv(recipe, start, layers, device)
     # Last, when nothing else can be wrong: the first writes, and tokenising takes long.
-    text = on_first_process(store, rank, "text", lambda: _write(recipe, folder))
-    return Plan(recipe, folder, store, rank, device, layers, argv, start, text)
+    locks: list[IO[str]] = []
+    text = on_first_process(store, rank, "text", lambda: _write(recipe, folder, locks))
+    return Plan(recipe, folder, store, rank, device, layers, argv, start, text, locks)
 
 
 def check_backend(recipe: Recipe, device: str) -> None:
@@ -108,8 +111,9 @@ def check_backend(recipe: Recipe, device: str) -> None:
         raise NotImplementedError(f"model.mixer_backend: {error}") from None
 
 
-def _write(recipe: Recipe, folder: RunFolder) -> PreparedText | None:
+def _write(recipe: Recipe, folder: RunFolder, locks: list[IO[str]]) -> PreparedText | None:
     text = _prepared_text(recipe) if recipe.data.text is not None else None
+    locks.append(folder.lock())
     folder.save_recipe(recipe)
     return text
 
@@ -155,6 +159,7 @@ def _checkpoint_to_load(recipe: Recipe, folder: RunFolder) -> tuple[RunFolder | 
     step = folder.checkpoint_step()
     if step is not None:
         folder.check_same_model(recipe)
+        folder.check_optimizer(step, recipe)
         for key in ("text", "indexed"):
             was, now = getattr(folder.saved_recipe().data, key), getattr(recipe.data, key)
             if was != now:
@@ -167,7 +172,10 @@ def _checkpoint_to_load(recipe: Recipe, folder: RunFolder) -> tuple[RunFolder | 
     if step is None:
         raise CheckpointError(f"checkpoint.load: no checkpoint in {other.checkpoints}; expected the folder of a run")
     other.check_same_model(recipe)
-    return other, 0 if recipe.checkpoint.weights_only else step, False
+    if recipe.checkpoint.weights_only:
+        return other, 0, False
+    other.check_optimizer(step, recipe)
+    return other, step, False
 
 
 def choose_layers(recipe: Recipe, device: str) -> LayerImplementation:

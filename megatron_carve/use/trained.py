@@ -16,7 +16,7 @@ from megatron_carve.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_carve.model.config import LayerImplementation
 from megatron_carve.recipe import Recipe
 from megatron_carve.recipe.schema import Checkpoint, Parallel
-from megatron_carve.run.folder import SAME_MODEL, CheckpointError, RunFolder
+from megatron_carve.run.folder import MODEL_ARGUMENTS, CheckpointError, RunFolder
 from megatron_carve.run.launch import join_processes, use_device, world_size
 from megatron_carve.run.preflight import check_backend, choose_layers, megatron_arguments, try_in_megatron
 from megatron_carve.run.session import choose_device, command_line, session
@@ -154,11 +154,7 @@ def save_run(recipe: Recipe, weights: Mapping[str, torch.Tensor], step: int) -> 
 
 def _for_one_process(recipe: Recipe, device: Any, layers: Any, backend: Any) -> Recipe:
     """Without what only training needs, or several processes."""
-    megatron = {
-        key: value
-        for key, value in recipe.megatron.items()
-        if not key.startswith(tuple(SAME_MODEL)) and not key.endswith("_parallel_size")
-    }
+    megatron = {key: value for key, value in recipe.megatron.items() if key.startswith(MODEL_ARGUMENTS)}
     return dataclasses.replace(
         recipe,
         model=dataclasses.replace(recipe.model, layers=layers, mixer_backend=backend),

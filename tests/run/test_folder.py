@@ -1,7 +1,13 @@
 """A run's folder: whole checkpoints are told from damaged ones, the same model from another, and nothing is touched."""
 
+import argparse
+import errno
 import json
+import logging
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -9,7 +15,7 @@ import torch
 import torch.distributed.checkpoint
 
 from megatron_carve.recipe import load_recipe
-from megatron_carve.run.folder import CheckpointError, RunFolder, architecture
+from megatron_carve.run.folder import MODEL_ARGUMENTS, CheckpointError, RunFolder, architecture
 
 SMALL = """\
 model:
@@ -324,10 +330,30 @@ class TestSameModel:
         assert "(data.tokenizer is None there and 'bytes' here" in found
         assert "data.recall.num_keys is" in found
 
-    def test_megatrons_arguments_are_part_of_the_model_unless_known_not_to_be(self, folder):
+    def test_megatrons_arguments_that_make_a_model_may_not_change(self, folder):
         found = refusal(folder, lambda: folder.check_same_model(recipe("megatron.rotary_percent=0.5")))
         assert "(megatron.rotary_percent is None there and 0.5 here)" in found
-        folder.check_same_model(recipe("megatron.recompute_granularity=selective", "megatron.num_workers=1"))
+        found = refusal(folder, lambda: folder.check_same_model(recipe("megatron.swiglu=false")))
+        assert "(megatron.swiglu is None there and False here)" in found
+
+    @pytest.mark.parametrize(
+        "option",
+        [
+            "recompute_granularity=selective", "num_workers=1", "save_retain_interval=10", "skip_train=true",
+            "cross_entropy_loss_fusion=true", "optimizer_cpu_offload=true", "loss_scale=1024", "decoupled_lr=1e-4",
+            "optimizer=sgd", "hidden_dropout=0.1", "moe_aux_loss_coeff=0.1", "use_precision_aware_optimizer=true",
+        ],
+    )  # fmt: skip
+    def test_other_arguments_may(self, folder, option):
+        folder.check_same_model(recipe(f"megatron.{option}"))
+
+    def test_megatron_has_the_arguments_that_make_a_model(self):
+        from megatron.training.arguments import add_megatron_arguments
+
+        parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+        known = [action.dest for action in parser._actions]
+        for beginning in MODEL_ARGUMENTS:
+            assert any(name.startswith(beginning) for name in known), beginning
 
     def test_mixer_options_do_not_matter_without_mixers(self):
         plain = recipe("model.pattern=-*-*", "run.name=plain")
@@ -346,3 +372,37 @@ class TestSameModel:
             for part in key.split("."):
                 found = found[part]
             assert found == value
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from megatron_carve.run.folder import RunFolder
+lock = RunFolder(Path(sys.argv[1])).lock()
+print("locked", flush=True)
+time.sleep(100)
+"""
+
+
+class TestLock:
+    def test_another_program_is_named_and_one_that_was_killed_does_not_block(self, tmp_path):
+        folder = RunFolder(tmp_path / "run")
+        with subprocess.Popen([sys.executable, "-c", HOLDS, folder.path], stdout=subprocess.PIPE, text=True) as other:
+            try:
+                assert other.stdout.readline() == "locked\n"
+                with pytest.raises(
+                    CheckpointError, match=rf"another program trains in this run \(process {other.pid} on"
+                ):
+                    folder.lock()
+            finally:
+                other.kill()
+        with folder.lock():
+            assert (folder.path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+    def test_storage_without_locks_is_said(self, tmp_path, monkeypatch, caplog):
+        def refuse(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr("fcntl.lockf", refuse)
+        with caplog.at_level(logging.INFO, logger="megatron_carve"), RunFolder(tmp_path / "run").lock():
+            assert "this storage has no locks (No locks available)" in caplog.text

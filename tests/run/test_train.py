@@ -260,6 +260,19 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(folder, straight):
 
 
 @pytest.mark.slow
+def test_an_optimizer_that_cannot_go_on_is_named(folder, straight):
+    words = ["tiny.yaml", "data.text=cats.txt", "run.name=straight", "megatron.optimizer=sgd"]
+    run = train(folder, *words, check=False)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1
+    assert "the state of another optimizer (megatron.optimizer is 'adam' there and 'sgd' here)" in run.stderr
+    words = ["tiny.yaml", "data.text=cats.txt", "run.name=bare", "checkpoint.interval=2", "megatron.no_save_optim=true"]
+    train(folder, *words, "training.steps=2")
+    run = train(folder, *words, "training.steps=4", check=False)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1
+    assert "the checkpoint has no state of an optimizer" in run.stderr
+
+
+@pytest.mark.slow
 def test_a_failing_rank_ends_the_job_with_its_own_error(folder):
     with pytest.raises(AssertionError, match=r"megatron\.recompute_granularity"):
         launch(
