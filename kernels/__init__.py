@@ -80,6 +80,7 @@ def chunk_gdn2(
             The torch backend reads them on the host.
         A_log, dt_bias: [H] or [H, K], and [H, K], float32 (float64 beside float64). Where they are given, g is the raw
             decay x, [B, T, H, K], and the log-decay is -exp(A_log) * softplus(x + dt_bias), formed in the kernels.
+            A_log above 70 counts as 70, beyond which float32 does not go and a token forgets everything.
         gate_logits: b and w are logits: b stands for erase_scale * sigmoid(b), w for sigmoid(w).
         erase_scale: upper end of an erase gate given as logits, above 0 and at most 2.
         backend: "torch" (any device, the reference), "triton" or "auto" (see resolve_backend).
@@ -162,6 +163,7 @@ def chunk_carve(
             The torch backend reads them on the host.
         A_log, dt_bias: [H] or [H, K], and [H, K], float32 (float64 beside float64). Where they are given, g is the raw
             decay x, [B, T, H, K], and the log-decay is -exp(A_log) * softplus(x + dt_bias), formed in the kernels.
+            A_log above 70 counts as 70, beyond which float32 does not go and a token forgets everything.
         gate_logits: w is a logit, it stands for sigmoid(w).
         backend: "torch" (any device, the reference), "triton" or "auto" (see resolve_backend).
 

@@ -11,6 +11,9 @@ from .call import OpCall
 from .state import CarveState
 
 CHUNK_TOKENS = 64
+# A_log above this counts as this: exp(A_log) of 2.5e30 a token forgets everything, and float32 still holds what it
+# multiplies.
+LARGEST_A_LOG = 70.0
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ERASES = ("diagonal", "delta")
 PREDICTIONS = ("previous", "decayed")

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import LARGEST_A_LOG
+
 # Inside the square root of the L2 norm: small against any key that carries information.
 L2_EPSILON = 1e-6
 
@@ -57,7 +59,7 @@ def log_decay(raw: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
 
     Args:
         raw: [..., H, K], any floating dtype.
-        A_log: [H] or [H, K] float32.
+        A_log: [H] or [H, K] float32; above LARGEST_A_LOG it counts as that.
         dt_bias: [H, K] float32.
 
     Returns:
@@ -65,7 +67,8 @@ def log_decay(raw: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
 
     Source: the decay of GDN-2 (arXiv 2605.22791), with A_log [H], and of CARVE (arXiv 2606.27229), with A_log [H, K].
     """
-    rate = A_log.exp() if A_log.ndim == 2 else A_log.exp().unsqueeze(-1)
+    rate = A_log.clamp(max=LARGEST_A_LOG).exp()
+    rate = rate if A_log.ndim == 2 else rate.unsqueeze(-1)
     return -rate * F.softplus(raw.to(A_log.dtype) + dt_bias)
 
 

@@ -8,11 +8,13 @@ from torch import Tensor
 from ..checks import CHUNK_TOKENS
 from .decay import (
     LOG2_E,
+    STEEPEST_LOG2_DECAY,
     UNSHIFT,
     erase_left,
     load_decay_to_end,
     load_left,
     load_log2_decay,
+    load_rate,
     load_total_decay,
     right_factor,
     sum_rows,
@@ -202,12 +204,13 @@ def chunk_key_gradient_kernel(
     else:
         b_dg = sum_rows(o_r[None, :] >= o_r[:, None], b_dg, CT) + b_dtotal[None, :]
     if RAW_DECAY:
-        b_dg = tl.where(m_r[:, None], b_dg, 0.0)
         b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
+        # A decay of exactly 0 has no gradient; what came is the rounding of a sum that cancels.
+        b_dg = tl.where(m_r[:, None] & (b_g > STEEPEST_LOG2_DECAY), b_dg, 0.0)
         tl.store(dA_log + i_chv * K + o_k, tl.sum(b_dg * b_g, 0) / LOG2_E)
         b_x = load_rows(g, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
         b_x += tl.load(dt_bias + i_h * K + o_k)[None, :]
-        b_dg *= -tl.exp(tl.load(A_log + i_h * K + o_k))[None, :] * tl.sigmoid(b_x)
+        b_dg *= -load_rate(A_log, i_h, K, o_k)[None, :] * tl.sigmoid(b_x)
         tl.store(d_dt_bias + i_chv * K + o_k, tl.sum(b_dg, 0))
     store_rows(dg, start, o_r, m_r, i_hv, HV, K, o_k, b_dg)
 

@@ -25,6 +25,7 @@ from .decay import (
     SHIFTED,
     STEEPEST_LOG2_DECAY,
     UNSHIFT,
+    load_rate,
     right_factor,
     softplus,
 )
@@ -163,7 +164,7 @@ def log2_decays(
     b_g = load_channels(g, start, o_r, m_r, i_h, H, K, o_k)
     if RAW_DECAY:
         b_g += load_columns(dt_bias, i_h, K, o_k)[:, None]
-        b_g = -tl.exp(load_columns(A_log, i_h, K, o_k))[:, None] * softplus(b_g)
+        b_g = -load_rate(A_log, i_h, K, o_k)[:, None] * softplus(b_g)
     b_a = tl.maximum((b_g - softplus(b_l)) * LOG2_E, STEEPEST_LOG2_DECAY)
     return tl.where(m_r[None, :], b_a, 0.0)
 

@@ -22,12 +22,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..checks import CHUNK_TOKENS
+from ..checks import CHUNK_TOKENS, LARGEST_A_LOG
 from .stages import HOPPER, Call, Factors, Inputs, Tuning
 from .tiles import BT, chunk_rows, chunk_sequence, load_columns, load_rows, load_tile, store_tile
 
 TUNING = {HOPPER: Tuning(64, 0, 4)}
 
+LARGEST = tl.constexpr(LARGEST_A_LOG)
 LOG2_E = tl.constexpr(1.4426950408889634)
 # One step of this log2-decay is an exact 0 in float32, so stopping here changes no value; it keeps 0 * g finite.
 STEEPEST_LOG2_DECAY = tl.constexpr(-256.0)
@@ -48,12 +49,18 @@ def softplus(x):
 
 
 @triton.jit
+def load_rate(A_log, i_h, K: tl.constexpr, o_k):
+    """exp(A_log) of channels, [BK] float32."""
+    return tl.exp(tl.minimum(load_columns(A_log, i_h, K, o_k), LARGEST))
+
+
+@triton.jit
 def load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K: tl.constexpr, o_k, RAW: tl.constexpr):
     """log2 of the decay per step, [rows, BK] float32, 0 in empty rows; RAW forms it from the raw projection."""
     b_g = load_rows(g, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
     if RAW:
         b_g += load_columns(dt_bias, i_h, K, o_k)[None, :]
-        b_g = -tl.exp(load_columns(A_log, i_h, K, o_k))[None, :] * softplus(b_g)
+        b_g = -load_rate(A_log, i_h, K, o_k)[None, :] * softplus(b_g)
         b_g = tl.where(m_r[:, None], b_g, 0.0)
     return tl.maximum(b_g * LOG2_E, STEEPEST_LOG2_DECAY)
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decay import LOG2_E, STEEPEST_LOG2_DECAY, load_log2_decay, softplus
+from .decay import LOG2_E, STEEPEST_LOG2_DECAY, load_log2_decay, load_rate, softplus
 from .stages import Call
 from .tiles import BT, chunk_rows, load_columns, load_rows, store_rows
 
@@ -93,7 +93,7 @@ def erasing_decay_gradient_kernel(
         b_da = tl.where(m_r[:, None], b_da, 0.0)
         tl.store(dA_log + i_ch * K + o_k, tl.sum(b_da * b_g, 0) / LOG2_E)
         b_x = load_rows(g, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) + load_columns(dt_bias, i_h, K, o_k)[None, :]
-        b_da *= -tl.exp(load_columns(A_log, i_h, K, o_k))[None, :] * tl.sigmoid(b_x)
+        b_da *= -load_rate(A_log, i_h, K, o_k)[None, :] * tl.sigmoid(b_x)
         tl.store(d_dt_bias + i_ch * K + o_k, tl.sum(b_da, 0))
     store_rows(dg, start, o_r, m_r, i_h, H, K, o_k, b_da)
 

@@ -218,7 +218,7 @@ class Mixer(nn.Module):
         q, k = (part.unflatten(-1, (-1, K)) for part in (q, k))
         decay = self.decay_proj(x)
         decay = decay if self.decay_up is None else self.decay_up(decay)
-        rate = -self.A_log.float().exp().view(H, -1)
+        rate = -self.A_log.float().clamp(max=70.0).exp().view(H, -1)  # beyond, float32 does not go
         g = rate * F.softplus(decay.float().unflatten(-1, (-1, K)) + self.dt_bias.float().view(H, K))
         v, write = v.unflatten(-1, (-1, V)), self.write_proj(x)
         # Without a gate of its own the erasure is the write gate's, of each key head.

@@ -129,8 +129,10 @@ def test_carves_content_chunks_across_calls(form: str, content_grad: str, decay:
 
 
 @ALL
-def test_raw_decay_and_gate_logits(form: str) -> None:
-    """Against the torch backend in float64, which forms decay and gates before the recurrence."""
+@pytest.mark.parametrize("beyond_float32", [False, True])
+def test_raw_decay_and_gate_logits(form: str, beyond_float32: bool) -> None:
+    """Against the torch backend in float64, which forms decay and gates before the recurrence; also with a head whose
+    exp(A_log) float32 does not hold."""
     inputs = make_inputs(form, B=1, T=75, H=2, HV=4, K=32, V=32, dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
     raw = {"g": 2.0, "b": 1.0, "erase_logits": 1.0, "w": 1.0}  # projections, by their spread
@@ -139,6 +141,8 @@ def test_raw_decay_and_gate_logits(form: str) -> None:
         for name, x in inputs.tensors.items()
     }
     rates = torch.tensor([0.0, 1.0]) if inputs.op == "gdn2" else torch.rand(2, 32, generator=generator)
+    if beyond_float32:
+        rates[1] += 90
     tensors |= {**inputs.named, "A_log": rates, "dt_bias": torch.randn(2, 32, generator=generator) - 2}
 
     def run(dtype: torch.dtype, device: str, backend: str) -> dict[str, torch.Tensor]:

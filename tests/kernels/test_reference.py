@@ -460,6 +460,20 @@ def test_raw_decay_and_gate_logits(form: str, ops: dict[str, Any], by_channel: b
 
 
 @ALL
+@pytest.mark.parametrize("A_log", [71.0, 89.0, 1e6])
+def test_a_rate_beyond_float32_forgets_everything_and_has_no_gradient(form: str, A_log: float) -> None:
+    inputs = make_inputs(form, T=70, dtype=torch.float32)
+    raw = torch.randn(inputs.tensors["g"].shape).requires_grad_()
+    rates, dt_bias = torch.full((2,), A_log, requires_grad=True), torch.zeros(2, 8, requires_grad=True)
+    o, _ = inputs.with_tensors(g=raw).call(CHUNK[inputs.op], CarveState, A_log=rates, dt_bias=dt_bias)
+    forgets = inputs.with_tensors(g=torch.full_like(raw, -torch.inf).detach())
+    assert torch.equal(o, forgets.call(CHUNK[inputs.op], CarveState)[0])
+    o.square().sum().backward()
+    for x in (raw, rates, dt_bias):
+        assert x.grad is not None and (x.grad == 0).all()
+
+
+@ALL
 def test_state_updated_in_place(form: str) -> None:
     inputs = make_inputs(form, T=5, initial_state=True)
     expected = forward(RECURRENT, inputs)
