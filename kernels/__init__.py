@@ -77,7 +77,8 @@ def chunk_gdn2(
         initial_state: S to start from, [N, HV, K, V]; zeros if None. It is not modified.
         output_final_state: also return S after the last token of each sequence.
         cu_seqlens: boundaries of packed sequences, [N + 1], int32 or int64, from 0 to T, nondecreasing; needs B = 1.
-            The torch backend reads them on the host.
+            The torch backend reads them on the host. Triton does not wait for their values: tokens behind the last one
+            have outputs and gradients of zero.
         A_log, dt_bias: [H] or [H, K], and [H, K], float32 (float64 beside float64). Where they are given, g is the raw
             decay x, [B, T, H, K], and the log-decay is -exp(A_log) * softplus(x + dt_bias), formed in the kernels.
             A_log above 70 counts as 70, beyond which float32 does not go and a token forgets everything.
@@ -160,7 +161,8 @@ def chunk_carve(
         output_final_state: also return the state after the last token of each sequence. Any split of a sequence into
             calls, of either CARVE op, computes what one call computes.
         cu_seqlens: boundaries of packed sequences, [N + 1], int32 or int64, from 0 to T, nondecreasing; needs B = 1.
-            The torch backend reads them on the host.
+            The torch backend reads them on the host. Triton does not wait for their values: tokens behind the last one
+            have outputs and gradients of zero.
         A_log, dt_bias: [H] or [H, K], and [H, K], float32 (float64 beside float64). Where they are given, g is the raw
             decay x, [B, T, H, K], and the log-decay is -exp(A_log) * softplus(x + dt_bias), formed in the kernels.
             A_log above 70 counts as 70, beyond which float32 does not go and a token forgets everything.

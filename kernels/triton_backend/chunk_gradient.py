@@ -224,17 +224,17 @@ def _by_value_head(call: Call, x: Inputs, blocks: int, with_content: bool) -> In
         # The write gate that also erases has two gradients, which are added up before they are rounded.
         rounded = given.shape[2] == heads and not (call.precise_decay and given is x.w)
         dtype = given.dtype if rounded else torch.float32
-        return torch.empty(*tokens, heads, *width, dtype=dtype, device=given.device)
+        return call.of_tokens(given, *tokens, heads, *width, dtype=dtype)
 
     def vector() -> Tensor:
         return call.floats(x.q, call.HV, call.K)
 
     return Inputs(
-        share(x.q, call.HV, call.K), share(x.k, call.HV, call.K), torch.empty_like(x.v),
+        share(x.q, call.HV, call.K), share(x.k, call.HV, call.K), call.of_tokens(x.v),
         share(x.g, call.HV, call.K),
-        torch.empty(*tokens, call.HV, blocks, dtype=torch.float32, device=x.b.device)
+        call.of_tokens(x.b, *tokens, call.HV, blocks, dtype=torch.float32)
         if call.scalar_b else share(x.b, call.HV, call.K),
-        share(x.w, call.HV) if call.scalar_w else torch.empty_like(x.w),
+        share(x.w, call.HV) if call.scalar_w else call.of_tokens(x.w),
         vector() if call.raw_decay else None, vector() if call.raw_decay else None,
         vector() if call.sees_content and with_content else None,
     )  # fmt: skip

@@ -336,7 +336,7 @@ def _call(op: OpCall, gate: int) -> Call:
         _chunks(op), HV if by_decay else H, HV * split, K, V // split, split, op.output_scale, op.erase_scale,
         gate=gate, scalar_w=op.w.ndim == 3, logits_w=op.gate_logits, raw_decay=op.A_log is not None and not by_decay,
         before=op.predicts_before_decay, precise_decay=by_decay, dtype=op.q.dtype,
-        architecture=architecture(op.q.device),
+        architecture=architecture(op.q.device), packed=op.cu_seqlens is not None,
     )  # fmt: skip
 
 

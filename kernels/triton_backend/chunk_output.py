@@ -1,6 +1,5 @@
 """The last stage of the forward: outputs of all chunks at once, from the states before them and their residuals."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,7 +39,7 @@ def chunk_output_kernel(
 
 def chunk_output(call: Call, x: Inputs, q_from_start: Tensor, P: Tensor, states: Tensor, residuals: Tensor) -> Tensor:
     BK, BV = call.key_block(TUNING), call.value_block(TUNING)
-    o = torch.empty_like(x.v)
+    o = call.of_tokens(x.v)
     chunk_output_kernel[(call.chunks.count, call.HV)](
         q_from_start, P, states, residuals, o, call.chunks.table, call.H, call.HV,
         K=call.K, BK=BK, V=call.V, BV=BV, TRANSPOSED=call.sees_content, **call.launch(TUNING, BK, BV),

@@ -54,13 +54,18 @@ def recurrent_op(call: OpCall) -> tuple[Tensor, Any]:
         return _recurrent_gdn2(call) if call.op == "gdn2" else _recurrent_carve(call)
 
 
+def _outputs(call: OpCall) -> Tensor:
+    """Memory for o. Packed sequences may end before the tokens do; what no sequence holds is zero."""
+    return call.v.new_empty(call.v.shape) if call.cu_seqlens is None else call.v.new_zeros(call.v.shape)
+
+
 def _recurrent_gdn2(call: OpCall) -> tuple[Tensor, Tensor | None]:
     q, v = call.q, call.v
     S = None if call.initial_state is None else call.initial_state.contiguous()  # type: ignore[union-attr]
     new_S = S
     if not call.inplace_state:
         new_S = _new_state(call) if call.output_final_state else None
-    o = v.new_empty(v.shape)
+    o = _outputs(call)
     b = plain_erase_gate(call)
     b = b if call.b.ndim == 4 else b.squeeze(-1)
     tensors, strides = _rows(q, call.k, v, plain_decay(call), b, plain_write_gate(call))
@@ -81,7 +86,7 @@ def _recurrent_carve(call: OpCall) -> tuple[Tensor, CarveState | None]:
     if not call.inplace_state:
         # with several content chunks S waits in memory from one to the next, asked for or not
         new_state = _new_carve_state(call) if call.output_final_state or not one_token else None
-    o = v.new_empty(v.shape)
+    o = _outputs(call)
     tensors, strides = _rows(q, call.k, v, plain_decay(call), call.b, plain_write_gate(call))
     down, up = (None if x is None else x.contiguous() for x in (call.content_down, call.content_up))
     blocks = _blocks(q, v, TILES["carve_token" if one_token else "carve_sequences"])

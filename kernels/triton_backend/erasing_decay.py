@@ -112,7 +112,7 @@ def erasing_decay(call: Call, x: DecayInputs) -> Tensor:
 def erasing_decay_gradient(call: Call, x: DecayInputs, d_log_decay: Tensor) -> DecayGradients:
     dA_log, d_dt_bias = (call.floats(x.g, call.H, call.K) if x.A_log is not None else None for _ in range(2))
     d = DecayGradients(
-        torch.empty_like(x.g), torch.empty_like(x.erase_logits), dA_log, d_dt_bias, call.floats(x.g, call.H, call.K)
+        call.of_tokens(x.g), call.of_tokens(x.erase_logits), dA_log, d_dt_bias, call.floats(x.g, call.H, call.K)
     )  # fmt: skip
     BK = min(BLOCK, call.K)
     erasing_decay_gradient_kernel[(call.chunks.count * (call.K // BK), call.H)](

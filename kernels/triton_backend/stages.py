@@ -136,7 +136,7 @@ class Call:
 
     HV heads of V value columns each, at most WIDEST_VALUES: `split` of them make a head of the caller. K and V are
     powers of two. architecture: see HOPPER. before: the erased keys are those before a token's own decay.
-    precise_decay: the gradients of log-decays will be summed up over many tokens.
+    precise_decay: the gradients of log-decays will be summed up over many tokens. packed: see of_tokens.
     """
 
     chunks: Chunks
@@ -155,6 +155,7 @@ class Call:
     architecture: int
     before: bool = False
     precise_decay: bool = False
+    packed: bool = False
 
     @property
     def arithmetic(self) -> dict[str, Any]:
@@ -186,6 +187,13 @@ class Call:
     def erase_heads(self) -> int:
         """Heads that have an erase gate of their own."""
         return self.HV // self.split if self.sees_content else self.H
+
+    def of_tokens(self, given: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory for what is written for every token, like `given` where nothing else is said. Packed sequences may
+        end before the tokens do; what no sequence holds is zero."""
+        shape, dtype = shape or tuple(given.shape), dtype or given.dtype
+        make = torch.zeros if self.packed else torch.empty
+        return make(shape, dtype=dtype, device=given.device)
 
     def tiles(self, like: Tensor, heads: int, *shape: int) -> Tensor:
         """Scratch with one tile per chunk and head."""

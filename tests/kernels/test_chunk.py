@@ -47,6 +47,25 @@ def test_values_and_gradients(form: str, case: str, monkeypatch: pytest.MonkeyPa
     check(form, options)
 
 
+@ALL
+def test_tokens_behind_the_last_packed_sequence_are_zero(form: str) -> None:
+    options = {"short_b": True} if form == "gdn2" else {}
+    inputs = make_inputs(form, B=1, T=80, H=1, HV=2, K=32, V=32, dtype=torch.float32, **options).to(DEVICE)
+    packed = inputs.with_options(cu_seqlens=torch.tensor([0, 3, 70], device=DEVICE), backend="triton")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills memory with NaN
+    try:
+        found = run_with_grads(OPS[inputs.op], packed, state_type=CarveState)
+        expected = run_with_grads(OPS[inputs.op], packed.tokens(0, 70), state_type=CarveState)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found.keys() == expected.keys()
+    for name, x in found.items():
+        if x.ndim > 1 and x.shape[1] == 80:
+            assert (x[:, 70:] == 0).all(), name
+            x = x[:, :70]
+        assert torch.equal(x, expected[name]), name
+
+
 FURTHER_GATES: list[tuple[str, dict[str, Any]]] = [
     ("gdn2", {"short_b": True, "HV": 2, "V": 64}),
     ("gdn2", {"short_b": True, "V": 256, "decay": "steep", "initial_state": True}),

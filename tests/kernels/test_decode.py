@@ -299,6 +299,13 @@ def test_boundaries_beyond_the_tokens_are_brought_into_order(form: str) -> None:
 
 
 @ALL
+def test_tokens_behind_the_last_sequence_are_zero(form: str) -> None:
+    inputs = make_inputs(form, lengths=[2, 3], K=32, V=32, dtype=torch.float32)
+    o = run(inputs.with_options(cu_seqlens=torch.tensor([0, 2, 4])))["o"]
+    assert (o[:, 4] == 0).all() and (o[:, 3] != 0).any()
+
+
+@ALL
 @pytest.mark.parametrize("T", [1, 3])
 def test_two_runs_are_bit_identical(form: str, T: int) -> None:
     inputs = make_inputs(form, B=3, T=T, HV=4, K=64, V=256, dtype=torch.float32, counts=[61, 63, 0])
