@@ -4,6 +4,7 @@ from megatron_carve.patches.adam_resume import adam_resume
 from megatron_carve.patches.cpu_mode import cpu_mode
 from megatron_carve.patches.dataset_helpers import dataset_helpers
 from megatron_carve.patches.flops import flops
+from megatron_carve.patches.forward_hooks import forward_hooks
 from megatron_carve.patches.layer_symbols import layer_symbols
 from megatron_carve.patches.mixed_precision_groups import mixed_precision_groups
 from megatron_carve.patches.mtp_stack import mtp_stack
@@ -20,6 +21,7 @@ __all__ = [
     "cpu_mode",
     "dataset_helpers",
     "flops",
+    "forward_hooks",
     "layer_symbols",
     "mixed_precision_groups",
     "mtp_stack",

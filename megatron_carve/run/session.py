@@ -68,6 +68,7 @@ def patch_megatron(listener: TrainingListener | None = None) -> None:
         patches.layer_symbols,
         patches.adam_resume,
         patches.mixed_precision_groups,
+        patches.forward_hooks,
         patches.mtp_stack(MixerStack),
         patches.flops(mixer_flops, MIXER_LETTERS),
         *([] if listener is None else [patches.training_events(listener)]),

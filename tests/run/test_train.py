@@ -260,6 +260,17 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(folder, straight):
 
 
 @pytest.mark.slow
+def test_evaluations_and_the_end_may_come_before_the_first_step_that_counts(folder):
+    """float16's loss scale starts so high that the first steps are skipped."""
+    words = ["tiny.yaml", "data.text=cats.txt", "run.name=half", "training.precision=fp16", "checkpoint.interval=2"]
+    out = train(folder, *words, "training.steps=3", "training.eval_interval=2").stdout
+    assert out.count("validation at step") == 2 and "lr 0.00e+00" in out
+    out = train(folder, *words, "training.steps=40", "training.eval_interval=8").stdout
+    assert "resuming at step 3" in out
+    assert losses(folder, "half")[40] < losses(folder, "half")[1]
+
+
+@pytest.mark.slow
 def test_an_optimizer_that_cannot_go_on_is_named(folder, straight):
     words = ["tiny.yaml", "data.text=cats.txt", "run.name=straight", "megatron.optimizer=sgd"]
     run = train(folder, *words, check=False)

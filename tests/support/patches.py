@@ -15,6 +15,7 @@ def real_patches():
         "layer_symbols": patches.layer_symbols,
         "adam_resume": patches.adam_resume,
         "mixed_precision_groups": patches.mixed_precision_groups,
+        "forward_hooks": patches.forward_hooks,
         "cpu_mode": patches.cpu_mode,
         "flops": patches.flops(lambda args, letter: 0.0, "C2"),
         "mtp_stack": patches.mtp_stack(object),
