@@ -514,6 +514,17 @@ def assert_windows(dataset, stream, length=32):
     assert found == {tuple(stream[i * length : (i + 1) * length + 1]) for i in range(count)}
 
 
+def test_indexed_data_written_anew_at_the_same_prefix_are_sampled_anew(indexed, tmp_path):
+    def drawn():
+        train, _, _ = gpt_datasets([prefix], tmp_path / "index", (20, 2, 0), split="90,10", seq_length=4)
+        return {int(x) for sample in train for x in sample["tokens"]}
+
+    prefix = indexed("data", [[i] * 5 for i in range(40)])
+    assert drawn() <= set(range(40))
+    indexed("data", [[100 + i] * 9 for i in range(10)])
+    assert drawn() == set(range(100, 109))
+
+
 def test_gpt_datasets_of_prepared_text(corpus, prepare, tmp_path, monkeypatch):
     monkeypatch.setattr(text_module, "_BLOCK_BYTES", 100)
     prepared = prepare(corpus, validation_fraction=0.2)
