@@ -36,7 +36,7 @@ def pretrain(
     """
     errors = get_error_handler()
     errors.initialize()
-    with _megatron_output(plan):
+    with _megatron_output(plan), _forked_workers():
         try:
             return _pretrain(plan, listener, on_models)
         except Exception as error:
@@ -75,6 +75,18 @@ def _pretrain(plan: Plan, listener: TrainingListener, on_models: Callable[[Seque
         return count_parameters(models)
     finally:
         _kill_data_workers()
+
+
+@contextlib.contextmanager
+def _forked_workers() -> Iterator[None]:
+    """Data workers get their datasets by being forked: parts of Megatron's cannot be pickled, as other ways to start a
+    process need, among them the one that Python takes from 3.14 on."""
+    kept = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("fork", force=True)
+    try:
+        yield
+    finally:
+        multiprocessing.set_start_method(kept, force=True)
 
 
 def _kill_data_workers() -> None:

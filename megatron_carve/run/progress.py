@@ -71,7 +71,8 @@ class Progress:
         self.say(self._line(record))
 
     def on_evaluation(self, losses: dict[str, Any]) -> None:
-        if not self.writes or not losses:
+        self.writes = LOSS in losses and _is_last_process()  # there may have been no step: megatron.skip_train
+        if not self.writes:
             return
         record = {"step": self.step, "validation_loss": _number(losses[LOSS])}
         if self.accuracy_name in losses:

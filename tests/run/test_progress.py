@@ -201,13 +201,17 @@ class TestEvaluations:
         run.step(6, 0.5)
         assert run.records[-1]["tokens_per_second"] == 1000
 
-    def test_before_any_step_and_without_losses_there_is_nothing_to_say(self, start):
+    def test_without_losses_there_is_nothing_to_say(self, start):
         run = start()
-        run.evaluate(lm_loss=2.0)
-        assert not run.folder.metrics.exists()
         run.step(1, 1.0)
         run.progress.on_evaluation({})
         assert len(run.records) == 1
+
+    def test_there_may_be_no_step_before(self, start):
+        run = start()
+        run.evaluate(lm_loss=2.0)
+        assert run.lines == ["  validation at step 0: loss 2.0000"]
+        assert run.finish()["final_validation"]["validation_loss"] == 2.0
 
 
 def colours(image):
@@ -381,7 +385,7 @@ class TestOtherProcesses:
         run = start()
         for iteration in range(1, 41):
             run.progress.on_step(iteration, {}, 1e-3, 0.5)
-        run.evaluate(lm_loss=1.0)
+        run.progress.on_evaluation({})
         run.progress.finish(parameters=1, device="cpu", layers="local")
         assert sorted(file.name for file in run.folder.path.iterdir()) == ["recipe.yaml"]
         assert run.lines == []

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from support.forks import checked, run_forked
 from support.parallel import launch
 from support.train import losses, train, train_ranks
 
@@ -319,6 +320,27 @@ def test_a_failure_ends_the_program_although_data_workers_run(folder):
     )  # fmt: skip
     assert run.returncode == 1
     assert run.stderr.rstrip().endswith("RuntimeError: the loss fell off a cliff")
+
+
+AS_PYTHON_3_14 = """
+import multiprocessing, sys
+from megatron_carve import train
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("forkserver")
+    status = train.main(sys.argv[1:])
+    assert multiprocessing.get_start_method() == "forkserver"
+    sys.exit(status)
+"""
+
+
+@pytest.mark.slow
+def test_data_workers_where_processes_are_not_forked_by_default(folder):
+    program = folder / "as_python_3_14.py"
+    program.write_text(AS_PYTHON_3_14)
+    words = ["tiny.yaml", "data.text=cats.txt", "run.name=workers", "megatron.num_workers=2", "training.steps=2"]
+    checked(run_forked([str(program), *words], cwd=folder, timeout=100))
+    assert list(losses(folder, "workers")) == [1, 2]
 
 
 NAN_IN_STEP_SIX = """
