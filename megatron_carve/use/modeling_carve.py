@@ -40,6 +40,14 @@ MIXERS: dict[str, dict[str, Any]] = {
 # By which transformers hands a cache on: "cache" from 5.24 on.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
+# What CarveConfig takes for keys of `mixer` that are not given.
+DEFAULT_MIXER: dict[str, Any] = {
+    "num_key_heads": 2, "num_value_heads": 2, "key_head_dim": 32, "value_head_dim": 32, "conv_width": 4,
+    "decay_projection": "low_rank", "output_gate_projection": "low_rank", "output_gate_activation": "silu",
+    "short_convolution": "static", "conv_bias": False, "negative_eigenvalues": False, "erase": "diagonal",
+    "prediction": "previous", "erase_bias": None, "content_rank": 16, "content_chunk": 64, "content_grad": "full",
+}  # fmt: skip
+
 CHUNK = 64
 # A log-decay of a step from which on nothing is left in float32.
 NO_STATE = -110.0
@@ -50,7 +58,7 @@ class CarveConfig(PretrainedConfig):
 
     Args:
         pattern: a letter for each layer: C (CARVE), 2 (GDN-2), K (KDA), * (attention), - (MLP).
-        mixer: heads, widths and options of the C, 2 and K layers.
+        mixer: heads, widths and options of the C, 2 and K layers, those that differ from DEFAULT_MIXER.
         recipe: the model, mixer and precision of the recipe, from which megatron_carve imports the folder again.
     """
 
@@ -85,13 +93,31 @@ class CarveConfig(PretrainedConfig):
         self.position_embedding = position_embedding
         self.rotary_base = rotary_base
         self.norm_epsilon = norm_epsilon
-        self.mixer = mixer or {}
+        self.mixer = {**DEFAULT_MIXER, **(mixer or {})}
         self.recipe = recipe
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     @property
     def num_hidden_layers(self) -> int:
         return len(self.pattern)
+
+
+class Memory:
+    """What a layer remembers of the tokens so far, by name: tensors [B, ...], and tuples of them. No mapping: libraries
+    that move arguments between devices would hand a layer a copy, and what it writes there would be lost."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, Any] = {}
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, in this order."""
+
+        def chosen(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return type(x)(*map(chosen, x)) if hasattr(x, "_fields") else tuple(map(chosen, x))
+            return x.index_select(0, rows.to(x.device))
+
+        self.parts = {name: chosen(x) for name, x in self.parts.items()}
 
 
 class CarveCache:
@@ -103,10 +129,26 @@ class CarveCache:
 
     def __init__(self, layers: int) -> None:
         self.tokens = 0
-        self.layers: list[dict[str, Any]] = [{} for _ in range(layers)]
+        self.layers = [Memory() for _ in range(layers)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.tokens
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Go on with these rows of the batch, as beam search does."""
+        for layer in self.layers:
+            layer.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row of the batch `repeats` times."""
+        for layer in self.layers:
+            for x in layer.parts.values():
+                rows = len(x[0] if isinstance(x, tuple) else x)
+                layer.select(torch.arange(rows).repeat_interleave(repeats))
+                break
 
 
 class RMSNorm(nn.Module):
@@ -127,7 +169,7 @@ class MLP(nn.Module):
         )
         self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, memory: dict[str, Any] | None, position: int) -> Tensor:
+    def forward(self, x: Tensor, memory: Memory | None, position: int, real: Tensor | None) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -142,7 +184,7 @@ class Attention(nn.Module):
         self.k_proj, self.v_proj = (nn.Linear(config.hidden_size, groups * D, bias=False) for _ in range(2))
         self.o_proj = nn.Linear(heads * D, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, memory: dict[str, Any] | None, position: int) -> Tensor:
+    def forward(self, x: Tensor, memory: Memory | None, position: int, real: Tensor | None) -> Tensor:
         c, T = self.config, x.shape[1]
         q, k, v = (
             p(x).unflatten(-1, (-1, c.attention_head_dim)).transpose(1, 2)
@@ -151,13 +193,21 @@ class Attention(nn.Module):
         if c.position_embedding == "rope":
             q, k = (rotate(part, position, c.rotary_base) for part in (q, k))
         if memory is not None:
-            if memory:
-                k, v = torch.cat([memory["k"], k], 2), torch.cat([memory["v"], v], 2)
+            parts = memory.parts
+            if "k" in parts:
+                k, v = torch.cat([parts["k"], k], 2), torch.cat([parts["v"], v], 2)
+            if "real" in parts:
+                new = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
+                real = torch.cat([parts["real"], new], 1)
             first = 0 if c.attention_window is None else max(0, k.shape[2] - c.attention_window + 1)
-            memory.update(k=k[:, :, first:].clone(), v=v[:, :, first:].clone())  # views would keep the whole prompt
+            parts.update(k=k[:, :, first:].clone(), v=v[:, :, first:].clone())  # views would keep the whole prompt
+            if real is not None:
+                parts["real"] = real[:, first:].clone()
         places = torch.arange(k.shape[2], device=x.device)
         age = places[-T:, None] - places
         seen = age >= 0 if c.attention_window is None else (age >= 0) & (age < c.attention_window)
+        if real is not None:  # padding sees itself, so that no row of the softmax is empty
+            seen = (seen & real[:, None, None, :]) | (age == 0)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
@@ -210,10 +260,12 @@ class Mixer(nn.Module):
         self.norm_weight = nn.Parameter(torch.empty(V))
         self.out_proj = nn.Linear(HV * V, h, bias=False)
 
-    def forward(self, x: Tensor, memory: dict[str, Any] | None, position: int) -> Tensor:
+    def forward(self, x: Tensor, memory: Memory | None, position: int, real: Tensor | None) -> Tensor:
         m = self.m
         H, K, V = m["num_key_heads"], m["key_head_dim"], m["value_head_dim"]
         convolved = torch.cat([self.query_proj(x), self.key_proj(x), self.value_proj(x)], -1)
+        if real is not None:  # what is before a sequence's first token is zero
+            convolved = convolved * real[..., None]
         q, k, v = self._convolve(convolved, memory)
         q, k = (part.unflatten(-1, (-1, K)) for part in (q, k))
         decay = self.decay_proj(x)
@@ -228,10 +280,13 @@ class Mixer(nn.Module):
         elif self.variant["write"] == "key_heads":
             write = write.repeat_interleave(v.shape[2] // H, 2)
             v = 2.0 * v if m["negative_eigenvalues"] else v  # the gate writes with its scale too
-        state = None if memory is None else memory.get("state")
+        state = None if memory is None else memory.parts.get("state")
+        if real is not None:  # padding neither decays what is there nor writes nor counts
+            q, k, v, g = (part * real[:, :, None, None] for part in (q, k, v, g))
+            state = self._state_before(real, v) if state is None else state
         o, state = self._recurrence(q, k, v, g, erase, write, state)
         if memory is not None:
-            memory["state"] = state
+            memory.parts["state"] = state
         out = F.rms_norm(o.float(), (V,), self.norm_weight.float(), self.eps)
         if self.gate_proj is not None:
             gate = self.gate_proj(x)
@@ -254,14 +309,22 @@ class Mixer(nn.Module):
             return False
         return True
 
-    def _convolve(self, x: Tensor, memory: dict[str, Any] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _state_before(self, real: Tensor, v: Tensor) -> Any:
+        """Zeros, with counts by which content chunks begin at the first token that is no padding."""
+        if self.variant["op"] != "carve":
+            return None
+        B, K, HV, V = len(v), self.m["key_head_dim"], *v.shape[2:]
+        S, mean, partial = (v.new_zeros(B, HV, *size, dtype=torch.float32) for size in ((K, V), (V,), (V,)))
+        return S, mean, partial, -(~real).sum(1) % self.m["content_chunk"]
+
+    def _convolve(self, x: Tensor, memory: Memory | None) -> tuple[Tensor, Tensor, Tensor]:
         """Causal depthwise convolution if there is one, SiLU, and the L2 norm of every head of queries and keys."""
         m, before = self.m, self.taps - 1
         if before:
-            earlier = None if memory is None else memory.get("tokens")
+            earlier = None if memory is None else memory.parts.get("tokens")
             wide = F.pad(x, (0, 0, before, 0)) if earlier is None else torch.cat([earlier, x], 1)
             if memory is not None:
-                memory["tokens"] = wide[:, wide.shape[1] - before :].clone()
+                memory.parts["tokens"] = wide[:, wide.shape[1] - before :].clone()
             x = wide
         if m["short_convolution"] == "static":
             x = F.conv1d(
@@ -348,11 +411,12 @@ def carve_recurrence(
     w = w.transpose(1, 2)[..., None]
     if state is None:
         vectors = (v.new_zeros(B, HV, V, dtype=torch.float32) for _ in range(2))
-        state = (v.new_zeros(B, HV, K, V, dtype=torch.float32), *vectors, torch.zeros(B, dtype=torch.int64))
+        state = (v.new_zeros(B, HV, K, V, dtype=torch.float32), *vectors, None)
     S, mean, partial, count = state
-    filled, outputs, start = int(count[0]), [], 0
+    # Of every row, tokens in its running content chunk; Python's numbers, which a compiler can see through.
+    filled, outputs, start = [0] * B if count is None else count.tolist(), [], 0
     while start < T:
-        end = min(start + CHUNK - filled % CHUNK, T)
+        end = min(start + CHUNK - max(n % CHUNK for n in filled), T)
         part = slice(start, end)
         logits = erase[:, :, part]
         if content is not None:
@@ -366,13 +430,19 @@ def carve_recurrence(
         before_decay = m["erase"] == "diagonal" and m["prediction"] == "previous"
         y, S = chunk(q[:, :, part], k[:, :, part], z[:, :, part], log_decay, b, S, before_decay)
         outputs.append(y)
-        filled, start = filled + end - start, end
+        filled, start = [n + end - start for n in filled], end
         if content is not None:
             partial = partial + y.sum(2)
-        if filled == m["content_chunk"]:
-            mean, partial, filled = partial / filled, torch.zeros_like(partial), 0
+        if m["content_chunk"] in filled:
+            ends = [n == m["content_chunk"] for n in filled]
+            done = torch.tensor(ends, device=v.device)[:, None, None]
+            mean = torch.where(done, partial / m["content_chunk"], mean)
+            partial, filled = (
+                partial.masked_fill(done, 0.0),
+                [0 if end else n for n, end in zip(filled, ends, strict=True)],
+            )
     o = (K**-0.5 * torch.cat(outputs, 2)).transpose(1, 2).to(v.dtype)
-    return o, (S, mean, partial, torch.full_like(count, filled))
+    return o, (S, mean, partial, torch.tensor(filled))
 
 
 def chunk(
@@ -416,8 +486,8 @@ class Layer(nn.Module):
         else:
             raise ValueError(f"pattern: expected layers of {', '.join(MIXERS)}, * and -, got {letter!r}")
 
-    def forward(self, x: Tensor, memory: dict[str, Any] | None, position: int) -> Tensor:
-        return x + self.mixer(self.norm(x), memory, position)
+    def forward(self, x: Tensor, memory: Memory | None, position: int, real: Tensor | None) -> Tensor:
+        return x + self.mixer(self.norm(x), memory, position, real)
 
 
 class CarvePreTrainedModel(PreTrainedModel):
@@ -425,6 +495,7 @@ class CarvePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ["Layer"]  # noqa: RUF012
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "erase_bias"]  # noqa: RUF012
     _is_stateful = True
 
@@ -456,17 +527,58 @@ class CarveModel(CarvePreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, letter) for letter in config.pattern)
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(self, input_ids: Tensor, past_key_values: CarveCache | None = None) -> Tensor:
-        """Token ids [B, T] -> hidden states [B, T, hidden]; a cache is brought up to date."""
+    def forward(
+        self, input_ids: Tensor, past_key_values: CarveCache | None = None, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Token ids [B, T] -> what enters each layer, and behind the last one and the norm the hidden states, [B, T,
+        hidden] each; a cache is brought up to date.
+
+        attention_mask: [B, T] or, behind a cache, [B, all tokens]; zero for padding, before or behind a row's tokens,
+        with a cache before them.
+        """
+        T = input_ids.shape[1]
+        real = None if attention_mask is None else attention_mask[:, -T:].bool()
+        if past_key_values is None and real is not None:
+            # Without a memory padding may stand behind the tokens, where nothing that counts sees it.
+            padding = real.long().argmax(1, keepdim=True)
+            places = torch.arange(T, device=input_ids.device)
+            hidden = self._through(input_ids.gather(1, (places + padding) % T), None, None)
+            back = ((places - padding) % T)[..., None]
+            return tuple(x.gather(1, back.expand_as(x)) for x in hidden)
+        if real is not None and past_key_values is not None and (past_key_values.tokens or bool(real.all())):
+            real = None  # all new tokens count
+        return self._through(input_ids, past_key_values, real)
+
+    def _through(self, input_ids: Tensor, cache: CarveCache | None, real: Tensor | None) -> tuple[Tensor, ...]:
         x = self.embed_tokens(input_ids)
-        position = 0 if past_key_values is None else past_key_values.tokens
+        entered = []
         for i, layer in enumerate(self.layers):
-            x = layer(x, None if past_key_values is None else past_key_values.layers[i], position)
-        if past_key_values is not None:
-            past_key_values.tokens += input_ids.shape[1]
-        return self.norm(x)
+            entered.append(x)
+            if self.gradient_checkpointing and self.training and cache is None:
+                x = self._gradient_checkpointing_func(layer.__call__, x, None, 0, real)
+            else:
+                x = layer(x, *((None, 0) if cache is None else (cache.layers[i], cache.tokens)), real)
+        if cache is not None:
+            cache.tokens += input_ids.shape[1]
+        return *entered, self.norm(x)
+
+
+def require_padding_outside(mask: Tensor, memory: CarveCache | None, T: int) -> None:
+    """Raise ValueError for padding that a recurrence would have to leave out of the middle of a row."""
+    if mask.ndim != 2 or mask.shape[1] < T:
+        raise ValueError(f"attention_mask: expected [B, T] with T of at least {T}, got {list(mask.shape)}")
+    steps = mask.bool().long().diff(dim=1)
+    if bool((steps < 0).any()) and memory is not None:
+        raise ValueError(
+            "attention_mask: expected padding before the tokens of a row (padding_side='left'), got others"
+        )
+    if memory is not None and memory.tokens and not bool(mask[:, -T:].all()):
+        raise ValueError("attention_mask: expected no padding among tokens that follow a cache, got some")
+    if bool((steps != 0).sum(1).gt(1).any()) or not bool(mask.any(1).all()):
+        raise ValueError("attention_mask: expected rows of tokens with padding on one side, got others")
 
 
 def require_consecutive(position_ids: Tensor | None, first: int, length: int) -> None:
@@ -503,35 +615,45 @@ class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
         past_key_values: CarveCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         cache: CarveCache | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Token ids [B, T] -> logits [B, T, vocab], of the last logits_to_keep tokens if that is above 0.
 
         Args:
+            attention_mask: [B, T], zero for padding on one side of a row, with a cache on the left.
             past_key_values, cache: what a call before returned, by either name.
+            labels: [B, T] token ids, -100 where they do not count.
+            logits_to_keep: or the places of those tokens, [n].
+            output_hidden_states: also return what enters each layer, and what leaves the last one, normalised.
 
         Raises:
-            ValueError: padded sequences, since a recurrence would remember the padding; packed ones; what else this
-                model does not take.
+            ValueError: padding elsewhere; packed sequences; what else this model does not take.
         """
-        if attention_mask is not None and not bool(attention_mask.all()):
-            raise ValueError("attention_mask: expected sequences of one length, without padding, got zeros in it")
         memory = past_key_values if cache is None else cache
-        first = 0 if memory is None else memory.tokens
-        require_consecutive(kwargs.pop("position_ids", None), first, input_ids.shape[1])
+        if use_cache and memory is None:
+            memory = CarveCache(self.config.num_hidden_layers)
+        position_ids = kwargs.pop("position_ids", None)
+        if not torch.compiler.is_compiling():  # which cannot look at values
+            if attention_mask is not None:
+                require_padding_outside(attention_mask, memory, input_ids.shape[1])
+            if attention_mask is None or bool(attention_mask.all()):  # else positions begin where tokens do
+                require_consecutive(position_ids, 0 if memory is None else memory.tokens, input_ids.shape[1])
         kwargs.pop("return_dict", None)
         if unknown := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
             raise ValueError(f"{', '.join(unknown)}: this model takes no such argument")
-        if use_cache and memory is None:
-            memory = CarveCache(self.config.num_hidden_layers)
-        hidden = self.model(input_ids, memory)
-        logits = self.lm_head(hidden[:, -logits_to_keep:])
+        *entered, hidden = self.model(input_ids, memory, attention_mask)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: memory})  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=(*entered, hidden) if output_hidden_states else None,
+            **{CACHE: memory},  # type: ignore[arg-type]
+        )  # fmt: skip
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         memory = kwargs.get(CACHE)

@@ -63,7 +63,7 @@ if run == "theirs":
               "ids": tokenizer(text).input_ids, "round": tokenizer.decode(tokenizer(text).input_ids) == text,
               "float32": sorted(n for n, p in model.named_parameters() if p.dtype == torch.float32),
               "stored": max(x.untyped_storage().nbytes() / x.nbytes for layer in cache.layers for x in
-                            (x for v in layer.values() for x in (v if isinstance(v, tuple) else [v]))),
+                            (x for v in layer.parts.values() for x in (v if isinstance(v, tuple) else [v]))),
               "logits": logits.tolist(), "parts": torch.cat(parts, 1).tolist()}
 else:
     from megatron_carve.use.generation import Sampling, generate
