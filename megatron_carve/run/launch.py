@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch.distributed import PrefixStore, Store, rendezvous
 
+from megatron_carve.recipe import Recipe
+
 # Tokenising a large corpus takes the first process hours; the others wait for it.
 PREPARATION_TIMEOUT = timedelta(days=7)
 
@@ -31,6 +33,15 @@ def join_processes() -> tuple[Store, int, int]:
         raise ValueError(f"environment: {missing} not set beside {', '.join(present)}; launch with torchrun")
     store, rank, world = next(rendezvous("env://"))
     return store, rank, world
+
+
+def set_connections(recipe: Recipe) -> None:
+    """Before CUDA starts: one queue to the GPU where Megatron insists on it, before Blackwell, so that a collective of
+    tensor or context parallelism starts before the computation that hides it. Sharded data parallelism wants more."""
+    wants_more = ("use_megatron_fsdp", "use_torch_fsdp2", "overlap_moe_expert_parallel_comm")
+    divided = recipe.parallel.tensor > 1 or recipe.parallel.context > 1
+    if divided and not any(recipe.megatron.get(name) for name in wants_more):
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def world_size() -> int:

@@ -25,7 +25,7 @@ from megatron_carve.notices import say_once
 from megatron_carve.recipe import Recipe, check_layout
 from megatron_carve.recipe.arguments import default_settings, megatron_argv, owned_settings
 from megatron_carve.run.folder import CheckpointError, RunFolder
-from megatron_carve.run.launch import join_processes, on_first_process, use_device, world_size
+from megatron_carve.run.launch import join_processes, on_first_process, set_connections, use_device, world_size
 from megatron_carve.run.session import choose_device, command_line, patch_megatron
 from megatron_carve.run.vocabulary import recall_task
 
@@ -74,6 +74,7 @@ def prepare(recipe: Recipe) -> Plan:
         ValueError, OSError, ImportError, NotImplementedError: in one line what is wrong. SystemExit on the other
             ranks where only rank 0 can tell.
     """
+    set_connections(recipe)
     device: Literal["cuda", "cpu"] = use_device(recipe.run.device)
     recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, device=device))
     choose_device(device)

@@ -26,7 +26,6 @@ def session() -> Iterator[None]:
     the CPU, Megatron goes without GPU libraries for the rest of the process.
     """
     environment = {name: os.environ.get(name) for name in ENVIRONMENT}
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists, before Blackwell
     before, joined = _patches_in_force(), _in_a_group()
     try:
         yield
