@@ -9,10 +9,12 @@ import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TextIO
 
 import torch
 from megatron.core.enums import ModelType
+from megatron.training import get_args
 from megatron.training import pretrain as megatron_pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
@@ -22,6 +24,7 @@ from megatron_carve.notices import say_once
 from megatron_carve.patches import TrainingListener, applied_patches
 from megatron_carve.run.preflight import Plan
 from megatron_carve.run.session import command_line, patch_megatron
+from megatron_carve.run.stopping import Stopped, interruptible
 from megatron_carve.run.task import Task, count_parameters, model_config
 
 
@@ -33,15 +36,43 @@ def pretrain(
     Args:
         listener: is told about every step.
         on_models: is given the wrapped parts of the model that this rank holds, before training.
+
+    Raises:
+        Stopped: it was asked to stop, by SIGTERM or Ctrl-C, and has finished its step and saved.
     """
     errors = get_error_handler()
     errors.initialize()
-    with _megatron_output(plan), _forked_workers():
+    console = sys.stderr
+    with _megatron_output(plan), _forked_workers(), interruptible(partial(_say, plan, console)) as interrupted:
         try:
             return _pretrain(plan, listener, on_models)
+        except SystemExit as end:
+            if end.code or _ends_itself():
+                raise
+            by = signal.SIGINT if interrupted() else signal.SIGTERM
         except Exception as error:
             errors.record_exception(error)  # torchrun closes with the first failure of all ranks
             raise
+    raise Stopped(_where_it_stands(plan, by), by)
+
+
+def _say(plan: Plan, console: TextIO, line: str) -> None:
+    if plan.rank == 0:
+        print(line, file=console, flush=True)
+
+
+def _ends_itself() -> bool:
+    """Whether Megatron has reasons of its own to end before the last step."""
+    args = get_args()
+    return bool(args.exit_interval or args.exit_duration_in_mins or args.phase_transition_iterations)
+
+
+def _where_it_stands(plan: Plan, by: signal.Signals) -> str:
+    what = f"{plan.recipe.run.name}: stopped by {'Ctrl-C' if by == signal.SIGINT else by.name}"
+    step = plan.folder.checkpoint_step() if plan.recipe.checkpoint.interval else None
+    if step is None:
+        return f"{what}; nothing is saved, since checkpoint.interval is null"
+    return f"{what}; step {step} is saved in {plan.folder.checkpoints}, and the same command goes on from there"
 
 
 def _pretrain(plan: Plan, listener: TrainingListener, on_models: Callable[[Sequence[torch.nn.Module]], None]) -> int:
@@ -135,7 +166,7 @@ def _megatron_output(plan: Plan) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            if not isinstance(error, SystemExit) or error.code:
+            if not isinstance(error, KeyboardInterrupt) and (not isinstance(error, SystemExit) or error.code):
                 print(f"rank {plan.rank} failed; what Megatron printed before is in {log}", file=sys.stderr)
             raise
         finally:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from megatron_carve.run.session import session
+from megatron_carve.run.stopping import Stopped
 
 
 def exit_status[T](
@@ -25,8 +26,8 @@ def exit_status[T](
         log: where our notices go; standard error if None, since standard output is for the answer.
 
     Returns:
-        0, or what `then` returned; 2 for a mistake; as a shell would say, 130 interrupted from the keyboard and 141
-        where nobody reads the output any more.
+        0, or what `then` returned; 2 for a mistake; as a shell would say, 130 interrupted from the keyboard, 143
+        stopped by SIGTERM, 141 where nobody reads the output any more.
     """
     try:
         with session():
@@ -43,6 +44,11 @@ def exit_status[T](
             status = 0 if then is None else then(result) or 0
             sys.stdout.flush()
             return status
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped.message, file=sys.stderr)
+        assert isinstance(stopped.code, int)
+        return stopped.code
     except KeyboardInterrupt:
         print(flush=True)
         return 130

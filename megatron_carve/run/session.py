@@ -31,7 +31,7 @@ def session() -> Iterator[None]:
         yield
     finally:
         # A rank that failed does not wait for the others, which wait for it.
-        fails = isinstance(sys.exception(), Exception) and os.environ.get("WORLD_SIZE", "1") != "1"
+        fails = isinstance(sys.exception(), Exception | KeyboardInterrupt) and os.environ.get("WORLD_SIZE", "1") != "1"
         if not joined and not fails:
             _forget_megatron()
         for name in reversed(_patches_in_force()):

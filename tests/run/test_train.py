@@ -101,7 +101,7 @@ def test_an_interrupted_run_resumes_with_the_same_losses(folder, straight, how):
         time.sleep(0.02)
     process.send_signal(how)
     status = process.wait(60)
-    assert status == (-signal.SIGKILL if how == signal.SIGKILL else 0)
+    assert status == (-signal.SIGKILL if how == signal.SIGKILL else 143)
     tracker = folder / "runs" / name / "checkpoints" / "latest_checkpointed_iteration.txt"
     at = int(tracker.read_text())
     assert at >= 6 if how == signal.SIGTERM else at in (4, 8)
@@ -385,16 +385,32 @@ def test_torchrun_closes_with_the_error_of_the_rank_that_failed(folder):
 
 
 @pytest.mark.slow
-def test_sigterm_ends_the_program_although_data_workers_run(folder):
-    words = ["tiny.yaml", "run.name=stops", "training.steps=4000", "megatron.num_workers=2"]
+@pytest.mark.parametrize(
+    ("how", "status", "said"),
+    [(signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGINT, 130, "stopped by Ctrl-C")],
+    ids=["SIGTERM", "Ctrl-C"],
+)
+def test_a_run_that_is_asked_to_stop_saves_and_says_so(folder, how, status, said):
+    """Data workers get the signal too, as from a terminal."""
+    name = f"stops{status}"
+    words = ["tiny.yaml", f"run.name={name}", "training.steps=4000", "megatron.num_workers=2"]
     run = subprocess.Popen(
-        [sys.executable, "-m", "megatron_carve.train", *words], cwd=folder, stdout=subprocess.PIPE, text=True
-    )
-    assert run.stdout is not None
+        [sys.executable, "-m", "megatron_carve.train", *words], cwd=folder, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert run.stdout is not None and run.stderr is not None
     for line in run.stdout:
         if line.startswith("step    3/4000"):
-            run.send_signal(signal.SIGTERM)
+            os.killpg(run.pid, how)
             break
-    assert run.wait(timeout=100) == 0
-    tracker = folder / "runs" / "stops" / "checkpoints" / "latest_checkpointed_iteration.txt"
-    assert int(tracker.read_text()) >= 3
+    run.stdout.read()
+    lines = [line for line in run.stderr.read().splitlines() if "stop" in line]
+    assert run.wait(timeout=100) == status
+    tracker = folder / "runs" / name / "checkpoints" / "latest_checkpointed_iteration.txt"
+    step = int(tracker.read_text())
+    assert step >= 3
+    assert lines[-1] == (
+        f"{name}: {said}; step {step} is saved in runs/{name}/checkpoints, and the same command goes on from there"
+    )
+    assert lines[:-1] == (["stopping: this step is finished and saved; Ctrl-C again ends at once"] * (status == 130))
