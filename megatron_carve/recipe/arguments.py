@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,8 @@ WITHOUT_EFFECT = frozenset(
         "per_dataset_sequences_path",
         "use_checkpoint_args",
         "padded_vocab_size",
+        "full_validation",
+        "lr_wsd_decay_samples",
     ]
 )
 
@@ -77,7 +80,11 @@ def owned_settings(
         "train_iters": ("training.steps", t.total_steps),
         "lr": ("training.lr", t.lr),
         "min_lr": ("training.min_lr", t.final_lr),
-        "lr_decay_style": ("training.lr_schedule", t.lr_schedule),
+        "lr_decay_style": ("training.lr_schedule", "WSD" if t.lr_schedule == "wsd" else t.lr_schedule),
+        "lr_wsd_decay_iters": (
+            "training.decay_fraction",
+            max(1, round(t.decay_fraction * t.total_steps)) if t.lr_schedule == "wsd" else None,
+        ),
         "lr_warmup_fraction": ("training.warmup_fraction", t.warmup_fraction),
         "weight_decay": ("training.weight_decay", t.weight_decay),
         "adam_beta1": ("training.adam_beta1", t.adam_beta1),
@@ -139,11 +146,34 @@ def default_settings(recipe: Recipe, *, layers: LayerImplementation, device: str
     }
     if recipe.parallel.context > 1 and recipe.model.attention_window is not None:
         settings["cp_comm_type"] = ["all_gather"]  # Megatron's choice, p2p, knows no windows
+    if recipe.training.lr_schedule == "wsd":
+        settings["lr_wsd_decay_style"] = "linear"
     if layers == "local":
         settings |= {"no_persist_layer_norm": True, "masked_softmax_fusion": False, "apply_rope_fusion": False}
     if device == "cpu":
         settings |= {"bias_swiglu_fusion": False, "bias_dropout_fusion": False, "num_workers": 0}
     return settings
+
+
+def check_extra(recipe: Recipe) -> None:
+    """What Megatron would find wrong with the recipe's `megatron` section only in the midst of training.
+
+    Raises:
+        RecipeError, ImportError: naming the argument, what was expected and what came.
+    """
+    extra = recipe.megatron
+    if "lr_wsd_decay_style" in extra and recipe.training.lr_schedule != "wsd":
+        raise RecipeError("megatron.lr_wsd_decay_style: has no effect without training.lr_schedule=wsd")
+    if extra.get("optimizer") == "sgd" and recipe.parallel.distributed_optimizer:
+        raise RecipeError(
+            "megatron.optimizer: expected one whose state Megatron's distributed optimizer can save, such as adam, got "
+            "'sgd'; parallel.distributed_optimizer=false takes it, for models without mixers in 16 bits"
+        )
+    workers = extra.get("num_workers", 0)
+    if isinstance(workers, int) and workers < 0:
+        raise RecipeError(f"megatron.num_workers: expected an integer of at least 0, got {workers}")
+    if extra.get("wandb_project") and importlib.util.find_spec("wandb") is None:
+        raise ImportError("megatron.wandb_project: the package wandb is not installed; pip install wandb")
 
 
 def megatron_argv(

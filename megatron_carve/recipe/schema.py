@@ -171,7 +171,7 @@ class Data(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(_Checked):
-    """How the model is trained: AdamW, cosine decay after a linear warm-up."""
+    """How the model is trained: AdamW, after a linear warm-up a learning rate that decays."""
 
     steps: int | None = None
     tokens: float | None = None
@@ -184,7 +184,10 @@ class Training(_Checked):
     lr: float = 4e-4
     min_lr: float | None = None
     """A tenth of lr if null."""
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """After the warm-up; wsd (warm-up, stable, decay) stays at lr and comes down at the end."""
+    decay_fraction: float = 0.1
+    """Part of all steps, the last ones, in which wsd comes down to min_lr, linearly."""
     warmup_fraction: float = 0.01
     """Part of all steps."""
     weight_decay: float = 0.1
@@ -213,6 +216,11 @@ class Training(_Checked):
         for name in ("adam_beta1", "adam_beta2", "warmup_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 0 and below 1, got {getattr(self, name)}")
+        if not 0 < self.decay_fraction <= 1 - self.warmup_fraction:
+            raise ValueError(
+                f"decay_fraction: expected above 0 and at most 1 - warmup_fraction = {1 - self.warmup_fraction:g}, "
+                f"got {self.decay_fraction}"
+            )
         if self.min_lr is not None and self.min_lr > self.lr:
             raise ValueError(f"min_lr: expected at most lr={self.lr}, got {self.min_lr}")
         if self.global_batch_size % self.micro_batch_size:

@@ -23,7 +23,7 @@ from megatron_carve.model.config import LayerImplementation
 from megatron_carve.model.variants import MIXER_LETTERS, VARIANTS
 from megatron_carve.notices import say_once
 from megatron_carve.recipe import Recipe, check_layout
-from megatron_carve.recipe.arguments import default_settings, megatron_argv, owned_settings
+from megatron_carve.recipe.arguments import check_extra, default_settings, megatron_argv, owned_settings
 from megatron_carve.run.folder import CheckpointError, RunFolder
 from megatron_carve.run.launch import join_processes, on_first_process, set_connections, use_device, world_size
 from megatron_carve.run.session import choose_device, command_line, patch_megatron
@@ -218,6 +218,7 @@ def megatron_arguments(recipe: Recipe, *, vocab_size: int, layers: LayerImplemen
     """Megatron's command line for a recipe, all but what a checkpoint adds."""
     from megatron.training.arguments import add_megatron_arguments
 
+    check_extra(recipe)
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     return megatron_argv(
         parser,

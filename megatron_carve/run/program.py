@@ -81,11 +81,19 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+class _Notices(logging.StreamHandler):
+    """Silent where nobody reads any more, as of `| head`, where logging would report an error for every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), BrokenPipeError):
+            super().handleError(record)
+
+
 def _configure_log(stream: TextIO) -> None:
     """Our notices go to rank 0's console, one line each."""
     logger = logging.getLogger("megatron_carve")
     logger.handlers.clear()
-    handler = logging.StreamHandler(stream)
+    handler = _Notices(stream)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -46,8 +47,11 @@ class Progress:
         self._ends: deque[float] = deque(maxlen=SPEED_WINDOW + 1)
 
     def say(self, line: str) -> None:
-        """Print one line to the user."""
-        print(line, file=self.console, flush=True)
+        """Print one line to the user, while there is one who reads."""
+        try:
+            print(line, file=self.console, flush=True)
+        except BrokenPipeError:  # as of `| head`; the run goes on
+            self.console = io.StringIO()
 
     def on_step(self, iteration: int, losses: dict[str, Any], learning_rate: float | None, grad_norm: Any) -> None:
         self.step = iteration

@@ -58,7 +58,7 @@ def single(tmp_path_factory):
         pytest.param(CARVE, {"cp": 2, **SEQUENCE, "mixer_recompute": True}, marks=pytest.mark.slow),
         pytest.param(GDN2, {"dp": 4}, marks=pytest.mark.long),
         pytest.param(GDN2, {"tp": 2, "sp": True, "cp": 2, **SEQUENCE}, marks=pytest.mark.slow),
-        (KDA, {"tp": 2, "sp": True, "cp": 2}),
+        pytest.param(KDA, {"tp": 2, "sp": True, "cp": 2}, marks=pytest.mark.slow),
         pytest.param(KDA, {"tp": 4}, marks=pytest.mark.long),
         pytest.param(GDN2, {"cp": 2, **FULL}, marks=pytest.mark.long),
         pytest.param(GDN2, {"recompute": "selective", "recompute_modules": ["mlp"], "tp": 2}, marks=pytest.mark.slow),

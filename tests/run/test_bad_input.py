@@ -170,6 +170,23 @@ CASES = {
         ("training.seq_length: expected a multiple of parallel.tensor * parallel.context = 2 * 1 under sequence "
                 "parallelism, got 65",),
     ),
+    "sgd beside the distributed optimizer": Case(
+        "small.yaml megatron.optimizer=sgd", ("megatron.optimizer: expected one whose state", "such as adam", "'sgd'")
+    ),
+    "fewer workers than none": Case(
+        "small.yaml megatron.num_workers=-1", ("megatron.num_workers: expected an integer of at least 0, got -1",)
+    ),
+    "wandb that is not installed": Case(
+        "small.yaml megatron.wandb_project=x", ("megatron.wandb_project: the package wandb is not installed",)
+    ),
+    "another schedule's option": Case(
+        "small.yaml megatron.lr_wsd_decay_style=cosine",
+        ("megatron.lr_wsd_decay_style: has no effect without training.lr_schedule=wsd",),
+    ),
+    "a decay longer than what is left": Case(
+        "small.yaml training.warmup_fraction=0.5 training.decay_fraction=0.6",
+        ("training.decay_fraction: expected above 0 and at most 1 - warmup_fraction = 0.5, got 0.6",),
+    ),
     "stages": Case(
         "small.yaml parallel.pipeline=2 model.pattern=C-|*-|C-", ("model.pattern:", "parallel.pipeline=2", "got 3")
     ),

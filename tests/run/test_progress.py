@@ -207,6 +207,17 @@ class TestEvaluations:
         run.progress.on_evaluation({})
         assert len(run.records) == 1
 
+    def test_nobody_need_read_what_is_said(self, start):
+        class Closed:
+            def write(self, text):
+                raise BrokenPipeError
+
+        run = start("run.log_interval=1")
+        run.progress.console = Closed()
+        run.step(1, 1.0)
+        run.step(2, 1.0)
+        assert len(run.records) == 2
+
     def test_there_may_be_no_step_before(self, start):
         run = start()
         run.evaluate(lm_loss=2.0)

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from support.forks import checked, run_forked
 from support.train import losses
 
@@ -41,6 +42,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_programs_follow_each_other_in_one_process(tmp_path):
     (tmp_path / "text.txt").write_text("a line of text\n" * 2000)
     (tmp_path / "in_turn.py").write_text(IN_TURN)

@@ -219,6 +219,16 @@ def test_a_run_goes_on_with_another_learning_rate(folder, straight):
 
 
 @pytest.mark.slow
+def test_a_learning_rate_that_stays_and_then_comes_down(folder):
+    words = ["tiny.yaml", "run.name=wsd", "training.steps=12", "training.lr_schedule=wsd", "training.lr=1e-3"]
+    train(folder, *words, "training.min_lr=0", "training.warmup_fraction=0.25", "training.decay_fraction=0.5")
+    metrics = read_metrics(folder / "runs" / "wsd" / "metrics.jsonl")
+    rates = [r["learning_rate"] for r in metrics if "learning_rate" in r]
+    assert rates[:3] == sorted(rates[:3]) and rates[3:6] == pytest.approx([1e-3] * 3)
+    assert rates[6:] == pytest.approx([1e-3 * (5 - i) / 6 for i in range(6)], abs=1e-9)
+
+
+@pytest.mark.slow
 def test_weights_alone_start_a_run_anew(folder, straight):
     words = ["tiny.yaml", "run.name=fresh", "data.text=cats.txt", "checkpoint.load=runs/straight"]
     train(folder, *words, "checkpoint.weights_only=true", "training.steps=4")
