@@ -203,6 +203,8 @@ for _yaml in (_Loader, _Dumper):
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":  # construct_mapping sees to it: keys written out win
+            continue
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
             raise RecipeError(f"line {key_node.start_mark.line + 1}: expected a name as key, got {key!r}")

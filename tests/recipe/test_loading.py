@@ -186,6 +186,23 @@ class TestKeys:
         path = write(text)
         assert message(path) == f"{path}: line {line}: key '{key}' appears twice"
 
+    def test_merged_keys_give_way_to_those_written_out(self, write):
+        sizes = "{num_keys: 9, num_values: 7, num_pairs: 5}"
+        recipe = load_recipe(write(MINIMAL + f"data: {{recall: {{num_keys: 11, <<: {sizes}}}}}\n"))
+        assert (recipe.data.recall.num_keys, recipe.data.recall.num_values) == (11, 7)
+
+    def test_from_a_dict_as_from_a_file(self, write):
+        recipe = load_recipe(write(MINIMAL + "run: {name: a, folder: ~/runs}\n"))
+        assert Recipe.from_dict(recipe.to_dict()) == recipe
+        for values, complaint in (
+            ({**recipe.to_dict(), "modle": {}}, "here: unknown key modle; did you mean model?"),
+            ({**recipe.to_dict(), "inherit": "debug"}, "here: inherit: a file alone inherits, got 'debug'"),
+            ({**recipe.to_dict(), "training": {"steps": -1}}, "here: training.steps: expected at least 1, got -1"),
+        ):
+            with pytest.raises(RecipeError) as error:
+                Recipe.from_dict(values, origin="here")
+            assert str(error.value) == complaint
+
     def test_same_name_in_two_sections_is_no_duplicate(self, write):
         recipe = load_recipe(write(MINIMAL + "checkpoint: {interval: 5}\nrun: {name: a}\nmixer: {}\n"))
         assert (recipe.checkpoint.interval, recipe.run.name) == (5, "a")
