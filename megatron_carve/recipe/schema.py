@@ -216,10 +216,12 @@ class Training(_Checked):
         for name in ("adam_beta1", "adam_beta2", "warmup_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 0 and below 1, got {getattr(self, name)}")
-        if not 0 < self.decay_fraction <= 1 - self.warmup_fraction:
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction: expected above 0 and at most 1, got {self.decay_fraction}")
+        if self.lr_schedule == "wsd" and self.decay_fraction + self.warmup_fraction > 1:
             raise ValueError(
-                f"decay_fraction: expected above 0 and at most 1 - warmup_fraction = {1 - self.warmup_fraction:g}, "
-                f"got {self.decay_fraction}"
+                f"decay_fraction: expected at most 1 - warmup_fraction = {1 - self.warmup_fraction:g}, got "
+                f"{self.decay_fraction}"
             )
         if self.min_lr is not None and self.min_lr > self.lr:
             raise ValueError(f"min_lr: expected at most lr={self.lr}, got {self.min_lr}")

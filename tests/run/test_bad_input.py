@@ -184,8 +184,8 @@ CASES = {
         ("megatron.lr_wsd_decay_style: has no effect without training.lr_schedule=wsd",),
     ),
     "a decay longer than what is left": Case(
-        "small.yaml training.warmup_fraction=0.5 training.decay_fraction=0.6",
-        ("training.decay_fraction: expected above 0 and at most 1 - warmup_fraction = 0.5, got 0.6",),
+        "small.yaml training.lr_schedule=wsd training.warmup_fraction=0.5 training.decay_fraction=0.6",
+        ("training.decay_fraction: expected at most 1 - warmup_fraction = 0.5, got 0.6",),
     ),
     "stages": Case(
         "small.yaml parallel.pipeline=2 model.pattern=C-|*-|C-", ("model.pattern:", "parallel.pipeline=2", "got 3")
