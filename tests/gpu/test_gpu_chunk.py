@@ -7,12 +7,11 @@ round every operand of a product, to bfloat16 (2^-9), to tf32 for float16 inputs
 """
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from support.gpu import assert_no_host_synchronisation
+from support.gpu import assert_no_host_synchronisation, memory_of_nan
 from support.inputs import FORMS, OpInputs, in_float64, make_inputs, run_with_grads
 from support.interpreter import DEVICE
 from support.tolerances import CONTENT_PATH
@@ -60,13 +59,7 @@ CARVE_CASES = CASES | {
 ALL = [(form, name) for form in FORMS for name in (GDN2_CASES if form == "gdn2" else CARVE_CASES)]
 
 
-@pytest.fixture(autouse=True)
-def memory_starts_as_nan() -> Iterator[None]:
-    """Every torch.empty is filled with NaN: nothing may depend on memory that no kernel has written."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+memory_starts_as_nan = pytest.fixture(autouse=True)(memory_of_nan)
 
 
 def draw(form: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> OpInputs:

@@ -4,11 +4,9 @@ An error is the largest difference from float64 over the largest value. It may b
 same dtype (three times for gradients) plus one rounding: of bfloat16, or of the GPU's float32 exp and 1/sqrt.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from support.gpu import assert_no_host_synchronisation
+from support.gpu import assert_no_host_synchronisation, memory_of_nan
 from support.interpreter import DEVICE
 from support.surroundings import Convolution, Norm
 from support.tolerances import error
@@ -33,13 +31,7 @@ CASES: dict[str, Convolution | Norm] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def memory_starts_as_nan() -> Iterator[None]:
-    """Every torch.empty is filled with NaN: nothing may depend on memory that no kernel has written."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+memory_starts_as_nan = pytest.fixture(autouse=True)(memory_of_nan)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
