@@ -10,7 +10,7 @@ set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet "transformers==5.24.0" "tokenizers==0.23.1" "huggingface_hub==2.4.0"
+"$folder/venv/bin/pip" install --quiet "transformers==5.24.0" "tokenizers==0.23.1"
 cat > "$folder/try.py" <<'PY'
 import builtins, json, pathlib, sys
 from tokenizers import Tokenizer, models, pre_tokenizers
