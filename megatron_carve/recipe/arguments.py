@@ -164,11 +164,8 @@ def check_extra(recipe: Recipe) -> None:
     extra = recipe.megatron
     if "lr_wsd_decay_style" in extra and recipe.training.lr_schedule != "wsd":
         raise RecipeError("megatron.lr_wsd_decay_style: has no effect without training.lr_schedule=wsd")
-    if extra.get("optimizer") == "sgd" and recipe.parallel.distributed_optimizer:
-        raise RecipeError(
-            "megatron.optimizer: expected one whose state Megatron's distributed optimizer can save, such as adam, got "
-            "'sgd'; parallel.distributed_optimizer=false takes it, for models without mixers in 16 bits"
-        )
+    if extra.get("optimizer") == "sgd":  # its state has no first form that a checkpoint could be read into
+        raise RecipeError("megatron.optimizer: expected one whose checkpoints Megatron reads, such as adam, got 'sgd'")
     workers = extra.get("num_workers", 0)
     if isinstance(workers, int) and workers < 0:
         raise RecipeError(f"megatron.num_workers: expected an integer of at least 0, got {workers}")

@@ -128,7 +128,7 @@ class CarveCache:
     is_linear = (False,)
 
     def __init__(self, layers: int) -> None:
-        self.tokens = 0
+        self.tokens = self.rows = 0
         self.layers = [Memory() for _ in range(layers)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -136,6 +136,7 @@ class CarveCache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Go on with these rows of the batch, as beam search does."""
+        self.rows = len(beam_idx)
         for layer in self.layers:
             layer.select(beam_idx)
 
@@ -144,11 +145,7 @@ class CarveCache:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row of the batch `repeats` times."""
-        for layer in self.layers:
-            for x in layer.parts.values():
-                rows = len(x[0] if isinstance(x, tuple) else x)
-                layer.select(torch.arange(rows).repeat_interleave(repeats))
-                break
+        self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
 
 
 class RMSNorm(nn.Module):
@@ -531,10 +528,14 @@ class CarveModel(CarvePreTrainedModel):
         self.post_init()
 
     def forward(
-        self, input_ids: Tensor, past_key_values: CarveCache | None = None, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        past_key_values: CarveCache | None = None,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
     ) -> tuple[Tensor, ...]:
-        """Token ids [B, T] -> what enters each layer, and behind the last one and the norm the hidden states, [B, T,
-        hidden] each; a cache is brought up to date.
+        """Token ids [B, T] -> hidden states behind the last layer and the norm, [B, T, hidden]; before them, if
+        output_hidden_states, what enters each layer. A cache is brought up to date.
 
         attention_mask: [B, T] or, behind a cache, [B, all tokens]; zero for padding, before or behind a row's tokens,
         with a cache before them.
@@ -545,24 +546,28 @@ class CarveModel(CarvePreTrainedModel):
             # Without a memory padding may stand behind the tokens, where nothing that counts sees it.
             padding = real.long().argmax(1, keepdim=True)
             places = torch.arange(T, device=input_ids.device)
-            hidden = self._through(input_ids.gather(1, (places + padding) % T), None, None)
+            hidden = self._through(input_ids.gather(1, (places + padding) % T), None, None, output_hidden_states)
             back = ((places - padding) % T)[..., None]
             return tuple(x.gather(1, back.expand_as(x)) for x in hidden)
         if real is not None and past_key_values is not None and (past_key_values.tokens or bool(real.all())):
             real = None  # all new tokens count
-        return self._through(input_ids, past_key_values, real)
+        return self._through(input_ids, past_key_values, real, output_hidden_states)
 
-    def _through(self, input_ids: Tensor, cache: CarveCache | None, real: Tensor | None) -> tuple[Tensor, ...]:
+    def _through(
+        self, input_ids: Tensor, cache: CarveCache | None, real: Tensor | None, keep: bool | None
+    ) -> tuple[Tensor, ...]:
         x = self.embed_tokens(input_ids)
         entered = []
         for i, layer in enumerate(self.layers):
-            entered.append(x)
+            if keep:
+                entered.append(x)
             if self.gradient_checkpointing and self.training and cache is None:
                 x = self._gradient_checkpointing_func(layer.__call__, x, None, 0, real)
             else:
                 x = layer(x, *((None, 0) if cache is None else (cache.layers[i], cache.tokens)), real)
         if cache is not None:
             cache.tokens += input_ids.shape[1]
+            cache.rows = len(input_ids)
         return *entered, self.norm(x)
 
 
@@ -570,21 +575,21 @@ def require_padding_outside(mask: Tensor, memory: CarveCache | None, T: int) -> 
     """Raise ValueError for padding that a recurrence would have to leave out of the middle of a row."""
     if mask.ndim != 2 or mask.shape[1] < T:
         raise ValueError(f"attention_mask: expected [B, T] with T of at least {T}, got {list(mask.shape)}")
+    if memory is not None and memory.tokens:  # what is before these tokens has been looked at
+        if not bool(mask[:, -T:].all()):
+            raise ValueError("attention_mask: expected no padding among tokens that follow a cache, got some")
+        return
     steps = mask.bool().long().diff(dim=1)
-    if bool((steps < 0).any()) and memory is not None:
+    if memory is not None and bool((steps < 0).any()):
         raise ValueError(
             "attention_mask: expected padding before the tokens of a row (padding_side='left'), got others"
         )
-    if memory is not None and memory.tokens and not bool(mask[:, -T:].all()):
-        raise ValueError("attention_mask: expected no padding among tokens that follow a cache, got some")
     if bool((steps != 0).sum(1).gt(1).any()) or not bool(mask.any(1).all()):
         raise ValueError("attention_mask: expected rows of tokens with padding on one side, got others")
 
 
-def require_consecutive(position_ids: Tensor | None, first: int, length: int) -> None:
+def require_consecutive(position_ids: Tensor, first: int, length: int) -> None:
     """Raise ValueError for positions that begin anew within a row, as those of packed documents do."""
-    if position_ids is None:
-        return
     expected = torch.arange(first, first + length, device=position_ids.device).expand_as(position_ids)
     if not torch.equal(position_ids, expected.to(position_ids.dtype)):
         raise ValueError(
@@ -639,12 +644,15 @@ class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
         if not torch.compiler.is_compiling():  # which cannot look at values
             if attention_mask is not None:
                 require_padding_outside(attention_mask, memory, input_ids.shape[1])
-            if attention_mask is None or bool(attention_mask.all()):  # else positions begin where tokens do
+            if position_ids is not None and (attention_mask is None or bool(attention_mask.all())):
+                # else positions begin where a row's tokens do
                 require_consecutive(position_ids, 0 if memory is None else memory.tokens, input_ids.shape[1])
+            if memory is None and attention_mask is not None and bool(attention_mask.all()):
+                attention_mask = None
         kwargs.pop("return_dict", None)
         if unknown := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
             raise ValueError(f"{', '.join(unknown)}: this model takes no such argument")
-        *entered, hidden = self.model(input_ids, memory, attention_mask)
+        *entered, hidden = self.model(input_ids, memory, attention_mask, output_hidden_states)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
         loss = None

@@ -281,12 +281,36 @@ def test_evaluations_and_the_end_may_come_before_the_first_step_that_counts(fold
     assert losses(folder, "half")[40] < losses(folder, "half")[1]
 
 
+HOLDS = """
+import sys
+from pathlib import Path
+from megatron_carve.run.folder import RunFolder
+lock = RunFolder(Path(sys.argv[1])).lock()
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_another_program_trains_is_left_alone(folder):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, folder / "runs" / "taken"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"locked\n"
+        run = train(folder, "tiny.yaml", "run.name=taken", "training.steps=2", check=False)
+        assert run.returncode == 2
+        assert "runs/taken: another program trains in this run (process " in run.stderr
+        assert sorted(path.name for path in (folder / "runs" / "taken").iterdir()) == [".lock"]
+        other.communicate()
+    train(folder, "tiny.yaml", "run.name=taken", "training.steps=2")
+
+
 @pytest.mark.slow
 def test_an_optimizer_that_cannot_go_on_is_named(folder, straight):
-    words = ["tiny.yaml", "data.text=cats.txt", "run.name=straight", "megatron.optimizer=sgd"]
+    words = ["tiny.yaml", "data.text=cats.txt", "run.name=straight", "megatron.optimizer=lion"]
     run = train(folder, *words, check=False)
     assert run.returncode == 2 and run.stderr.count("\n") == 1
-    assert "the state of another optimizer (megatron.optimizer is 'adam' there and 'sgd' here)" in run.stderr
+    assert "the state of another optimizer (megatron.optimizer is 'adam' there and 'lion' here)" in run.stderr
     words = ["tiny.yaml", "data.text=cats.txt", "run.name=bare", "checkpoint.interval=2", "megatron.no_save_optim=true"]
     train(folder, *words, "training.steps=2")
     run = train(folder, *words, "training.steps=4", check=False)

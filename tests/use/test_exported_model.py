@@ -196,3 +196,16 @@ def test_the_whole_model_compiles_into_one_graph_with_a_mask():
     expected = model(ids, attention_mask=mask).logits
     found = torch.compile(model, fullgraph=True, backend="eager")(ids, attention_mask=mask).logits
     close(found, expected)
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_can_be_repeated_and_chosen():
+    model = made()
+    ids, new = torch.randint(1, 96, (2, 80)), torch.randint(1, 96, (4, 3))
+    memory = model(ids, use_cache=True)[modeling_carve.CACHE]
+    memory.batch_repeat_interleave(2)
+    found = model(new, past_key_values=memory, use_cache=True).logits
+    close(found, model(torch.cat([ids.repeat_interleave(2, 0), new], 1)).logits[:, -3:])
+    memory.batch_select_indices(torch.tensor([3, 0]))
+    rows = torch.cat([ids.repeat_interleave(2, 0), new], 1)[[3, 0]]
+    close(model(new[:2], past_key_values=memory).logits, model(torch.cat([rows, new[:2]], 1)).logits[:, -3:])

@@ -11,7 +11,7 @@ from megatron_carve.model.mixers.parts import EraseBias, replicated_parameter, s
 
 
 class CarveMixer(LinearAttentionMixer):
-    """CARVE (arXiv 2606.27229). What the paper leaves open is chosen as the README says."""
+    """CARVE (arXiv 2606.27229). What the paper leaves open is chosen as docs/carve.md says."""
 
     kind = "carve"
 
