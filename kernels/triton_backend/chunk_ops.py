@@ -16,7 +16,8 @@ from .chunk_operands import chunk_operands
 from .chunk_output import chunk_output
 from .chunk_state import chunk_state, chunk_state_gradient
 from .chunks import make_chunks
-from .content import content_gradient, content_terms
+from .content_gradient import content_gradient
+from .content_terms import content_terms
 from .decay import decay_factors
 from .delta_operands import delta_operands
 from .delta_state import delta_state, delta_state_gradient

@@ -19,7 +19,7 @@ PARALLEL_CHUNK = CHUNK | {"chunk_operands", "chunk_state"}
 KERNELS = {
     "gdn2": PARALLEL_CHUNK | {"chunk_state_gradient", "gdn2"},
     "diagonal": PARALLEL_CHUNK
-    | {"content_loop", "content_gradient_loop", "erasing_decay", "erasing_decay_gradient", "carve_token"},
+    | {"content_terms", "content_gradient", "erasing_decay", "erasing_decay_gradient", "carve_token"},
     "delta": CHUNK | {"delta_operands", "delta_state", "delta_state_gradient", "carve_token"},
 }
 ERASE = {"gdn2": "gdn2", "previous": "diagonal", "decayed": "diagonal", "delta": "delta"}
@@ -31,8 +31,9 @@ OTHERS = [
     ("delta", "bfloat16", 32),
 ]  # fmt: skip
 # Bytes that a thread of a sequential loop may spill: beside so much shared memory an SM's cache has room for little.
-# The content loops hold a state and rebuild a chunk's decay and write in one program, which is more than fits.
-SPILLED = {"gdn2": 0, "diagonal": 1536, "delta": 700}
+# The content stages rebuild a chunk's decays, scores and write in one program, and hold a state meanwhile, which is more
+# than fits; with fewer registers they are slower yet.
+SPILLED = {"gdn2": 0, "diagonal": 2304, "delta": 700}
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_kernels_fit_a_hopper_gpu(form: str, dtype: str, width: int, tmp_path: P
     assert {row["kernel"].removesuffix("_kernel") for row in rows} == KERNELS[ERASE[form]]
     assert all(row["shared"] <= SHARED_MEMORY for row in rows), rows
     if (form, dtype, width) in RECIPES:  # larger tiles have too few registers
-        loops = [row for row in rows if "_state" in row["kernel"] or "_loop" in row["kernel"]]
+        loops = [row for row in rows if "_state" in row["kernel"] or row["kernel"].startswith("content_")]
         assert len(loops) == {"gdn2": 2, "diagonal": 3}[ERASE[form]] and all(row["products"] for row in loops), rows
         # a compiler that finds sums touched while a product runs makes all products of a kernel wait for each other
         assert all(row["waits"] <= row["products"] / 2 for row in rows), rows

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from megatron_carve import kernels
 from megatron_carve.kernels import backends
+from megatron_carve.kernels.triton_backend import content
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.inputs import FORMS
@@ -76,6 +77,7 @@ def main(form: str, dtype: torch.dtype, width: int) -> None:
     driver.set_active(Hopper())
     JITFunction.run = compile_only
     backends._interpreted = lambda: True  # tensors of a CPU pass
+    content.cooperates, content.multiprocessors = (lambda device: True), (lambda device: 132)
 
     def leaf(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype, requires_grad=True)

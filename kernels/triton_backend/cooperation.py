@@ -1,0 +1,42 @@
+"""Programs that work in teams: those of a team wait for each other's results, which pass through memory.
+
+A program takes its place when it starts, not by its number: so all places before it are taken, and the programs that
+are there first can always finish, in whatever order and however few at a time a GPU starts them. Two must run at once.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def take_place(tickets, TEAM: tl.constexpr):
+    """(team, place in it) of this program; `tickets` holds 0 before the launch."""
+    ticket = tl.atomic_add(tickets, 1, sem="relaxed", scope="gpu")
+    return (ticket // TEAM).to(tl.int64), ticket % TEAM
+
+
+@triton.jit
+def wait_for(counter, least):
+    """Wait until another program has announced at least this; what it had stored by then can be read."""
+    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < least:
+        pass
+
+
+@triton.jit
+def announce(counter, value):
+    """Let the programs go on that wait for the counter to reach this value."""
+    tl.debug_barrier()  # the stores of all threads come first
+    tl.atomic_xchg(counter, value, sem="release", scope="gpu")
+
+
+def cooperates(device: torch.device) -> bool:
+    """Whether programs of a launch can run at the same time; where kernels are interpreted they follow each other."""
+    return device.type == "cuda"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
