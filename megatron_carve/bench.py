@@ -166,6 +166,9 @@ class StepTimer:
     def on_evaluation(self, losses: dict[str, Any]) -> None:
         """Megatron evaluates when it has finished; that is not measured."""
 
+    def on_save(self) -> None:
+        """A benchmark saves nothing."""
+
     def _begin_profile(self) -> None:
         from torch.profiler import ProfilerActivity, profile
 

@@ -1,4 +1,4 @@
-"""Tell a listener about every training step and evaluation of Megatron's loop."""
+"""Tell a listener about every training step, evaluation and checkpoint of Megatron's loop."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ class TrainingListener(Protocol):
     def on_evaluation(self, losses: dict[str, Any]) -> None:
         """After an evaluation. `losses` as above."""
 
+    def on_save(self) -> None:
+        """After a checkpoint was saved, or handed over to be saved beside training."""
+
 
 def training_events(listener: TrainingListener) -> Patch:
-    """A patch that calls `listener` from Megatron's log and evaluation functions."""
+    """A patch that calls `listener` from Megatron's functions that log, evaluate and save."""
 
     def log(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -47,13 +50,23 @@ def training_events(listener: TrainingListener) -> Patch:
 
         return evaluate
 
+    def saving(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def save_checkpoint_and_time(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            listener.on_save()
+            return result
+
+        return save_checkpoint_and_time
+
     return Patch(
         name="training_events",
         reason="Megatron's loop has no hook for progress reports",
-        upstream="megatron/training/training.py, training_log and evaluate",
+        upstream="megatron/training/training.py, training_log, evaluate and save_checkpoint_and_time",
         remove_when="megatron.training calls user callbacks",
         replacements=[
             Replacement("megatron.training.training:training_log", log),
             Replacement("megatron.training.training:evaluate", evaluation),
+            Replacement("megatron.training.training:save_checkpoint_and_time", saving),
         ],
     )

@@ -121,6 +121,28 @@ class GPTDatasetTokenizer:
         return {"class": type(self).__name__, "eod": self.eod, "vocab_size": self.vocab_size, "data": self.data}
 
 
+class SameSamples:
+    """A validation dataset, map-style, whose samples are the first ones of another, again and again.
+
+    Args:
+        source: the other one.
+        count: of its samples, at least one.
+        length: samples of this one.
+    """
+
+    def __init__(self, source: Any, count: int, length: int) -> None:
+        from megatron.core.datasets.utils import Split
+
+        self.split = Split.valid  # by which Megatron knows its batch sizes
+        self.source, self.count, self.length = source, count, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[index % self.count]
+
+
 def build_gpt_datasets(
     source: PreparedText | list[str],
     *,

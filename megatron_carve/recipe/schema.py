@@ -201,7 +201,7 @@ class Training(_Checked):
     eval_interval: int = 1000
     """Steps between evaluations."""
     eval_iters: int = 10
-    """Batches per evaluation."""
+    """Batches per evaluation, the same ones every time."""
 
     def check(self) -> None:
         if (self.steps is None) == (self.tokens is None):

@@ -136,7 +136,7 @@ class FiniteGradients:
 
     def __init__(self, listener: TrainingListener) -> None:
         self.listener = listener
-        self.on_evaluation = listener.on_evaluation
+        self.on_evaluation, self.on_save = listener.on_evaluation, listener.on_save
 
     def on_step(self, iteration: int, losses: dict[str, Any], learning_rate: float | None, grad_norm: Any) -> None:
         if grad_norm is not None and not math.isfinite(grad_norm):  # None where a loss scaler has skipped the step

@@ -44,7 +44,9 @@ class Progress:
         self.first_step = first_step
         self._began_writing = False
         self.started = time.monotonic()
-        self._ends: deque[float] = deque(maxlen=SPEED_WINDOW + 1)
+        self._since: float | None = None  # when the running step began; that of the first one, which compiles, is none
+        self._steps: deque[float] = deque(maxlen=SPEED_WINDOW)  # seconds of the last steps alone
+        self._paused = 0.0  # seconds of evaluations and saves
 
     def say(self, line: str) -> None:
         """Print one line to the user, while there is one who reads."""
@@ -55,7 +57,10 @@ class Progress:
 
     def on_step(self, iteration: int, losses: dict[str, Any], learning_rate: float | None, grad_norm: Any) -> None:
         self.step = iteration
-        self._ends.append(time.monotonic())
+        now = time.monotonic()
+        if self._since is not None:
+            self._steps.append(now - self._since)
+        self._since = now
         self.writes = LOSS in losses and _is_last_process()
         if not self.writes:
             return
@@ -74,7 +79,18 @@ class Progress:
         self._record(record)
         self.say(self._line(record))
 
+    def on_save(self) -> None:
+        self._pause()
+
+    def _pause(self) -> None:
+        """The time since the last step was no training; it counts in what is left, and not in the speed."""
+        now = time.monotonic()
+        if self._since is not None:
+            self._paused += now - self._since
+            self._since = now
+
     def on_evaluation(self, losses: dict[str, Any]) -> None:
+        self._pause()
         self.writes = LOSS in losses and _is_last_process()  # there may have been no step: megatron.skip_train
         if not self.writes:
             return
@@ -84,7 +100,6 @@ class Progress:
         self._record(record)
         accuracy = f", {self.accuracy_name} {_text(record['accuracy'], '.1%')}" if "accuracy" in record else ""
         self.say(f"  validation at step {self.step}: loss {_text(record['validation_loss'], '.4f')}{accuracy}")
-        self._ends.clear()  # the time of an evaluation is not training time
 
     def finish(self, *, parameters: int | None, device: str, layers: str) -> None:
         """Write the loss curve and the summary from the run's metrics, and say where they are."""
@@ -130,10 +145,14 @@ class Progress:
             partial.replace(self.folder.metrics)
 
     def _speed(self) -> float | None:
-        if len(self._ends) < 2:
+        if not self._steps:
             return None
-        seconds = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
-        return self.recipe.training.tokens_per_step / seconds
+        return self.recipe.training.tokens_per_step * len(self._steps) / sum(self._steps)
+
+    def _seconds_left(self, speed: float) -> float:
+        """At this speed, with evaluations and saves as often as so far."""
+        pauses = self._paused / (self.step - self.first_step + 1)
+        return (self.recipe.training.total_steps - self.step) * (self.recipe.training.tokens_per_step / speed + pauses)
 
     def _line(self, r: dict[str, Any]) -> str:
         total = self.recipe.training.total_steps
@@ -143,8 +162,8 @@ class Progress:
         if r["learning_rate"] is not None:
             parts.append(f"lr {r['learning_rate']:.2e}")
         if r["tokens_per_second"]:
-            left = (total - r["step"]) * self.recipe.training.tokens_per_step / r["tokens_per_second"]
-            parts += [f"{_short(r['tokens_per_second'])} tokens/s", f"{_duration(left)} left"]
+            left = _duration(self._seconds_left(r["tokens_per_second"]))
+            parts += [f"{_short(r['tokens_per_second'])} tokens/s", f"{left} left"]
         return " | ".join(parts)
 
     def _closing(self, s: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_carve.data.datasets import build_gpt_datasets
+from megatron_carve.data.datasets import SameSamples, build_gpt_datasets
 from megatron_carve.data.recall import RecallDataset
 from megatron_carve.data.text import PreparedText
 from megatron_carve.model.config import LayerImplementation, MixerConfig
@@ -65,28 +65,35 @@ class Task:
 
     def datasets(self, num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
         """(train, validation, test) for this rank, as pretrain() asks for them."""
+        args = get_args()
+        # Every evaluation sees the same samples. Megatron goes through one long dataset instead, and after loading a
+        # checkpoint goes on where it was.
+        args.consumed_valid_samples = 0
+        for_training, for_validation = num_samples[:2]
+        once = min(args.eval_iters * getattr(args, "eval_global_batch_size", args.global_batch_size), for_validation)
+        train, validation = self._splits(for_training, once, vp_stage)
+        return train, None if validation is None else SameSamples(validation, once, for_validation), None
+
+    def _splits(self, for_training: int, for_validation: int, vp_stage: int | None) -> tuple[Any, Any]:
         recipe, seed = self.recipe, self.recipe.training.seed
-        # Megatron calls this after loading a checkpoint. Validation begins anew at each start: what a run has used of
-        # it says nothing where the number of evaluations has changed.
-        get_args().consumed_valid_samples = 0
         if recipe.data.source == "recall":
             sizes = dataclasses.asdict(recipe.data.recall)
             train, validation = (
                 RecallDataset(seq_length=recipe.training.seq_length, num_samples=count, seed=seed, split=split, **sizes)
-                for split, count in (("train", num_samples[0]), ("validation", num_samples[1]))
+                for split, count in (("train", for_training), ("validation", for_validation))
             )
-            return train, validation, None
+            return train, validation
         return build_gpt_datasets(
             self.text if self.text is not None else list(recipe.data.indexed or ()),
             split=recipe.data.split if self.text is None else None,
-            num_samples=(*num_samples[:2], 0),
+            num_samples=(for_training, for_validation, 0),
             seq_length=recipe.training.seq_length,
             seed=seed,
             eod=self.eod,
             vocab_size=self.vocab_size,
             cache_path=get_args().data_cache_path,
             is_built_on_rank=partial(_reads_data, vp_stage),
-        )
+        )[:2]
 
     def forward_step(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Callable]:
         """One micro-batch: the model's output and the function that makes a loss of it.

@@ -16,7 +16,13 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from megatron.core.datasets.utils import Split
 
 from megatron_carve.data import text as text_module
-from megatron_carve.data.datasets import build_gpt_datasets, indexed_prefixes, require_indexed_tokens, require_known_ids
+from megatron_carve.data.datasets import (
+    SameSamples,
+    build_gpt_datasets,
+    indexed_prefixes,
+    require_indexed_tokens,
+    require_known_ids,
+)
 from megatron_carve.data.text import prepare_text, read_text, require_tokens
 from megatron_carve.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -577,3 +583,11 @@ def test_ids_outside_the_vocabulary_are_found(tmp_path, monkeypatch):
         ValueError, match=r"ids\.bin holds the token id 900, outside the vocabulary of 900; name the tok"
     ):
         require_known_ids(["0.5", prefix], vocab_size=900)
+
+
+def test_the_same_samples_again_and_again():
+    from megatron.core.datasets.utils import Split
+
+    again = SameSamples(list("abcdefg"), count=3, length=8)
+    assert len(again) == 8 and "".join(again[i] for i in range(8)) == "abcabcab"
+    assert again.split == Split.valid

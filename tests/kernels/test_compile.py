@@ -31,7 +31,7 @@ OTHERS = [
     ("delta", "bfloat16", 32),
 ]  # fmt: skip
 # Bytes that a thread of a sequential loop may spill: beside so much shared memory an SM's cache has room for little.
-# The content stages rebuild a chunk's decays, scores and write in one program, and hold a state meanwhile, which is more
+# The content stages rebuild the decays, scores and writes of a chunk in one program, and hold a state meanwhile: more
 # than fits; with fewer registers they are slower yet.
 SPILLED = {"gdn2": 0, "diagonal": 2304, "delta": 700}
 

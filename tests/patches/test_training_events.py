@@ -1,4 +1,4 @@
-"""Steps and evaluations of Megatron's loop reach a listener."""
+"""Steps, evaluations and checkpoints of Megatron's loop reach a listener."""
 
 import inspect
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ class TestTrainingEvents:
         listener = SimpleNamespace(
             on_step=lambda *values: calls.append(("on_step", *values)),
             on_evaluation=lambda losses: calls.append(("on_evaluation", losses)),
+            on_save=lambda: calls.append(("on_save",)),
         )
         monkeypatch.setattr(
             training, "training_log", lambda *args, **kwargs: calls.append(("log", args, kwargs)) or "report"
@@ -28,6 +29,9 @@ class TestTrainingEvents:
             return {"lm loss": 2.5}, "collected", kwargs.get("verbose") == "timed out"
 
         monkeypatch.setattr(training, "evaluate", evaluate)
+        monkeypatch.setattr(
+            training, "save_checkpoint_and_time", lambda *args, **kwargs: calls.append(("save", args, kwargs))
+        )
         applied(patches.training_events(listener))
         return training, calls
 
@@ -47,6 +51,11 @@ class TestTrainingEvents:
         result = training.evaluate("forward", None, verbose=True)
         assert result == ({"lm loss": 2.5}, "collected", False)
         assert calls == [("evaluate", ("forward", None), {"verbose": True}), ("on_evaluation", {"lm loss": 2.5})]
+
+    def test_saves(self, loop):
+        training, calls = loop
+        training.save_checkpoint_and_time(17, "model", train_data_iterator=None)
+        assert calls == [("save", (17, "model"), {"train_data_iterator": None}), ("on_save",)]
 
     def test_an_evaluation_that_ran_out_of_time_is_no_event(self, loop):
         training, calls = loop

@@ -18,15 +18,19 @@ class Listener:
     def on_evaluation(self, losses):
         self.told.append(losses)
 
+    def on_save(self):
+        self.told.append("saved")
 
-def test_steps_and_evaluations_are_passed_on():
+
+def test_what_a_listener_is_told_is_passed_on():
     listener = Listener()
     guarded = FiniteGradients(listener)
     guarded.on_step(1, {"loss": 2.0}, 1e-3, 0.5)
     guarded.on_step(2, {"loss": math.nan}, None, None)  # a loss scaler has skipped it
     guarded.on_evaluation({"loss": 1.0})
     assert listener.told[0] == (1, {"loss": 2.0}, 1e-3, 0.5)
-    assert listener.told[1][0] == 2 and listener.told[2] == {"loss": 1.0}
+    guarded.on_save()
+    assert listener.told[1][0] == 2 and listener.told[2:] == [{"loss": 1.0}, "saved"]
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf, torch.tensor(math.nan)])

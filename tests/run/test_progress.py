@@ -191,15 +191,15 @@ class TestEvaluations:
         assert run.records[-1]["accuracy"] == 0.5
         assert run.lines[-1] == "  validation at step 1: loss 2.2500, next-token accuracy 50.0%"
 
-    def test_their_time_is_not_training_time(self, start):
+    def test_their_time_and_that_of_saves_is_no_training_but_is_left(self, start):
         run = start("run.log_interval=1")
-        run.steps(1, 4, 0.5)
-        run.evaluate(seconds=600.0, lm_loss=2.0)
-        run.step(5, 3.0)
-        assert run.records[-1]["tokens_per_second"] is None
-        assert "tokens/s" not in run.lines[-1]
-        run.step(6, 0.5)
+        run.steps(1, 5, 0.5)
+        run.evaluate(seconds=60.0, lm_loss=2.0)
+        run.clock.now += 40.0
+        run.progress.on_save()
+        run.steps(6, 10, 0.5)
         assert run.records[-1]["tokens_per_second"] == 1000
+        assert run.lines[-1].endswith("| 1.0k tokens/s | 5m 15s left")  # 30 steps of 0.5 s, and of 10 s between them
 
     def test_without_losses_there_is_nothing_to_say(self, start):
         run = start()

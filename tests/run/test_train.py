@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -63,6 +64,12 @@ def test_a_run_on_text_learns_and_leaves_everything(folder, straight):
     assert "Warning" not in straight.stdout + straight.stderr
 
 
+def test_every_evaluation_sees_the_same_text(folder, straight):
+    """After the last step there are two."""
+    said = re.findall("validation at step 12: (.*)", straight.stdout)
+    assert len(said) == 2 and said[0] == said[1]
+
+
 def test_a_finished_run_is_not_trained_again(folder, straight):
     summary = folder / "runs" / "straight" / "summary.json"
     before = json.loads(summary.read_text())
@@ -111,6 +118,10 @@ def test_an_interrupted_run_resumes_with_the_same_losses(folder, straight, how):
     assert actual.keys() == expected.keys()
     for step, loss in expected.items():
         assert actual[step] == pytest.approx(loss, rel=1e-6), f"step {step}"
+    final = [
+        json.loads((folder / "runs" / n / "summary.json").read_text())["final_validation"] for n in ("straight", name)
+    ]
+    assert final[1] == pytest.approx(final[0], rel=1e-6)
 
 
 @pytest.mark.slow
