@@ -7,25 +7,34 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_carve.recipe import load_recipe, recipe_names
+from megatron_carve.recipe.reference import listing
 from megatron_carve.run.program import exit_status
 
 if TYPE_CHECKING:
     from megatron_carve.run.preflight import Plan
 
+PRINT = "--print"
 USAGE = """\
-usage: python -m megatron_carve.train RECIPE [section.key=value ...]
+usage: python -m megatron_carve.train RECIPE [section.key=value ...] [--print]
        torchrun --nproc-per-node N -m megatron_carve.train RECIPE [section.key=value ...]
 
 RECIPE is a YAML file or one of: {names}.
-`python -m megatron_carve.recipe.reference` prints every key with its default and what it means."""
+--print prints the recipe with all that it inherits, its defaults and the overrides, as YAML, and trains nothing.
+
+Every key:
+
+{keys}"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status. A user's mistake ends in one line on stderr and status 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(USAGE.format(names=", ".join(recipe_names())))
-        return 0 if words else 2
+    if words in ([], [PRINT]) or {"-h", "--help"} & set(words):
+        print(USAGE.format(names=", ".join(recipe_names()), keys=listing()))
+        return 0 if {"-h", "--help"} & set(words) else 2
+    if PRINT in words:
+        words.remove(PRINT)
+        return exit_status(lambda: load_recipe(words[0], words[1:]), lambda recipe: print(recipe.dump(), end=""))
     return exit_status(lambda: _prepared(words), _train, log=sys.stdout)
 
 

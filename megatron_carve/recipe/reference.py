@@ -1,6 +1,7 @@
 """Every key of a recipe, from the docstrings of its fields.
 
-`python -m megatron_carve.recipe.reference` prints docs/recipe.md.
+`python -m megatron_carve.recipe.reference` prints docs/recipe.md, `python -m megatron_carve.train --help` the same as
+text.
 """
 
 from __future__ import annotations
@@ -97,6 +98,18 @@ def page() -> str:
             lines += [_row(key) for key in keys]
             lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def listing(width: int = 100) -> str:
+    """Every key as text for a terminal with this many columns: section.key=default, its type and its meaning."""
+    lines = []
+    for section, meaning, keys in sections():
+        lines += ["", *textwrap.wrap(f"{section}: {meaning}", width)]
+        for key in keys:
+            default = " (must be given)" if key.default is None else f"={key.default}"
+            lines.append(f"  {section}.{key.name}{default}  [{key.type}]")
+            lines += textwrap.wrap(key.meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines).lstrip()
 
 
 def _row(key: Key) -> str:

@@ -1,5 +1,6 @@
 """Layer letters, stacks and specs, as a user selects them."""
 
+import subprocess
 import sys
 
 import pytest
@@ -186,3 +187,9 @@ def test_of_equal_logits_the_first_is_the_prediction():
     logits = torch.tensor([[[0.0, 2.0, 1.0], [3.0, 3.0, 3.0], [1.0, 5.0, 5.0]]])
     assert right_predictions(logits, torch.tensor([[1, 0, 1]])).tolist() == [[1.0, 1.0, 1.0]]
     assert right_predictions(logits, torch.tensor([[2, 2, 2]])).tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_importing_them_warns_of_nothing():
+    """Megatron warns of every optional package that is missing."""
+    done = subprocess.run([sys.executable, "-c", "import megatron_carve.specs"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Warning" not in done.stderr and not done.stdout
