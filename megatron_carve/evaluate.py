@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_carve.data.text import read_text
+from megatron_carve.run.folder import replace_text
 from megatron_carve.run.program import exit_status
 from megatron_carve.use import needles
 
@@ -80,20 +83,24 @@ def _evaluate(chosen: argparse.Namespace) -> None:
     with trained_model(chosen.run, device=chosen.device, step=chosen.step) as trained:
         if trained.tokenizer is None:
             raise ValueError(f"{chosen.run}: was trained on generated tokens, which are no text to evaluate with")
-        results: dict[str, Any] = {"run": chosen.run, "step": trained.step}
+        # What may be wrong with a task is found before the first one takes its time.
+        parts: list[Callable[[], dict[str, Any]]] = []
         if "perplexity" in tasks:
-            results["perplexity"] = _perplexity(trained, texts["text"], chosen)
+            parts.append(_perplexity(trained, texts["text"], chosen))
         if hidden:
-            results["needles"] = _needles(trained, hidden, lengths, texts.get("haystack"), chosen)
-        if harness:
-            from megatron_carve.use.harness import evaluate
-
-            results["harness"] = evaluate(trained, harness, chosen.batch, chosen.limit, chosen.include_path)
-    print("\n".join(report(results)))
-    if chosen.out is not None:
-        (chosen.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        if hidden:
-            draw_heat_map(chosen.out / "needles.png", results["needles"])
+            parts.append(_needles(trained, hidden, lengths, texts.get("haystack"), chosen))
+        parts += [partial(_harness, trained, name, chosen) for name in harness]
+        results: dict[str, Any] = {"run": chosen.run, "step": trained.step}
+        print(f"{chosen.run}, step {trained.step}", flush=True)
+        for part in parts:  # and what was found stays, whatever becomes of the next ones
+            found = part()
+            print("\n".join(report(found)), flush=True)
+            for name, value in found.items():  # of the harness's tasks there is a part each
+                results[name] = results.get(name, {}) | value if name == "harness" else value
+            if chosen.out is not None:
+                replace_text(chosen.out / "results.json", json.dumps(results, indent=2) + "\n")
+                if "needles" in found:
+                    draw_heat_map(chosen.out / "needles.png", found["needles"])
 
 
 def _lengths(words: str) -> list[int]:
@@ -103,66 +110,81 @@ def _lengths(words: str) -> list[int]:
         raise ValueError(f"--needle-lengths: expected numbers with commas between, got {words!r}") from None
 
 
-def _perplexity(trained: Trained, text: str, chosen: argparse.Namespace) -> dict[str, Any]:
-    from megatron_carve.use.perplexity import text_perplexity
+def _perplexity(trained: Trained, text: str, chosen: argparse.Namespace) -> Callable[[], dict[str, Any]]:
+    from megatron_carve.use.perplexity import check_windows, text_perplexity
 
     assert trained.tokenizer is not None
     length = trained.recipe.training.seq_length if chosen.length is None else chosen.length
-    found = text_perplexity(
-        trained.model, trained.tokenizer.encode(text).tolist(), length=length, stride=chosen.stride, batch=chosen.batch,
-        text_bytes=len(text.encode()),
-    )  # fmt: skip
-    return {
-        "file": str(chosen.text),
-        "length": length,
-        "stride": length if chosen.stride is None else chosen.stride,
-        "tokens": found.tokens,
-        "nats_per_token": found.nats_per_token,
-        "perplexity": found.perplexity,
-        "bits_per_byte": found.bits_per_byte,
-    }
+    stride = length if chosen.stride is None else chosen.stride
+    ids = trained.tokenizer.encode(text).tolist()
+    check_windows(len(ids), length, stride)
+
+    def compute() -> dict[str, Any]:
+        found = text_perplexity(
+            trained.model, ids, length=length, stride=stride, batch=chosen.batch, text_bytes=len(text.encode())
+        )
+        about = {"file": str(chosen.text), "length": length, "stride": stride, "tokens": found.tokens}
+        values = {name: getattr(found, name) for name in ("nats_per_token", "perplexity", "bits_per_byte")}
+        return {"perplexity": about | values}
+
+    return compute
 
 
 def _needles(
     trained: Trained, tasks: list[str], lengths: list[int], haystack: str | None, chosen: argparse.Namespace
-) -> list[dict[str, Any]]:
+) -> Callable[[], dict[str, Any]]:
     """Accuracy of every task, length and depth."""
+    tokenizer = trained.tokenizer
+    assert tokenizer is not None
+
+    def questions(task: str, length: int, depth: float, count: int) -> list[needles.Sample]:
+        return [
+            needles.make_sample(task, length, depth, chosen.seed + i, lambda t: len(tokenizer.encode(t)), haystack)
+            for i in range(count)
+        ]
+
+    for task, length in itertools.product(tasks, lengths):
+        questions(task, length, 0.0, 1)  # what may be wrong does not depend on the depth
+
+    def compute() -> dict[str, Any]:
+        rows = []
+        for task, length, step in itertools.product(tasks, lengths, range(DEPTHS)):
+            depth = step / (DEPTHS - 1)
+            samples = questions(task, length, depth, chosen.samples)
+            share = needles.accuracy(samples, _answers(trained, [s.prompt for s in samples], chosen.batch))
+            rows.append({"task": task, "length": length, "depth": depth, "accuracy": share})
+            print(f"{task}, {length} tokens, depth {depth:.2f}: {share:.1%}", file=sys.stderr, flush=True)
+        return {"needles": rows}
+
+    return compute
+
+
+def _answers(trained: Trained, prompts: Sequence[str], batch: int) -> list[str]:
     import torch
 
     from megatron_carve.use.generation import Sampling, generate
 
     tokenizer = trained.tokenizer
     assert tokenizer is not None
-    depths = [i / (DEPTHS - 1) for i in range(DEPTHS)]
-    rows = []
-    for task in tasks:
-        for length in lengths:
-            for depth in depths:
-                samples = [
-                    needles.make_sample(
-                        task, length, depth, chosen.seed + i, lambda t: len(tokenizer.encode(t)), haystack
-                    )
-                    for i in range(chosen.samples)
-                ]
-                answers: list[str] = []
-                for start in range(0, len(samples), chosen.batch):
-                    prompts = [
-                        torch.from_numpy(tokenizer.encode(s.prompt)).long() for s in samples[start:][: chosen.batch]
-                    ]
-                    steps = generate(
-                        trained.model, prompts, max_new_tokens=ANSWER_TOKENS, sampling=Sampling(temperature=0),
-                        vocab_size=trained.vocab_size,
-                    )  # fmt: skip
-                    answers += [tokenizer.decode(ids) for ids in torch.stack(list(steps), 1).numpy()]
-                share = needles.accuracy(samples, answers)
-                rows.append({"task": task, "length": length, "depth": depth, "accuracy": share})
-                print(f"{task}, {length} tokens, depth {depth:.2f}: {share:.1%}", file=sys.stderr, flush=True)
-    return rows
+    answers: list[str] = []
+    for start in range(0, len(prompts), batch):
+        steps = generate(
+            trained.model, [torch.from_numpy(tokenizer.encode(text)).long() for text in prompts[start : start + batch]],
+            max_new_tokens=ANSWER_TOKENS, sampling=Sampling(temperature=0), vocab_size=trained.vocab_size,
+        )  # fmt: skip
+        answers += [tokenizer.decode(ids) for ids in torch.stack(list(steps), 1).numpy()]
+    return answers
+
+
+def _harness(trained: Trained, name: str, chosen: argparse.Namespace) -> dict[str, Any]:
+    from megatron_carve.use.harness import evaluate
+
+    return {"harness": evaluate(trained, [name], chosen.batch, chosen.limit, chosen.include_path)}
 
 
 def report(results: dict[str, Any]) -> list[str]:
     """The lines that a person reads."""
-    lines = [f"{results['run']}, step {results['step']}"]
+    lines = []
     if found := results.get("perplexity"):
         lines.append(
             f"perplexity of {found['file']}: {found['perplexity']:.4f} a token ({found['nats_per_token']:.4f} nats), "
@@ -170,12 +192,11 @@ def report(results: dict[str, Any]) -> list[str]:
         )
     if rows := results.get("needles"):
         lengths = sorted({row["length"] for row in rows})
-        lines += ["", f"{'needles found':<16}" + "".join(f"{length:>10}" for length in lengths)]
+        lines.append(f"{'needles found':<16}" + "".join(f"{length:>10}" for length in lengths))
         for task in dict.fromkeys(row["task"] for row in rows):
             cells = (_mean(r["accuracy"] for r in rows if (r["task"], r["length"]) == (task, n)) for n in lengths)
             lines.append(f"{task:<16}" + "".join(f"{cell:>10.1%}" for cell in cells))
     if found := results.get("harness"):
-        lines += ["", "lm-evaluation-harness"]
         lines += [
             f"{task:<24}{metric:<24}{value:>10.4f}"
             for task, metrics in found.items()

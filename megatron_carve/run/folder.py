@@ -70,9 +70,7 @@ class RunFolder:
     def save_recipe(self, recipe: Recipe) -> None:
         """Write the resolved recipe, whole or not at all."""
         self.path.mkdir(parents=True, exist_ok=True)
-        partial = self.recipe.with_suffix(".partial")
-        partial.write_text("# The resolved recipe of this run.\n" + recipe.dump(), encoding="utf-8")
-        os.replace(partial, self.recipe)
+        replace_text(self.recipe, "# The resolved recipe of this run.\n" + recipe.dump())
 
     def lock(self) -> IO[str]:
         """Keep other programs from training in this run, until the file returned is closed or this process ends.
@@ -171,6 +169,13 @@ class RunFolder:
 
     def _checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"iter_{step:07d}"
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all: beside the one of this name, then renamed."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 EARLIER_CARVE = (

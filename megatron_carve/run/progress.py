@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import torch
 
 from megatron_carve.recipe import Recipe
-from megatron_carve.run.folder import RunFolder
+from megatron_carve.run.folder import RunFolder, replace_text
 
 LOSS = "lm loss"
 # Steps over which speed is averaged: long enough to smooth, short enough to follow a change.
@@ -126,7 +126,7 @@ class Progress:
             "peak_memory_bytes": _peak_memory(),
             "seconds_of_this_start": round(time.monotonic() - self.started, 1),
         }
-        self.folder.summary.write_text(json.dumps(summary, indent=2) + "\n")
+        replace_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
         self.say(self._closing(summary))
 
     def _record(self, record: dict[str, Any]) -> None:
@@ -140,9 +140,7 @@ class Progress:
         """A killed run may have got further than its checkpoint; those steps are trained, and recorded, again."""
         if self.folder.metrics.exists():
             kept = [r for r in read_metrics(self.folder.metrics) if r["step"] < self.first_step]
-            partial = self.folder.metrics.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
-            partial.replace(self.folder.metrics)
+            replace_text(self.folder.metrics, "".join(json.dumps(r) + "\n" for r in kept))
 
     def _speed(self) -> float | None:
         if not self._steps:

@@ -52,6 +52,16 @@ def windows(tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, i
         first = end
 
 
+def check_windows(tokens: int, length: int, stride: int) -> None:
+    """Raise ValueError unless a text of so many tokens can be read in such windows."""
+    if length < 1:
+        raise ValueError(f"length: expected at least 1, got {length}")
+    if not 1 <= stride <= length:
+        raise ValueError(f"stride: expected 1 to length={length}, got {stride}")
+    if tokens < 2:
+        raise ValueError(f"text: expected at least 2 tokens, got {tokens}")
+
+
 @torch.no_grad()
 def text_perplexity(
     model: nn.Module, ids: Sequence[int] | Tensor, *, length: int, stride: int | None = None, text_bytes: int,
@@ -74,15 +84,10 @@ def text_perplexity(
         ValueError: fewer than two tokens, or a length, stride or batch out of range.
     """
     stride = length if stride is None else stride
-    if length < 1:
-        raise ValueError(f"length: expected at least 1, got {length}")
-    if not 1 <= stride <= length:
-        raise ValueError(f"stride: expected 1 to length={length}, got {stride}")
     if batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")
     text = torch.as_tensor(ids, dtype=torch.int64)
-    if text.numel() < 2:
-        raise ValueError(f"text: expected at least 2 tokens, got {text.numel()}")
+    check_windows(text.numel(), length, stride)
     device = next(model.parameters()).device
     nats = 0.0
     pending: list[tuple[int, int, int]] = []

@@ -164,7 +164,7 @@ def test_answers_are_put_to_their_questions(monkeypatch):
     monkeypatch.setattr(generation, "generate", generate)
     trained = SimpleNamespace(model=None, tokenizer=tokenizer, vocab_size=257)
     chosen = SimpleNamespace(samples=3, batch=2, seed=0)
-    rows = evaluate._needles(trained, ["single_3", "multikey_1"], [700, 1500], TEXT, chosen)
+    rows = evaluate._needles(trained, ["single_3", "multikey_1"], [700, 1500], TEXT, chosen)()["needles"]
     assert [row["accuracy"] for row in rows] == [1.0] * 20
     assert len(asked) == 60 and max(asked) <= 1500 and sum(580 < n <= 700 for n in asked) == 30
 
@@ -309,7 +309,8 @@ def folder(tmp_path_factory):
     train(folder, "debug", "run.name=recall", "training.steps=1")
     tasks = folder / "tasks"
     tasks.mkdir()
-    for name, text in (("choice", CHOICE), ("rolling", ROLLING), ("generate", GENERATE)):
+    nowhere = TASK.format(name="nowhere", data="nowhere", type="loglikelihood_rolling")
+    for name, text in (("choice", CHOICE), ("rolling", ROLLING), ("generate", GENERATE), ("nowhere", nowhere)):
         (tasks / f"{name}.yaml").write_text(text.replace("FOLDER", str(folder)))
     lines = {
         "choice": [{"context": "the cat", "choices": [" sat on the mat.", "#q8&% zz |}~"], "label": 0}] * 3,
@@ -354,6 +355,21 @@ def test_tasks_of_the_harness_on_data_made_here(folder):
     assert 0 < results["cats_perplexity"]["bits_per_byte,none"] < 5
     assert results["cats_generate"]["exact_match,none"] == 0.0
     assert "cats_choice" in done.stdout and "bits_per_byte" in done.stdout
+
+
+def test_what_was_found_stays_when_a_later_task_fails(folder):
+    words = ["--tasks", "perplexity,cats_nowhere", "--text", "cats.txt", "--include-path", "tasks", "--out", "some"]
+    done = program(folder, "evaluate", "runs/cats", *words, check=False)
+    assert done.returncode != 0 and "nowhere.jsonl" in done.stderr
+    assert "perplexity of cats.txt" in done.stdout
+    assert json.loads((folder / "some" / "results.json").read_text()).keys() == {"run", "step", "perplexity"}
+
+
+def test_a_mistake_in_a_later_task_is_found_before_the_first_one_begins(folder):
+    words = ["--tasks", "perplexity,single_1", "--text", "cats.txt", "--needle-lengths", "600,20"]
+    done = program(folder, "evaluate", "runs/cats", *words, check=False)
+    assert done.returncode == 2 and "error: length: expected at least" in done.stderr
+    assert "perplexity" not in done.stdout and "tokens, depth" not in done.stderr
 
 
 def test_mistakes_end_in_one_line(folder):
