@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_carve.run.folder import new_folder
 from megatron_carve.run.program import exit_status
 
 
@@ -26,8 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _export(run: str, out: Path, step: int | None) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out}: expected a new or empty folder")
+    with new_folder(out) as partial:
+        print("\n".join(_write(run, partial, out, step)))
+
+
+def _write(run: str, folder: Path, out: Path, step: int | None) -> list[str]:
+    """Fill the folder that becomes `out`; returns what a user should know about it."""
     # Here because torch and Megatron take seconds to import; a typing mistake need not wait.
     from megatron_carve.use import hugging_face
     from megatron_carve.use.trained import trained_model
@@ -46,10 +51,10 @@ def _export(run: str, out: Path, step: int | None) -> None:
             trained.recipe, padded, None if tokenizer is None else tokenizer.eod, trained.step
         )
         notes = hugging_face.write_folder(
-            out, weights, config, vocab_size=trained.vocab_size, tokenizer=tokenizer
+            folder, weights, config, vocab_size=trained.vocab_size, tokenizer=tokenizer
         )  # fmt: skip
         numbers = sum(w.numel() for w in weights.values())
-        print(f"{out}: step {trained.step}, {numbers:,} parameters", *notes, sep="\n")
+        return [f"{out}: step {trained.step}, {numbers:,} parameters", *notes]
 
 
 if __name__ == "__main__":

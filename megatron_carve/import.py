@@ -6,13 +6,15 @@ The name is a keyword, so the module can be run and not imported; its work is in
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_carve.recipe import Recipe
-from megatron_carve.run.folder import EARLIER_CARVE, RunFolder, is_earlier_carve
+from megatron_carve.run.folder import EARLIER_CARVE, RunFolder, is_earlier_carve, new_folder
 from megatron_carve.run.program import exit_status
 
 
@@ -38,10 +40,18 @@ def _import(folder: Path, run: Path) -> None:
         raise ValueError(f"{folder}: expected a folder that megatron_carve.export wrote, got model_type {kind!r}")
     if is_earlier_carve(config["recipe"]):
         raise ValueError(f"{folder}: the model is {EARLIER_CARVE}")
-    RunFolder(run).require_no_checkpoint()
+    with new_folder(run) as partial:
+        count = _write(folder, config, run, RunFolder(partial))
+    print(f"{run}: {count:,} parameters")
+
+
+def _write(folder: Path, config: dict[str, Any], run: Path, partial: RunFolder) -> int:
+    """Fill the folder that becomes the run's; returns the model's number of parameters."""
+    from megatron_carve.use import hugging_face
+
     data = config["recipe"]["data"]
     if "tokenizer" in data:
-        data["tokenizer"] = hugging_face.tokenizer_of(folder, data["tokenizer"], run)
+        data["tokenizer"] = hugging_face.tokenizer_of(folder, data["tokenizer"], partial.path)
     recipe = _recipe(config["recipe"], run, origin=str(folder / hugging_face.CONFIG))
     # Here because torch and Megatron take seconds to import; a typing mistake need not wait.
     from megatron_carve.use.trained import save_run
@@ -50,8 +60,10 @@ def _import(folder: Path, run: Path) -> None:
     if recipe.model.tie_embeddings:
         weights.pop("lm_head.weight", None)
     ours = hugging_face.from_hugging_face(weights, recipe)
-    made = save_run(recipe, ours, max(1, int(config.get("step", 1))))
-    print(f"{made}: {sum(w.numel() for w in ours.values()):,} parameters")
+    save_run(recipe, ours, max(1, int(config.get("step", 1))), partial)
+    moves_along = recipe.data.tokenizer.replace(str(partial.path.resolve()), str(run.resolve()))
+    partial.save_recipe(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tokenizer=moves_along)))
+    return sum(w.numel() for w in ours.values())
 
 
 def _recipe(values: dict, run: Path, *, origin: str) -> Recipe:

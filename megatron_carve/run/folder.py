@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -124,11 +126,6 @@ class RunFolder:
         """Steps of all checkpoints that were begun here, whole or not."""
         return sorted(int(path.name.removeprefix("iter_")) for path in self.checkpoints.glob("iter_*[0-9]"))
 
-    def require_no_checkpoint(self) -> None:
-        """Raise CheckpointError if one was begun here."""
-        if self.checkpoint_steps():
-            raise CheckpointError(f"{self.checkpoints}: expected a run without checkpoints, but there is one")
-
     def saved_recipe(self) -> Recipe:
         """The recipe that the checkpoint here was trained with.
 
@@ -176,6 +173,31 @@ def replace_text(path: Path, text: str) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill: what is in it when the block ends is in `path`, and nothing is if the block fails.
+
+    What a killed program left of it is removed first.
+
+    Raises:
+        FileExistsError: `path` is a file, or holds others.
+    """
+    partial = path / ".partial"
+    there = path.exists()
+    if there and (not path.is_dir() or any(found != partial for found in path.iterdir())):
+        raise FileExistsError(f"{path}: expected a new or empty folder")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for made in partial.iterdir():
+            made.rename(path / made.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not there and not any(path.iterdir()):
+            path.rmdir()
 
 
 EARLIER_CARVE = (

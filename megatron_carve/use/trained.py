@@ -119,19 +119,18 @@ def _in_evaluation(
         yield Trained(unwrap_model(models)[0].eval(), recipe, 0, vocab, torch.device(device), tokenizer), models
 
 
-def save_run(recipe: Recipe, weights: Mapping[str, torch.Tensor], step: int) -> Path:
+def save_run(recipe: Recipe, weights: Mapping[str, torch.Tensor], step: int, run: RunFolder) -> None:
     """Make a run of a model's weights: its recipe and a checkpoint without an optimizer, from which others go on.
 
     Args:
-        recipe: of the run; run.name and run.folder say where.
+        recipe: of the run.
         weights: by the names of a model with local layers.
         step: of the checkpoint, at least 1.
+        run: where they are written.
 
     Raises:
-        ValueError: weights of other shapes. CheckpointError: the run has a checkpoint already.
+        ValueError: weights of other shapes.
     """
-    run = RunFolder(recipe.run.path)
-    run.require_no_checkpoint()
     built = _for_one_process(recipe, "cpu", "local", "torch")
     with session():
         choose_device("cpu")
@@ -149,7 +148,6 @@ def save_run(recipe: Recipe, weights: Mapping[str, torch.Tensor], step: int) -> 
         run.save_recipe(recipe)
         with contextlib.redirect_stdout(io.StringIO()):
             save_checkpoint(step, models, None, None, 0)
-    return run.path
 
 
 def _for_one_process(recipe: Recipe, device: Any, layers: Any, backend: Any) -> Recipe:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed.checkpoint
 
 from megatron_carve.recipe import load_recipe
-from megatron_carve.run.folder import MODEL_ARGUMENTS, CheckpointError, RunFolder, architecture
+from megatron_carve.run.folder import MODEL_ARGUMENTS, CheckpointError, RunFolder, architecture, new_folder
 
 SMALL = """\
 model:
@@ -406,3 +406,30 @@ class TestLock:
         monkeypatch.setattr("fcntl.lockf", refuse)
         with caplog.at_level(logging.INFO, logger="megatron_carve"), RunFolder(tmp_path / "run").lock():
             assert "this storage has no locks (No locks available)" in caplog.text
+
+
+class TestNewFolder:
+    def test_it_is_there_when_all_went_well(self, tmp_path):
+        (tmp_path / "out" / ".partial" / "of a killed program").mkdir(parents=True)
+        with new_folder(tmp_path / "out") as partial:
+            (partial / "deep").mkdir()
+            (partial / "deep" / "file").write_text("1")
+            assert not (tmp_path / "out" / "deep").exists()
+        assert [p.name for p in (tmp_path / "out").iterdir()] == ["deep"]
+        assert (tmp_path / "out" / "deep" / "file").read_text() == "1"
+
+    @pytest.mark.parametrize("there", [False, True])
+    def test_nothing_is_when_it_failed(self, tmp_path, there):
+        if there:
+            (tmp_path / "out").mkdir()
+        with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out") as partial:
+            (partial / "file").write_text("1")
+            raise KeyboardInterrupt
+        assert (tmp_path / "out").exists() is there and not list(tmp_path.glob("out/*"))
+
+    def test_what_is_there_stays(self, tmp_path):
+        (tmp_path / "file").write_text("1")
+        for path in (tmp_path, tmp_path / "file"):
+            with pytest.raises(FileExistsError, match="expected a new or empty folder"), new_folder(path):
+                pass
+        assert (tmp_path / "file").read_text() == "1"

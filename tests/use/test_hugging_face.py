@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import resource
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -229,9 +231,37 @@ def test_mistakes_end_in_one_line(folder, exported):
         (["other_model", "back/none"], "expected a folder that megatron_carve.export wrote, got model_type 'llama'"),
         (["earlier_form", "back/none"], "earlier_form: the model is CARVE as this package built it before the paper's"),
         (["damaged", "back/none"], "model.safetensors: expected 55 tensors, but model.norm.weight is missing"),
-        ([exported["plain"], "runs/plain"], "expected a run without checkpoints, but there is one"),
+        ([exported["plain"], "runs/plain"], "runs/plain: expected a new or empty folder"),
     ]
     assert_complaints(folder, "import", imports)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["export", "import"])
+def test_a_killed_program_leaves_nothing_in_its_own_way(folder, exported, name):
+    words = ["runs/plain", "out/killed"] if name == "export" else [exported["plain"], "back/killed"]
+    target = folder / words[1]
+    process = subprocess.Popen([sys.executable, "-m", f"megatron_carve.{name}", *words], cwd=folder)
+    deadline = time.monotonic() + 120
+    while not any((target / ".partial").glob("*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    process.wait(60)
+    assert [found.name for found in target.iterdir()] == [".partial"]
+    program(folder, name, *words)
+    assert (target / ("model.safetensors" if name == "export" else "checkpoints")).exists()
+    assert not (target / ".partial").exists()
+
+
+@pytest.mark.slow
+def test_where_the_disk_is_full_no_half_export_stays(folder, exported):
+    def no_large_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    words = [sys.executable, "-m", "megatron_carve.export", "runs/plain", "out/full"]
+    assert exported["plain"] and subprocess.run(words, cwd=folder, preexec_fn=no_large_files).returncode != 0
+    assert not (folder / "out/full").exists()
 
 
 def small_model(**options):
