@@ -1,6 +1,7 @@
 """Runtime patches to Megatron-Core: one per file, applied by whoever needs them and never at import."""
 
 from megatron_carve.patches.adam_resume import adam_resume
+from megatron_carve.patches.checkpoint_index import ForeignObject, checkpoint_index, read_index
 from megatron_carve.patches.cpu_mode import cpu_mode
 from megatron_carve.patches.dataset_helpers import dataset_helpers
 from megatron_carve.patches.flops import flops
@@ -12,12 +13,14 @@ from megatron_carve.patches.patch import Patch, PatchError, Replacement, applied
 from megatron_carve.patches.training_events import TrainingListener, training_events
 
 __all__ = [
+    "ForeignObject",
     "Patch",
     "PatchError",
     "Replacement",
     "TrainingListener",
     "adam_resume",
     "applied_patches",
+    "checkpoint_index",
     "cpu_mode",
     "dataset_helpers",
     "flops",
@@ -25,5 +28,6 @@ __all__ = [
     "layer_symbols",
     "mixed_precision_groups",
     "mtp_stack",
+    "read_index",
     "training_events",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import shutil
 import socket
@@ -122,6 +123,14 @@ class RunFolder:
         """Raise CheckpointError unless the checkpoint of this step is there with every byte its index refers to."""
         _check_whole(self._checkpoint(step))
 
+    def check_contents(self, step: int) -> None:
+        """Raise CheckpointError if the checkpoint of this step holds pickled objects that Megatron does not keep there.
+
+        This imports Megatron, which tells torch what it keeps.
+        """
+        if TRUSTING not in os.environ:
+            _check_contents(self._checkpoint(step))
+
     def checkpoint_steps(self) -> list[int]:
         """Steps of all checkpoints that were begun here, whole or not."""
         return sorted(int(path.name.removeprefix("iter_")) for path in self.checkpoints.glob("iter_*[0-9]"))
@@ -166,6 +175,10 @@ class RunFolder:
 
     def _checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"iter_{step:07d}"
+
+
+# By which torch's users ask for checkpoints to be unpickled, whatever is in them.
+TRUSTING = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -233,15 +246,42 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
 
 def _index(folder: Path) -> Any:
     """torch's description of the checkpoint in a folder."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from megatron_carve.patches import ForeignObject, read_index
 
     for name in ("metadata.json", ".metadata"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: the checkpoint is incomplete: {name} is missing; it was left as it is")
     try:
-        return FileSystemReader(folder).read_metadata()
+        with (folder / ".metadata").open("rb") as file:
+            return read_index(file)
+    except ForeignObject as error:
+        raise CheckpointError(f"{folder}: the checkpoint's index .metadata holds {error}; it was not loaded") from None
     except Exception as error:  # whatever a damaged pickle may raise
         raise CheckpointError(f"{folder}: the checkpoint's index .metadata is damaged: {error}") from None
+
+
+def _check_contents(folder: Path) -> None:
+    import megatron.core  # noqa: F401
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+    from torch.serialization import get_unsafe_globals_in_checkpoint
+
+    index = _index(folder)
+    for place, part in (index.storage_data or {}).items():
+        if not isinstance(index.state_dict_metadata.get(place.fqn), BytesStorageMetadata):
+            continue
+        with (folder / part.relative_path).open("rb") as file:
+            file.seek(part.offset)
+            entry = io.BytesIO(file.read(part.length))
+        name = place.fqn.partition("/")[0]
+        try:
+            foreign = get_unsafe_globals_in_checkpoint(entry)
+        except Exception as error:  # whatever a damaged archive may raise
+            raise CheckpointError(f"{folder}: {name} of the checkpoint is damaged: {error}") from None
+        if foreign:
+            raise CheckpointError(
+                f"{folder}: {name} holds {', '.join(sorted(foreign))}, which Megatron does not keep in checkpoints and "
+                f"may run anything; it was not loaded. {TRUSTING}=1 in the environment loads what you trust"
+            )
 
 
 def _check_whole(folder: Path) -> None:

@@ -161,6 +161,7 @@ def _checkpoint_to_load(recipe: Recipe, folder: RunFolder) -> tuple[RunFolder | 
     if step is not None:
         folder.check_same_model(recipe)
         folder.check_optimizer(step, recipe)
+        folder.check_contents(step)
         for key in ("text", "indexed"):
             was, now = getattr(folder.saved_recipe().data, key), getattr(recipe.data, key)
             if was != now:
@@ -173,6 +174,7 @@ def _checkpoint_to_load(recipe: Recipe, folder: RunFolder) -> tuple[RunFolder | 
     if step is None:
         raise CheckpointError(f"checkpoint.load: no checkpoint in {other.checkpoints}; expected the folder of a run")
     other.check_same_model(recipe)
+    other.check_contents(step)
     if recipe.checkpoint.weights_only:
         return other, 0, False
     other.check_optimizer(step, recipe)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_carve.patches import TrainingListener
 
-# What a program for one process sets for Megatron and torch.distributed, and Megatron for Transformer Engine.
+# What a program sets for Megatron, torch.distributed and torch.load, and Megatron for Transformer Engine.
 ENVIRONMENT = (
     "CUDA_DEVICE_MAX_CONNECTIONS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
-    "NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN",
+    "NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN", "TORCH_FORCE_WEIGHTS_ONLY_LOAD",
 )  # fmt: skip
 
 
@@ -26,6 +26,9 @@ def session() -> Iterator[None]:
     the CPU, Megatron goes without GPU libraries for the rest of the process.
     """
     environment = {name: os.environ.get(name) for name in ENVIRONMENT}
+    if "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ:
+        # Of what strangers may have pickled into a checkpoint torch then makes only the types that Megatron names.
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     before, joined = _patches_in_force(), _in_a_group()
     try:
         yield
@@ -66,6 +69,7 @@ def patch_megatron(listener: TrainingListener | None = None) -> None:
         patches.dataset_helpers,
         patches.layer_symbols,
         patches.adam_resume,
+        patches.checkpoint_index,
         patches.mixed_precision_groups,
         patches.forward_hooks,
         patches.mtp_stack(MixerStack),

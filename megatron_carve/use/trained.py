@@ -80,6 +80,7 @@ def trained_model(
     with _in_evaluation(recipe, found, weights) as (trained, models):
         from megatron.training.checkpointing import load_checkpoint
 
+        run.check_contents(step)
         with contextlib.redirect_stdout(io.StringIO()):
             load_checkpoint(models, None, None)
         yield dataclasses.replace(trained, step=step)

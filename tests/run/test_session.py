@@ -1,10 +1,14 @@
 """What a program sets up in its process is undone at its end, so that others can follow there."""
 
+import fractions
+import io
 import os
+import pickle
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support.forks import checked, run_forked
 from support.train import losses
 
@@ -64,6 +68,21 @@ def test_a_session_leaves_things_as_they_were(tmp_path, monkeypatch):
             assert [Path(sys.argv[0]).name, *sys.argv[1:]] == [kept, "--one", "--two"]
     assert "RANK" not in os.environ
     assert applied_patches() == before
+
+
+def test_in_a_session_pickles_are_not_trusted(monkeypatch):
+    torch.save(fractions.Fraction(1, 2), file := io.BytesIO())
+
+    def load():
+        file.seek(0)
+        return torch.load(file, weights_only=False)
+
+    with session(), pytest.raises(pickle.UnpicklingError, match=r"fractions\.Fraction"):
+        load()
+    assert load() == fractions.Fraction(1, 2)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with session():
+        assert load() == fractions.Fraction(1, 2)
 
 
 def test_a_session_keeps_patches_that_were_in_force(tmp_path):

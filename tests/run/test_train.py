@@ -1,7 +1,10 @@
 """The training program from end to end, as a user runs it: learn, be killed, resume, run on several processes."""
 
+import fractions
+import io
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -12,9 +15,11 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.forks import checked, run_forked
 from support.parallel import launch
+from support.programs import program
 from support.train import losses, train, train_ranks
 
 from megatron_carve.run.progress import read_metrics
@@ -68,6 +73,34 @@ def test_every_evaluation_sees_the_same_text(folder, straight):
     """After the last step there are two."""
     said = re.findall("validation at step 12: (.*)", straight.stdout)
     assert len(said) == 2 and said[0] == said[1]
+
+
+@pytest.mark.parametrize("place", ["the index", "common_state"])
+def test_what_a_stranger_has_pickled_into_a_checkpoint_is_not_loaded(folder, straight, place):
+    from torch.distributed.checkpoint import FileSystemReader
+
+    name = place.replace(" ", "_")
+    shutil.copytree(folder / "runs/straight", folder / "runs" / name)
+    checkpoint = folder / "runs" / name / "checkpoints/iter_0000012"
+    index = FileSystemReader(checkpoint).read_metadata()
+    if place == "the index":
+        index.storage_meta.save_id = fractions.Fraction(1, 2)
+    else:
+        part = next(part for at, part in index.storage_data.items() if at.fqn.startswith(place))
+        file = checkpoint / part.relative_path
+        whole = file.read_bytes()
+        state = torch.load(io.BytesIO(whole[part.offset :][: part.length]), weights_only=False)
+        state[0]["harmless"] = fractions.Fraction(1, 2)
+        torch.save(state, changed := io.BytesIO())
+        file.write_bytes(whole + changed.getvalue())
+        part.offset, part.length = len(whole), len(changed.getvalue())
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(index))
+    on_text = [f"run.name={name}", "data.text=cats.txt", "training.steps=14"]
+    for words in (["train", "tiny.yaml", *on_text], ["export", f"runs/{name}", "exported"]):
+        done = program(folder, *words, check=False)
+        assert done.returncode == 2, done
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("error: ") and "holds fractions.Fraction, which" in last and "not loaded" in last
 
 
 def test_a_finished_run_is_not_trained_again(folder, straight):

@@ -14,6 +14,7 @@ def real_patches():
         "dataset_helpers": patches.dataset_helpers,
         "layer_symbols": patches.layer_symbols,
         "adam_resume": patches.adam_resume,
+        "checkpoint_index": patches.checkpoint_index,
         "mixed_precision_groups": patches.mixed_precision_groups,
         "forward_hooks": patches.forward_hooks,
         "cpu_mode": patches.cpu_mode,
