@@ -282,13 +282,21 @@ class Checkpoint(_Checked):
 
     interval: int | None = 1000
     """Steps between checkpoints; null saves none, not even at the end."""
+    keep: int | None = None
+    """How many of the newest checkpoints stay; all if null."""
+    keep_every: int | None = None
+    """With `keep`: those at multiples of this step stay too."""
+    keep_best: bool = False
+    """With `keep`: of those at whose step an evaluation was made, the one with the least loss stays too."""
     load: str | None = None
     """Folder of another run to continue, when this run has no checkpoint yet: weights, optimizer, step and data."""
     weights_only: bool = False
     """Take only the weights from `load`; step, optimizer and data begin anew."""
 
     def check(self) -> None:
-        _at_least(self, 1, "interval")
+        _at_least(self, 1, "interval", "keep", "keep_every")
+        if self.keep is None and (self.keep_every is not None or self.keep_best):
+            raise ValueError("keep: expected a number beside keep_every or keep_best, got null, which keeps all")
         if self.weights_only and self.load is None:
             raise ValueError("weights_only: expected load to name a run, got null")
 

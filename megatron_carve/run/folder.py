@@ -121,7 +121,7 @@ class RunFolder:
 
     def check_whole(self, step: int) -> None:
         """Raise CheckpointError unless the checkpoint of this step is there with every byte its index refers to."""
-        _check_whole(self._checkpoint(step))
+        _check_whole(self.checkpoint(step))
 
     def check_contents(self, step: int) -> None:
         """Raise CheckpointError if the checkpoint of this step holds pickled objects that Megatron does not keep there.
@@ -129,7 +129,7 @@ class RunFolder:
         This imports Megatron, which tells torch what it keeps.
         """
         if TRUSTING not in os.environ:
-            _check_contents(self._checkpoint(step))
+            _check_contents(self.checkpoint(step))
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of all checkpoints that were begun here, whole or not."""
@@ -164,7 +164,7 @@ class RunFolder:
     def check_optimizer(self, step: int, recipe: Recipe) -> None:
         """Raise CheckpointError unless the checkpoint here has what the recipe's optimizer goes on from."""
         remedy = "begin another run from its weights alone: checkpoint.load=RUN checkpoint.weights_only=true"
-        if not any("optimizer." in name for name in _index(self._checkpoint(step)).state_dict_metadata):
+        if not any("optimizer." in name for name in _index(self.checkpoint(step)).state_dict_metadata):
             raise CheckpointError(f"{self.checkpoints}: the checkpoint has no state of an optimizer; {remedy}")
         theirs, ours = (r.megatron.get("optimizer", "adam") for r in (self.saved_recipe(), recipe))
         if theirs != ours:
@@ -173,7 +173,8 @@ class RunFolder:
                 f"{theirs!r} there and {ours!r} here); {remedy}"
             )
 
-    def _checkpoint(self, step: int) -> Path:
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint of this step."""
         return self.checkpoints / f"iter_{step:07d}"
 
 

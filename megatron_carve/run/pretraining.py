@@ -23,6 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from megatron_carve.notices import say_once
 from megatron_carve.patches import TrainingListener, applied_patches
 from megatron_carve.run.preflight import Plan
+from megatron_carve.run.retention import Retention
 from megatron_carve.run.session import command_line, patch_megatron
 from megatron_carve.run.stopping import Stopped, interruptible
 from megatron_carve.run.task import Task, count_parameters, model_config
@@ -76,7 +77,8 @@ def _where_it_stands(plan: Plan, by: signal.Signals) -> str:
 
 
 def _pretrain(plan: Plan, listener: TrainingListener, on_models: Callable[[Sequence[torch.nn.Module]], None]) -> int:
-    patch_megatron(FiniteGradients(listener))
+    rule = plan.recipe.checkpoint
+    patch_megatron(FiniteGradients(Retention(listener, rule, plan.folder, removes=plan.rank == 0)))
     say_once(f"patches to Megatron-Core: {', '.join(applied_patches())}")
     with command_line(plan.argv):
         args = parse_and_validate_args()

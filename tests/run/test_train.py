@@ -69,6 +69,13 @@ def test_a_run_on_text_learns_and_leaves_everything(folder, straight):
     assert "Warning" not in straight.stdout + straight.stderr
 
 
+def test_old_checkpoints_go(folder):
+    words = ["run.name=kept", "data.text=cats.txt", "checkpoint.interval=2", "training.eval_interval=4"]
+    train(folder, "tiny.yaml", *words, "checkpoint.keep=2", "checkpoint.keep_every=6")
+    checkpoints = (folder / "runs/kept/checkpoints").iterdir()
+    assert sorted(p.name for p in checkpoints if p.is_dir()) == ["iter_0000006", "iter_0000010", "iter_0000012"]
+
+
 def test_every_evaluation_sees_the_same_text(folder, straight):
     """After the last step there are two."""
     said = re.findall("validation at step 12: (.*)", straight.stdout)
