@@ -189,6 +189,7 @@ def test_of_equal_logits_the_first_is_the_prediction():
     assert right_predictions(logits, torch.tensor([[2, 2, 2]])).tolist() == [[0.0, 0.0, 0.0]]
 
 
+@pytest.mark.slow
 def test_importing_them_warns_of_nothing():
     """Megatron warns of every optional package that is missing."""
     done = subprocess.run([sys.executable, "-c", "import megatron_carve.specs"], capture_output=True, text=True)
