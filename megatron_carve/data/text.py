@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -26,6 +29,7 @@ logger = logging.getLogger(__name__)
 _SPLITS = ("train", "validation")
 _JSON_LINES = (".json", ".jsonl")
 _MANIFEST = "manifest.json"
+_PARTIAL, _LOCK = ".partial-", ".lock"
 _FORMAT = 2  # part of the cache key: raise it when the conversion changes
 _BLOCK_BYTES = 1 << 20
 _EDGE_BYTES = 1 << 16
@@ -88,8 +92,8 @@ def prepare_text(
     in ns and the SHA-256 of its first and last 64 KiB, the tokenizer's spec and vocabulary, `text_key` and
     `validation_fraction`. Size and time change with every ordinary write, the two ends tell apart files that a copying
     tool gave the same time, and hashing the whole of a large file would cost about as much as converting it. A
-    conversion is written beside that directory and renamed, so an interrupted one is never taken for a finished one; if
-    it was killed, a directory named .partial-* stays behind and may be deleted. Processes that convert the same text at
+    conversion is written beside that directory and renamed, so an interrupted one is never taken for a finished one;
+    what a killed one left, the next one removes. Processes that convert the same text at
     once all use the result of the first to finish, but it saves work to let one go ahead.
 
     Args:
@@ -113,8 +117,8 @@ def prepare_text(
     if directory.exists():
         return _load(directory, identity)
 
-    partial = directory.parent / f".partial-{directory.name}-{uuid.uuid4().hex}"
-    partial.mkdir(parents=True)
+    _remove_abandoned(directory.parent)
+    partial, lock = _begin(directory)
     try:
         if source.suffix.lower() in _JSON_LINES:
             pieces = _json_pieces(source, text_key, validation_fraction)
@@ -123,12 +127,14 @@ def prepare_text(
         splits = _convert(pieces, source, tokenizer, partial, progress)
         if _identity(source, tokenizer, text_key, validation_fraction) != identity:
             raise _changed(source)
+        (partial / _LOCK).unlink()
         files = {file.name: file.stat().st_size for file in partial.iterdir()}
         manifest = {"identity": identity, "splits": splits, "files": files}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         _publish(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        lock.close()
     return _load(directory, identity)
 
 
@@ -413,6 +419,33 @@ def _convert(
     finally:
         for writer in writers.values():
             writer.close()
+
+
+def _begin(directory: Path) -> tuple[Path, IO[str]]:
+    """A new folder for what becomes `directory`, and the lock that tells it from abandoned ones."""
+    new = directory.parent / f".new-{uuid.uuid4().hex}"
+    new.mkdir(parents=True)
+    lock = (new / _LOCK).open("w")
+    lock.write(socket.gethostname())
+    lock.flush()
+    with contextlib.suppress(OSError):  # storage without locks: then nothing is ever taken for abandoned
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return new.rename(directory.parent / f"{_PARTIAL}{directory.name}-{new.name.removeprefix('.new-')}"), lock
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Remove conversions of this machine whose process has ended: nobody holds their locks.
+
+    Of other machines none: there is storage that shows their locks as free.
+    """
+    for left in cache.glob(f"{_PARTIAL}*"):
+        try:
+            with (left / _LOCK).open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if lock.read() == socket.gethostname():
+                    shutil.rmtree(left, ignore_errors=True)
+        except OSError:
+            continue  # it goes on, or has just been finished, or locks do not work there
 
 
 def _publish(partial: Path, directory: Path) -> None:

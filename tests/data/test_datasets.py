@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -310,6 +311,17 @@ def test_killed_conversion_is_not_taken_for_a_finished_one(corpus, prepare, tmp_
     prepared = prepare(corpus, spy)
     assert spy.calls > 5
     assert texts(prepared.train_prefix)[0] + texts(prepared.validation_prefix)[0] == LINES
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [Path(prepared.train_prefix).parent.name]
+
+
+@pytest.mark.parametrize("host", ["of another", None])
+def test_conversions_that_may_go_on_elsewhere_stay(corpus, prepare, tmp_path, host):
+    """On another machine, or of a version without locks."""
+    (left := tmp_path / "cache" / ".partial-x").mkdir(parents=True)
+    if host is not None:
+        (left / ".lock").write_text(host)
+    prepare(corpus)
+    assert left.exists()
 
 
 def test_two_conversions_at_once_share_the_first_to_finish(corpus, prepare, tmp_path):
