@@ -19,6 +19,8 @@ _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_HEADER_BYTES = 34
 _INDEX_COUNT_OFFSET = 18
 
+_EDGE_BYTES = 1 << 16
+
 # How much of an indexed file is searched for ids outside the vocabulary: all of small ones, samples of large ones.
 _SAMPLES, _SAMPLE_TOKENS = 64, 1 << 20
 
@@ -203,6 +205,18 @@ def build_gpt_datasets(
         GPTDataset, list(num_samples), is_built_on_rank, config
     ).build()
     return train, validation, test
+
+
+def contents(prefixes: Sequence[str]) -> str:
+    """Of the contents of indexed files, for telling whether they have changed: lengths of all documents, and the first
+    and last 64 KiB of tokens; about a second per GB of .idx."""
+    together = hashlib.blake2b(_index_fingerprint(prefixes).encode(), digest_size=16)
+    for prefix in _blend_prefixes(prefixes):
+        with open(prefix + ".bin", "rb") as file:
+            together.update(file.read(_EDGE_BYTES))
+            file.seek(max(0, file.seek(0, 2) - _EDGE_BYTES))
+            together.update(file.read(_EDGE_BYTES))
+    return together.hexdigest()
 
 
 def _index_fingerprint(entries: Sequence[str]) -> str:

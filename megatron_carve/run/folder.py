@@ -70,6 +70,11 @@ class RunFolder:
     def loss_curve(self) -> Path:
         return self.path / "loss.png"
 
+    @property
+    def data_contents(self) -> Path:
+        """What datasets.contents of its data was when the run was last started; nothing for generated data."""
+        return self.path / "data.txt"
+
     def save_recipe(self, recipe: Recipe) -> None:
         """Write the resolved recipe, whole or not at all."""
         self.path.mkdir(parents=True, exist_ok=True)

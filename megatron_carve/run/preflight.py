@@ -15,7 +15,7 @@ from typing import IO, Literal
 import torch
 from torch.distributed import Store
 
-from megatron_carve.data.datasets import indexed_prefixes, require_indexed_tokens, require_known_ids
+from megatron_carve.data.datasets import contents, indexed_prefixes, require_indexed_tokens, require_known_ids
 from megatron_carve.data.text import PreparedText, prepare_text, require_tokens
 from megatron_carve.data.tokenizer import load_tokenizer
 from megatron_carve.kernels import require_triton_convolution, require_triton_support, resolve_backend
@@ -24,7 +24,7 @@ from megatron_carve.model.variants import MIXER_LETTERS, VARIANTS
 from megatron_carve.notices import say_once
 from megatron_carve.recipe import Recipe, check_layout
 from megatron_carve.recipe.arguments import check_extra, default_settings, megatron_argv, owned_settings
-from megatron_carve.run.folder import CheckpointError, RunFolder
+from megatron_carve.run.folder import CheckpointError, RunFolder, replace_text
 from megatron_carve.run.launch import join_processes, on_first_process, set_connections, use_device, world_size
 from megatron_carve.run.session import choose_device, command_line, patch_megatron
 from megatron_carve.run.vocabulary import recall_task
@@ -87,7 +87,7 @@ def prepare(recipe: Recipe) -> Plan:
     argv = _argv(recipe, start, layers, device)
     # Last, when nothing else can be wrong: the first writes, and tokenising takes long.
     locks: list[IO[str]] = []
-    text = on_first_process(store, rank, "text", lambda: _write(recipe, folder, locks))
+    text = on_first_process(store, rank, "text", lambda: _write(recipe, folder, start, locks))
     return Plan(recipe, folder, store, rank, device, layers, argv, start, text, locks)
 
 
@@ -112,11 +112,29 @@ def check_backend(recipe: Recipe, device: str) -> None:
         raise NotImplementedError(f"model.mixer_backend: {error}") from None
 
 
-def _write(recipe: Recipe, folder: RunFolder, locks: list[IO[str]]) -> PreparedText | None:
+def _write(recipe: Recipe, folder: RunFolder, start: Start, locks: list[IO[str]]) -> PreparedText | None:
     text = _prepared_text(recipe) if recipe.data.text is not None else None
     locks.append(folder.lock())
+    prefixes = [text.train_prefix, text.validation_prefix] if text is not None else recipe.data.indexed
+    now = contents(prefixes) if prefixes else ""
+    if start.load_from is not None and start.step:
+        _say_what_data_changed(recipe, RunFolder(start.load_from.parent), now)
     folder.save_recipe(recipe)
+    replace_text(folder.data_contents, now + "\n")
     return text
+
+
+def _say_what_data_changed(recipe: Recipe, source: RunFolder, now: str) -> None:
+    """A run that goes on with other data than its checkpoint was trained on does so in the knowledge of its user."""
+    before = source.saved_recipe().data
+    for key in ("text", "indexed"):
+        was, is_ = getattr(before, key), getattr(recipe.data, key)
+        if was != is_:
+            say_once(f"data.{key} was {was} when the checkpoint was saved and is {is_} now")
+            return
+    if source.data_contents.exists() and source.data_contents.read_text().strip() != now:
+        key = "text" if recipe.data.text is not None else "indexed"
+        say_once(f"data.{key}: {getattr(recipe.data, key)} is not what it was when the checkpoint was saved")
 
 
 def _find_start(recipe: Recipe, folder: RunFolder) -> Start:
@@ -162,10 +180,6 @@ def _checkpoint_to_load(recipe: Recipe, folder: RunFolder) -> tuple[RunFolder | 
         folder.check_same_model(recipe)
         folder.check_optimizer(step, recipe)
         folder.check_contents(step)
-        for key in ("text", "indexed"):
-            was, now = getattr(folder.saved_recipe().data, key), getattr(recipe.data, key)
-            if was != now:
-                say_once(f"data.{key} was {was} when the checkpoint was saved and is {now} now")
         return folder, step, True
     if recipe.checkpoint.load is None:
         return None, 0, False

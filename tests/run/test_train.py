@@ -82,6 +82,19 @@ def test_every_evaluation_sees_the_same_text(folder, straight):
     assert len(said) == 2 and said[0] == said[1]
 
 
+def test_other_data_than_the_checkpoints_are_said(folder):
+    (folder / "changing.txt").write_text(TEXT)
+    words = ["tiny.yaml", "run.name=changing", "data.text=changing.txt"]
+    train(folder, *words, "training.steps=4")
+    assert "data.text" not in train(folder, *words, "training.steps=5").stdout
+    (folder / "changing.txt").write_text(TEXT.replace("cat", "dog"))
+    changed = train(folder, *words, "training.steps=6").stdout
+    assert "data.text: changing.txt is not what it was when the checkpoint was saved" in changed
+    continues = ["tiny.yaml", "run.name=other", "data.text=cats.txt", "checkpoint.load=runs/changing"]
+    other = train(folder, *continues, "training.steps=7").stdout
+    assert "data.text was changing.txt when the checkpoint was saved and is cats.txt now" in other
+
+
 @pytest.mark.parametrize("place", ["the index", "common_state"])
 def test_what_a_stranger_has_pickled_into_a_checkpoint_is_not_loaded(folder, straight, place):
     from torch.distributed.checkpoint import FileSystemReader
