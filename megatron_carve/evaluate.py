@@ -143,8 +143,8 @@ def _needles(
             for i in range(count)
         ]
 
-    for task, length in itertools.product(tasks, lengths):
-        questions(task, length, 0.0, 1)  # what may be wrong does not depend on the depth
+    for task in tasks:  # a haystack that is none, or a text too short for the question, shows here
+        questions(task, min(lengths), 0.0, chosen.samples)
 
     def compute() -> dict[str, Any]:
         rows = []

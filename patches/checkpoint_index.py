@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_carve.patches.patch import Patch, Replacement
 
 _CHECKPOINT = "torch.distributed.checkpoint."
-# What torch 2.9 to 2.14 write.
+# What torch writes: these modules have the same classes in 2.9, 2.11 and 2.14.
 ADMITTED = {
     _CHECKPOINT + "metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",

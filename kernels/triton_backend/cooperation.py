@@ -1,7 +1,8 @@
 """Programs that work in teams: those of a team wait for each other's results, which pass through memory.
 
 A program takes its place when it starts, not by its number: so all places before it are taken, and the programs that
-are there first can always finish, in whatever order and however few at a time a GPU starts them. Two must run at once.
+are there first can always finish, in whatever order and however few at a time a GPU starts them; as many as a team has
+must run at once.
 """
 
 import functools

@@ -16,6 +16,7 @@ from typing import IO, Any
 from megatron_carve.model.variants import MIXER_LETTERS
 from megatron_carve.notices import say_once
 from megatron_carve.recipe import Recipe, RecipeError, load_recipe, written
+from megatron_carve.run.session import TRUSTING, trusts_pickles
 
 # Beginnings of the Megatron arguments that make a model what it is; the rest may change between two parts of a run.
 MODEL_ARGUMENTS = (
@@ -72,7 +73,7 @@ class RunFolder:
 
     @property
     def data_contents(self) -> Path:
-        """What datasets.contents of its data was when the run was last started; nothing for generated data."""
+        """What datasets.contents of its data was when the run was last started."""
         return self.path / "data.txt"
 
     def save_recipe(self, recipe: Recipe) -> None:
@@ -133,7 +134,7 @@ class RunFolder:
 
         This imports Megatron, which tells torch what it keeps.
         """
-        if TRUSTING not in os.environ:
+        if not trusts_pickles():
             _check_contents(self.checkpoint(step))
 
     def checkpoint_steps(self) -> list[int]:
@@ -181,10 +182,6 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint of this step."""
         return self.checkpoints / f"iter_{step:07d}"
-
-
-# By which torch's users ask for checkpoints to be unpickled, whatever is in them.
-TRUSTING = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -116,15 +116,16 @@ def _write(recipe: Recipe, folder: RunFolder, start: Start, locks: list[IO[str]]
     text = _prepared_text(recipe) if recipe.data.text is not None else None
     locks.append(folder.lock())
     prefixes = [text.train_prefix, text.validation_prefix] if text is not None else recipe.data.indexed
-    now = contents(prefixes) if prefixes else ""
+    now = contents(prefixes) if prefixes else None
     if start.load_from is not None and start.step:
         _say_what_data_changed(recipe, RunFolder(start.load_from.parent), now)
     folder.save_recipe(recipe)
-    replace_text(folder.data_contents, now + "\n")
+    if now is not None:
+        replace_text(folder.data_contents, now + "\n")
     return text
 
 
-def _say_what_data_changed(recipe: Recipe, source: RunFolder, now: str) -> None:
+def _say_what_data_changed(recipe: Recipe, source: RunFolder, now: str | None) -> None:
     """A run that goes on with other data than its checkpoint was trained on does so in the knowledge of its user."""
     before = source.saved_recipe().data
     for key in ("text", "indexed"):
@@ -132,7 +133,7 @@ def _say_what_data_changed(recipe: Recipe, source: RunFolder, now: str) -> None:
         if was != is_:
             say_once(f"data.{key} was {was} when the checkpoint was saved and is {is_} now")
             return
-    if source.data_contents.exists() and source.data_contents.read_text().strip() != now:
+    if now is not None and source.data_contents.exists() and source.data_contents.read_text().strip() != now:
         key = "text" if recipe.data.text is not None else "indexed"
         say_once(f"data.{key}: {getattr(recipe.data, key)} is not what it was when the checkpoint was saved")
 

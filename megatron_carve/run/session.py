@@ -18,6 +18,15 @@ ENVIRONMENT = (
 )  # fmt: skip
 
 
+# By which torch's users ask for checkpoints to be unpickled, whatever is in them.
+TRUSTING = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+def trusts_pickles() -> bool:
+    """Whether the environment asks for it, by torch's own reading."""
+    return os.environ.get(TRUSTING, "0").lower() in ("1", "y", "yes", "true")
+
+
 @contextlib.contextmanager
 def session() -> Iterator[None]:
     """A stretch of a program at whose end there is nothing left of Megatron's state, so that another can follow.
@@ -26,7 +35,7 @@ def session() -> Iterator[None]:
     the CPU, Megatron goes without GPU libraries for the rest of the process.
     """
     environment = {name: os.environ.get(name) for name in ENVIRONMENT}
-    if "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ:
+    if not trusts_pickles():
         # Of what strangers may have pickled into a checkpoint torch then makes only the types that Megatron names.
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     before, joined = _patches_in_force(), _in_a_group()

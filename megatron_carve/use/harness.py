@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 MOST_NEW_TOKENS = 256
 
 
+@functools.cache
+def _tasks(include_path: str | None) -> Any:
+    """The harness's TaskManager, which reads thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
 def require_tasks(names: Sequence[str], include_path: str | None = None) -> Any:
     """The harness's TaskManager, which knows these tasks.
 
@@ -26,11 +35,10 @@ def require_tasks(names: Sequence[str], include_path: str | None = None) -> Any:
         ValueError: a task that it does not know.
     """
     try:
-        from lm_eval.tasks import TaskManager
+        manager = _tasks(include_path)
     except ImportError as error:
         remedy = 'run: pip install "megatron-carve[evaluate]"'
         raise ImportError(f"--tasks: {', '.join(names)} need lm-evaluation-harness ({error}); {remedy}") from error
-    manager = TaskManager(include_path=include_path)
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
