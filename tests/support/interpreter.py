@@ -8,6 +8,7 @@ changed in place: every reference to them stays valid. The environment is left a
 
 import functools
 import gc
+import sys
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ def interpret() -> None:
     exported, triton.knobs.propagate_env = triton.knobs.propagate_env, False
     triton.knobs.runtime.interpret = True
     triton.knobs.propagate_env = exported
+    if content := sys.modules.get("megatron_carve.kernels.triton_backend.content"):
+        content.INTERPRETED.value = True  # the one thing that our kernels choose by it, when they are imported
     for function in [x for x in gc.get_objects() if type(x) is JITFunction]:
         function.interpreted = InterpretedFunction(function.fn)
         function.__class__ = InterpretedAfterwards
