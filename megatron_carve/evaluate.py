@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_carve.data.text import read_text
 from megatron_carve.run.folder import replace_text
-from megatron_carve.run.program import exit_status
+from megatron_carve.run.program import exit_status, run_parser
 from megatron_carve.use import needles
 
 if TYPE_CHECKING:
@@ -27,13 +27,12 @@ ANSWER_TOKENS = 48
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status. A user's mistake ends in one line on stderr and status 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_carve.evaluate",
-        description="Evaluates the model of a run. Tasks: perplexity (of --text), needles (all of "
+    parser = run_parser(
+        "evaluate",
+        "Evaluates the model of a run. Tasks: perplexity (of --text), needles (all of "
         f"{', '.join(needles.TASKS)}, or some by these names), and any task of lm-evaluation-harness by its name there "
         "(wikitext, lambada_openai, hellaswag, ...), which needs the package lm-eval and the task's data.",
     )
-    parser.add_argument("run", help="folder of the run, with recipe.yaml and checkpoints/ in it")
     parser.add_argument("--tasks", required=True, metavar="NAME,NAME", help="see above")
     parser.add_argument("--text", type=Path, metavar="FILE", help="for perplexity")
     parser.add_argument("--length", type=int, metavar="N", help="tokens read at once (default: as trained)")
@@ -47,7 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, metavar="N", help="examples of a harness's task (default: all)")
     parser.add_argument("--include-path", metavar="FOLDER", help="of further tasks for the harness")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the newest)")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for results.json and a heat map of the needles")
     chosen = parser.parse_args(arguments)

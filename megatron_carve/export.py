@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_carve.run.folder import new_folder
-from megatron_carve.run.program import exit_status
+from megatron_carve.run.program import exit_status, run_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status. A user's mistake ends in one line on stderr and status 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_carve.export",
-        description="Writes the model of a run, trained in whatever layout, as a folder for transformers "
+    parser = run_parser(
+        "export",
+        "Writes the model of a run, trained in whatever layout, as a folder for transformers "
         "(AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)): safetensors, config, tokenizer and "
         "modelling code. `python -m megatron_carve.import` goes back.",
     )
-    parser.add_argument("run", help="folder of the run, with recipe.yaml and checkpoints/ in it")
     parser.add_argument("out", type=Path, help="folder to write; new, or empty")
-    parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the newest)")
     chosen = parser.parse_args(arguments)
     return exit_status(lambda: _export(chosen.run, chosen.out, chosen.step))
 

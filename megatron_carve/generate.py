@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_carve.data.text import read_text
-from megatron_carve.run.program import exit_status
+from megatron_carve.run.program import exit_status, run_parser
 from megatron_carve.use.continuation import Continuation
 
 if TYPE_CHECKING:
@@ -23,13 +23,12 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status. A user's mistake ends in one line on stderr and status 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_carve.generate",
-        description="Continues texts with the model of a run. The continuation of one prompt is printed as it comes, "
+    parser = run_parser(
+        "generate",
+        "Continues texts with the model of a run. The continuation of one prompt is printed as it comes, "
         "those of several at the end, one after another. An empty prompt begins a document. Speed is reported on "
         "standard error.",
     )
-    parser.add_argument("run", help="folder of the run, with recipe.yaml and checkpoints/ in it")
     for name, metavar, what in (
         ("--prompt", "TEXT", "can be given several times, as can the next two"),
         ("--prompt-file", "FILE", "a text"),
@@ -43,7 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that make up P")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; can be repeated")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the newest)")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     chosen = parser.parse_args(arguments)
     return exit_status(lambda: _generate(chosen))

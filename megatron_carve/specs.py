@@ -39,10 +39,15 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_carve.model.attention import WindowedSelfAttention
 from megatron_carve.model.config import LayerImplementation
 from megatron_carve.model.local_layers import RMSNorm, StandaloneRMSNorm, fused_rms_norm_affine
-from megatron_carve.model.mixers import MIXERS, MixerSubmodules
+from megatron_carve.model.mixers.base import LinearAttentionMixer, MixerSubmodules
+from megatron_carve.model.mixers.carve import CarveMixer
+from megatron_carve.model.mixers.gdn2 import GDN2Mixer
+from megatron_carve.model.mixers.kda import KDAMixer
 from megatron_carve.model.stack import MixerStack, MixerStackSubmodules
 from megatron_carve.model.variants import MIXER_LETTERS, MixerKind
 from megatron_carve.notices import say_once
+
+MIXERS: dict[MixerKind, type[LinearAttentionMixer]] = {m.kind: m for m in (CarveMixer, GDN2Mixer, KDAMixer)}
 
 
 @dataclass(frozen=True)

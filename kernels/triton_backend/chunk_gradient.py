@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import CHUNK_TOKENS
+from .chunks import BT, chunk_rows
 from .decay import (
     LOG2_E,
     STEEPEST_LOG2_DECAY,
@@ -19,24 +20,11 @@ from .decay import (
     right_factor,
     sum_rows,
 )
+from .gates import GATE_SCALAR, GATE_SCALAR_LOGITS, GATE_VALUES, load_erase_gate, load_write_gate
+from .products import matmul
 from .stages import HOPPER, Call, Factors, GradientOperands, Inputs, Tuning
 from .steep import steep_gradient
-from .tiles import (
-    BT,
-    GATE_SCALAR,
-    GATE_SCALAR_LOGITS,
-    GATE_VALUES,
-    chunk_rows,
-    load_columns,
-    load_erase_gate,
-    load_matrix,
-    load_rows,
-    load_tile,
-    load_write_gate,
-    matmul,
-    store_rows,
-    store_tile,
-)
+from .tiles import load_columns, load_matrix, load_rows, load_tile, store_rows, store_tile
 
 VALUE_TUNING = {HOPPER: Tuning(0, 0, 4)}
 KEY_TUNING = {HOPPER: Tuning(64, 0, 4)}

@@ -5,19 +5,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import CHUNK_TOKENS
+from .chunks import BT, chunk_rows
 from .decay import UNSHIFT, erase_left, load_decay_to_end, load_left, right_factor
+from .gates import load_erase_gate, load_write_gate
+from .products import matmul, unit_triangular_inverse
 from .stages import HOPPER, Call, Factors, Inputs, Tuning
 from .steep import merge_scores, scores_of_steep_rows
-from .tiles import (
-    BT,
-    chunk_rows,
-    load_erase_gate,
-    load_rows,
-    load_write_gate,
-    matmul,
-    store_tile,
-    unit_triangular_inverse,
-)
+from .tiles import load_rows, store_tile
 
 TUNING = {HOPPER: Tuning(64, 64, 4, 2)}
 

@@ -22,9 +22,9 @@ from .decay import decay_factors
 from .delta_operands import delta_operands
 from .delta_state import delta_state, delta_state_gradient
 from .erasing_decay import DecayInputs, erasing_decay, erasing_decay_gradient
+from .gates import GATE_LOGITS, GATE_SCALAR, GATE_SCALAR_LOGITS, GATE_VALUES
 from .gradient_operands import gradient_operands
 from .stages import SEES_CONTENT, WIDEST_VALUES, Call, Content, Inputs, architecture
-from .tiles import GATE_LOGITS, GATE_SCALAR, GATE_SCALAR_LOGITS, GATE_VALUES
 
 # A raw decay whose softplus, and an erase logit whose sigmoid, is an exact 0.
 NONE = -1e4

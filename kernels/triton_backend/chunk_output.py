@@ -4,8 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunks import BT, chunk_rows
+from .products import matmul
 from .stages import HOPPER, Call, Inputs, Tuning
-from .tiles import BT, chunk_rows, load_matrix, load_tile, matmul, store_rows
+from .tiles import load_matrix, load_tile, store_rows
 
 TUNING = {HOPPER: Tuning(64, 128, 4, 1, 168)}
 

@@ -6,9 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import CHUNK_TOKENS
+from .chunks import BT, sequence_rows
 from .decay import load_total_decay
+from .products import matmul
 from .stages import HOPPER, Call, Factors, GradientOperands, Tuning
-from .tiles import BT, load_rows, load_tile, matmul, sequence_rows, store_tile
+from .tiles import load_rows, load_tile, store_tile
 
 TUNING = {HOPPER: Tuning(0, 64, 4, 3)}
 GRADIENT_TUNING = {HOPPER: Tuning(0, 64, 8, 2)}

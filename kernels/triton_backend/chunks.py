@@ -4,9 +4,13 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..checks import CHUNK_TOKENS
+
+BT = tl.constexpr(CHUNK_TOKENS)
 
 
 class Chunks(NamedTuple):
@@ -75,3 +79,25 @@ def _make(starts: Tensor, shift: Tensor, count: int) -> Chunks:
     high = torch.where(real, (ends[sequence] - row).clamp(max=CHUNK_TOKENS), 0)
     table = torch.stack([starts[sequence] - shift[sequence] + row, low, high, sequence], 1)
     return Chunks(table, torch.cat([torch.zeros_like(last[:1]), last]), lengths, count, lengths.shape[0])
+
+
+@triton.jit
+def chunk_rows(table, i_c):
+    """(token of row 0, first row that holds a token, row after the last one) of a chunk."""
+    return tl.load(table + i_c * 4), tl.load(table + i_c * 4 + 1), tl.load(table + i_c * 4 + 2)
+
+
+@triton.jit
+def chunk_sequence(table, i_c):
+    return tl.load(table + i_c * 4 + 3)
+
+
+@triton.jit
+def sequence_rows(table, begin, end):
+    """(token of row 0 of a sequence's first chunk, its first token, the one after its last); chunks begin to end.
+
+    For loops over a sequence's chunks, whose addresses then wait for no load.
+    """
+    row_0, low, _ = chunk_rows(table, tl.maximum(tl.minimum(begin, end - 1), 0))
+    last_row_0, _, high = chunk_rows(table, tl.maximum(end - 1, 0))
+    return row_0, row_0 + low, last_row_0 + high

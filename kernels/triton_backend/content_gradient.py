@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import CHUNK_TOKENS
+from .chunks import BT, sequence_rows
 from .content import (
     INTERPRETED,
     content_sizes,
@@ -21,20 +22,11 @@ from .content import (
 from .cooperation import announce, take_place, wait_for
 from .decay import SHIFTED, UNSHIFT
 from .erasing_decay import DecayInputs
+from .gates import load_scalar_gate
+from .products import matmul, pairs_of_halves
 from .stages import Call, Content, Factors, GradientOperands, Inputs
 from .steep import HALVINGS
-from .tiles import (
-    BT,
-    load_columns,
-    load_matrix,
-    load_scalar_gate,
-    load_tile,
-    matmul,
-    pairs_of_halves,
-    sequence_rows,
-    store_columns,
-    store_matrix,
-)
+from .tiles import load_columns, load_matrix, load_tile, store_columns, store_matrix
 
 
 class ContentGradients(NamedTuple):

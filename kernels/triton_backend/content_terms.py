@@ -9,26 +9,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import CHUNK_TOKENS
+from .chunks import BT, sequence_rows
 from .content import content_sizes, halving_mask, load_channels, log2_decay, sum_tokens, team_of, with_erase
 from .cooperation import announce, take_place, wait_for
 from .decay import SHIFT, UNSHIFT
 from .erasing_decay import DecayInputs
+from .gates import load_scalar_gate
+from .products import content_code, matmul, pairs_of_halves, unit_triangular_inverse
 from .stages import Call, Content, Inputs
 from .steep import HALVINGS
-from .tiles import (
-    BT,
-    content_code,
-    load_columns,
-    load_matrix,
-    load_scalar_gate,
-    load_tile,
-    matmul,
-    pairs_of_halves,
-    sequence_rows,
-    store_columns,
-    store_matrix,
-    unit_triangular_inverse,
-)
+from .tiles import load_columns, load_matrix, load_tile, store_columns, store_matrix
 
 # Masks of tokens [s, r]: s in the half of the chunk that r is in, and not after r; before r; not before r; after r.
 HALF_THROUGH, HALF_BEFORE, HALF_FROM, HALF_AFTER = (tl.constexpr(i) for i in range(4))

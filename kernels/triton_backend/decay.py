@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 
 from ..checks import CHUNK_TOKENS, LARGEST_A_LOG
+from .chunks import BT, chunk_rows, chunk_sequence
 from .stages import HOPPER, Call, Factors, Inputs, Tuning
-from .tiles import BT, chunk_rows, chunk_sequence, load_columns, load_rows, load_tile, store_tile
+from .tiles import load_columns, load_rows, load_tile, store_tile
 
 TUNING = {HOPPER: Tuning(64, 0, 4)}
 

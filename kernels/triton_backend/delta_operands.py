@@ -4,10 +4,12 @@ import triton
 import triton.language as tl
 
 from ..checks import CHUNK_TOKENS
+from .chunks import BT, chunk_rows
 from .decay import UNSHIFT, load_decay_to_end, load_left, right_factor, takes_loop_for_steep_rows
+from .products import matmul
 from .stages import HOPPER, Call, DeltaOperands, Factors, Inputs, Tuning
 from .steep import merge_scores, scores_of_steep_rows
-from .tiles import BT, chunk_rows, load_rows, matmul, store_tile
+from .tiles import load_rows, store_tile
 
 TUNING = {HOPPER: Tuning(64, 0, 4)}
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..checks import CHUNK_TOKENS
+from .chunks import BT, sequence_rows
 from .decay import (
     UNSHIFT,
     halved_rows,
@@ -29,24 +30,11 @@ from .decay import (
     right_factor,
 )
 from .delta_operands import SUM_ROWS
+from .gates import GATE_CONTENT, load_erase_gate, load_write_gate
+from .products import content_code, matmul, pairs_of_halves, unit_triangular_inverse
 from .stages import HOPPER, Call, Content, DeltaOperands, Factors, GradientOperands, Inputs, Tuning, column_block
 from .steep import HALVINGS, halved_scores, halving_factor
-from .tiles import (
-    BT,
-    GATE_CONTENT,
-    content_code,
-    load_columns,
-    load_erase_gate,
-    load_matrix,
-    load_rows,
-    load_write_gate,
-    matmul,
-    pairs_of_halves,
-    sequence_rows,
-    store_columns,
-    store_matrix,
-    unit_triangular_inverse,
-)
+from .tiles import load_columns, load_matrix, load_rows, store_columns, store_matrix
 
 TUNING = {HOPPER: Tuning(0, 0, 8, 2)}
 GRADIENT_TUNING = {HOPPER: Tuning(0, 0, 8, 2)}

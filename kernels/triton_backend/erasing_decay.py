@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunks import BT, chunk_rows
 from .decay import LOG2_E, STEEPEST_LOG2_DECAY, load_log2_decay, load_rate, softplus
 from .stages import Call
-from .tiles import BT, chunk_rows, load_columns, load_rows, store_rows
+from .tiles import load_columns, load_rows, store_rows
 
 # Key columns of a program.
 BLOCK = 64

@@ -5,21 +5,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import CHUNK_TOKENS
+from .chunks import BT, chunk_rows
 from .decay import UNSHIFT, erase_left, load_decay_to_end, load_left, right_factor, takes_loop_for_steep_rows
+from .gates import load_erase_gate, load_write_gate
+from .products import matmul
 from .stages import HOPPER, Call, Factors, GradientOperands, Inputs, Tuning
 from .steep import merge_scores, scores_of_steep_rows
-from .tiles import (
-    BT,
-    chunk_rows,
-    load_erase_gate,
-    load_matrix,
-    load_rows,
-    load_tile,
-    load_write_gate,
-    matmul,
-    store_matrix,
-    store_tile,
-)
+from .tiles import load_matrix, load_rows, load_tile, store_matrix, store_tile
 
 TUNING = {HOPPER: Tuning(64, 0, 4)}
 

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from .chunks import Chunks
-from .tiles import GATE_CONTENT, GATE_SCALAR, GATE_SCALAR_LOGITS
+from .gates import GATE_CONTENT, GATE_SCALAR, GATE_SCALAR_LOGITS
 
 SEES_CONTENT = GATE_CONTENT.value
 # Values wider than this count as several heads of this width wherever columns of values do not depend on each other.

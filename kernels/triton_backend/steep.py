@@ -13,9 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import CHUNK_TOKENS
+from .chunks import BT, chunk_rows
 from .decay import erase_left, halved_rows, has_halved_rows, load_late_factors, load_log2_decay, sum_rows
+from .gates import load_erase_gate
+from .products import matmul, pairs_of_halves
 from .stages import HOPPER, Call, Factors, Inputs, Tuning
-from .tiles import BT, chunk_rows, load_erase_gate, load_rows, matmul, pairs_of_halves, store_rows, store_tile
+from .tiles import load_rows, store_rows, store_tile
 
 TUNING = {HOPPER: Tuning(64, 0, 4)}
 

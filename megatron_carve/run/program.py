@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -12,6 +13,14 @@ from typing import TextIO
 
 from megatron_carve.run.session import session
 from megatron_carve.run.stopping import Stopped
+
+
+def run_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a program that works with a trained model: which run, and which of its checkpoints."""
+    parser = argparse.ArgumentParser(prog=f"python -m megatron_carve.{program}", description=description)
+    parser.add_argument("run", help="folder of the run, with recipe.yaml and checkpoints/ in it")
+    parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the newest)")
+    return parser
 
 
 def exit_status[T](

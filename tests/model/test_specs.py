@@ -7,7 +7,8 @@ import pytest
 import torch
 from support.models import config, groups, hybrid_model, one_process, token_losses
 
-from megatron_carve.model.mixers import CarveMixer, GDN2Mixer
+from megatron_carve.model.mixers.carve import CarveMixer
+from megatron_carve.model.mixers.gdn2 import GDN2Mixer
 
 
 @pytest.fixture(scope="module", autouse=True)
