@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from megatron_carve.notices import say_once
 from megatron_carve.patches import TrainingListener, applied_patches
+from megatron_carve.run.compiling import compile_kernels
 from megatron_carve.run.preflight import Plan
 from megatron_carve.run.retention import Retention
 from megatron_carve.run.session import command_line, patch_megatron
@@ -90,6 +91,11 @@ def _pretrain(plan: Plan, listener: TrainingListener, on_models: Callable[[Seque
         on_models(built)
         return built
 
+    def compiled(built: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        compile_kernels(built, plan.recipe)
+        return built
+
+    config.pre_wrap_hooks = [compiled]  # data parallelism's wrapper watches what is called
     config.post_wrap_hooks = [remember]
     task = Task(plan.recipe, plan.start.vocab_size, plan.start.eod, plan.text)
 

@@ -1,5 +1,6 @@
 """The mixer layers: sizes, gates, precision, packing, errors."""
 
+import dataclasses
 import itertools
 from types import SimpleNamespace
 
@@ -177,6 +178,28 @@ def test_packed_documents_equal_the_documents_alone(kind):
     together = mixer(x, packed_seq_params=packed)[0]
     alone = torch.cat([mixer(part)[0] for part in x.split(lengths)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_a_rehearsal_calls_the_op_as_a_step_does_and_leaves_nothing_behind(kind, monkeypatch):
+    mixer = build(kind)
+    calls = []
+
+    def remember(inputs):
+        call = type(mixer).op_call(mixer, inputs)
+        calls.append({f.name: getattr(call, f.name) for f in dataclasses.fields(call)})
+        return call
+
+    monkeypatch.setattr(mixer, "op_call", remember)
+    x = hidden_states()
+    mixer.rehearse(*x.shape[:2])
+    assert all(p.grad is None for p in mixer.parameters())
+    mixer(x)
+    rehearsed, real = (
+        {name: (x.shape, x.stride(), x.dtype) if torch.is_tensor(x) else x for name, x in call.items()}
+        for call in calls
+    )
+    assert rehearsed == real
 
 
 @pytest.mark.parametrize("kind", VARIANTS)

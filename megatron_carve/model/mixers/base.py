@@ -182,6 +182,24 @@ class LinearAttentionMixer(MegatronModule):
         if inference_context is not None:
             self._check_inference(packed_seq_params)
         projected, _ = self.in_proj(hidden_states)
+        return self.out_proj(self._between_projections(projected, cu_seqlens, packed_seq_params, inference_context))
+
+    def rehearse(self, tokens: int, batch: int) -> None:
+        """Forward and backward between the projections, on zeros, for what that needs to have compiled.
+
+        Args:
+            tokens, batch: of the projection's output, [T, B, sections]; all ranks of a layer call it with the same.
+        """
+        weight = next(self.in_proj.parameters())
+        projected = weight.new_zeros(tokens, batch, sum(self.local_sizes.values()), requires_grad=True)
+        out = self._between_projections(projected)
+        inputs = [projected, *(p for p in self.parameters() if p.requires_grad)]
+        torch.autograd.grad(out, inputs, torch.zeros_like(out), allow_unused=True)
+
+    def _between_projections(
+        self, projected: Tensor, cu_seqlens: Tensor | None = None, packed_seq_params=None, inference_context=None
+    ) -> Tensor:
+        """From the fused projection, [T, B, sections], to what out_proj takes; see forward."""
         order = self.exchange.order(projected.shape[0], packed_seq_params, self.packed_order, projected.device)
         pieces, gate = self._pieces(projected)
         mine = self.exchange.enter(pieces, order)
@@ -196,7 +214,7 @@ class LinearAttentionMixer(MegatronModule):
         # The norm takes [B, T, H, V], in whichever order they lie in memory.
         gate = None if gate is None else gate.unflatten(-1, out.shape[-2:]).transpose(0, 1)
         out = self.out_norm(out.transpose(0, 1), gate, self.backend).transpose(0, 1)
-        return self.out_proj(out.flatten(-2).contiguous())
+        return out.flatten(-2).contiguous()
 
     def _pieces(self, projected: Tensor) -> tuple[list[tuple[Tensor, list[int]]], Tensor | None]:
         """From the fused projection [T, B, sections]: what the recurrence needs, by sections, and the output gate.

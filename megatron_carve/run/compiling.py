@@ -1,0 +1,39 @@
+"""What a model's first step would compile, compiled before it, side by side and with a word about it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import wait
+
+import torch
+
+from megatron_carve.model.mixers.base import LinearAttentionMixer
+from megatron_carve.notices import say_once
+from megatron_carve.recipe import Recipe
+
+# Seconds in which kernels of an earlier start are all read; what takes longer is said.
+READ = 2.0
+
+
+def compile_kernels(models: Sequence[torch.nn.Module], recipe: Recipe) -> None:
+    """Compile the Triton kernels of the mixers on this rank, as the recipe's steps will call them. All ranks call
+    it, with models that nothing is wrapped around yet.
+
+    Kernels of an earlier start come from Triton's cache.
+    """
+    by_kind = {m.kind: m for model in models for m in model.modules() if isinstance(m, LinearAttentionMixer)}
+    mixers = [m for m in by_kind.values() if next(m.parameters()).is_cuda and m.backend != "torch"]
+    if not mixers:
+        return
+    from megatron_carve.kernels.triton_backend.compiling import compiling
+
+    began = time.monotonic()
+    with compiling() as kernels:
+        for mixer in mixers:
+            mixer.rehearse(recipe.training.seq_length // recipe.parallel.context, recipe.training.micro_batch_size)
+        if wait(kernels, READ).not_done:
+            say_once(f"compiling {len(kernels)} Triton kernels for {', '.join(m.kind for m in mixers)}, kept for later")
+    seconds = time.monotonic() - began
+    if seconds > READ:
+        say_once(f"compiled in {seconds:.0f} s")
