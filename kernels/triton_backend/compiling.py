@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -46,10 +46,20 @@ class _Compilers(ThreadPoolExecutor):
     """Remembers what it was given. Threads will do, since compilers work outside Python for most of their time."""
 
     def __init__(self, threads: int | None) -> None:
-        super().__init__(threads)
+        self.on_gpu = torch.cuda.is_available()
+        if self.on_gpu:
+            super().__init__(threads, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))
+        else:
+            super().__init__(threads)
         self.kernels: list[Future[Any]] = []
 
-    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        future = super().submit(*args, **kwargs)
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future = super().submit(self._launchable, work, *args, **kwargs)
         self.kernels.append(future)
         return future
+
+    def _launchable(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        kernel = work(*args, **kwargs)
+        if self.on_gpu:
+            _ = kernel.run  # compiles the launcher, a C program, which a first launch would wait for
+        return kernel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import wait
+from threading import Timer
 
 import torch
 
@@ -28,12 +28,18 @@ def compile_kernels(models: Sequence[torch.nn.Module], recipe: Recipe) -> None:
         return
     from megatron_carve.kernels.triton_backend.compiling import compiling
 
+    kinds = ", ".join(m.kind for m in mixers)
+    notice = Timer(
+        READ, say_once, [f"compiling Triton kernels for {kinds}: once on a machine, while they are the same"]
+    )
     began = time.monotonic()
-    with compiling() as kernels:
-        for mixer in mixers:
-            mixer.rehearse(recipe.training.seq_length // recipe.parallel.context, recipe.training.micro_batch_size)
-        if wait(kernels, READ).not_done:
-            say_once(f"compiling {len(kernels)} Triton kernels for {', '.join(m.kind for m in mixers)}, kept for later")
+    notice.start()
+    try:
+        with compiling() as kernels:
+            for mixer in mixers:
+                mixer.rehearse(recipe.training.seq_length // recipe.parallel.context, recipe.training.micro_batch_size)
+    finally:
+        notice.cancel()
     seconds = time.monotonic() - began
     if seconds > READ:
-        say_once(f"compiled in {seconds:.0f} s")
+        say_once(f"{len(kernels)} kernels compiled in {seconds:.0f} s")
