@@ -18,7 +18,6 @@ from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmod
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -38,6 +37,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_carve.model.attention import WindowedSelfAttention
 from megatron_carve.model.config import LayerImplementation
+from megatron_carve.model.core_attention import LocalAttention
 from megatron_carve.model.local_layers import RMSNorm, StandaloneRMSNorm, fused_rms_norm_affine
 from megatron_carve.model.mixers.base import LinearAttentionMixer, MixerSubmodules
 from megatron_carve.model.mixers.carve import CarveMixer
@@ -97,7 +97,7 @@ def toolkit(layers: LayerImplementation) -> Toolkit:
             norm_linear=ColumnParallelLinear,
             column_linear=ColumnParallelLinear,
             row_linear=RowParallelLinear,
-            attention=DotProductAttention,
+            attention=LocalAttention,
         )
     if not HAVE_TE:
         raise ImportError(
@@ -105,13 +105,15 @@ def toolkit(layers: LayerImplementation) -> Toolkit:
         )
     from megatron.core.extensions import transformer_engine as te
 
+    from megatron_carve.model.core_attention import TransformerEngineAttention
+
     return Toolkit(
         norm=IdentityOp,
         final_norm=te.TENorm,
         norm_linear=te.TELayerNormColumnParallelLinear,
         column_linear=te.TEColumnParallelLinear,
         row_linear=te.TERowParallelLinear,
-        attention=te.TEDotProductAttention,
+        attention=TransformerEngineAttention,
     )
 
 

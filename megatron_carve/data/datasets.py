@@ -156,6 +156,7 @@ def build_gpt_datasets(
     vocab_size: int,
     cache_path: str | None,
     is_built_on_rank: Callable[[], bool],
+    documents_apart: bool = False,
 ) -> tuple[Any, Any, Any]:
     """Megatron's (train, validation, test) GPT datasets; every rank calls this together.
 
@@ -168,6 +169,9 @@ def build_gpt_datasets(
         eod, vocab_size: of the tokenizer that made the data.
         cache_path: directory for Megatron's sample indices, or None for one beside the data.
         is_built_on_rank: whether this rank reads data.
+        documents_apart: give each sample, beside its tokens, cu_seqlens: [seq_length + 1] int32, the first tokens of
+            its documents, filled up with seq_length; no loss for the token after a document, where the data end
+            documents with eod.
 
     Returns:
         Per split a dataset, or None where the split is empty (test, with prepared text) or not built on this rank.
@@ -197,7 +201,8 @@ def build_gpt_datasets(
         tokenizer=GPTDatasetTokenizer(eod, vocab_size, data=fingerprint),
         reset_position_ids=False,
         reset_attention_mask=False,
-        eod_mask_loss=False,
+        eod_mask_loss=documents_apart,
+        inter_document_masking=documents_apart,
         create_attention_mask=False,
         **blend,
     )

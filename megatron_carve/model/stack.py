@@ -12,7 +12,10 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
 
+from megatron_carve.model.context.documents import Documents
 from megatron_carve.model.variants import MIXER_LETTERS
 from megatron_carve.notices import say_once
 
@@ -43,6 +46,8 @@ class MixerStack(HybridStack):
     Raises:
         ValueError: a letter whose layer the stack's spec lacks.
     """
+
+    input_tensor: Tensor
 
     def __init__(
         self,
@@ -76,6 +81,26 @@ class MixerStack(HybridStack):
             self.final_norm = submodules.final_norm(
                 config=self.config, hidden_size=self.config.hidden_size, eps=self.config.layernorm_epsilon
             )
+
+    def forward(
+        self, hidden_states: Any, attention_mask: Any, inference_context: Any = None, rotary_pos_emb: Any = None,
+        *, packed_seq_params: Any = None, **options: Any,
+    ) -> Any:  # fmt: skip
+        """As upstream; with Documents hidden_states are [rows * T, 1, hidden], between pipeline stages as Megatron
+        sends them, [T, rows, hidden]."""
+        if isinstance(packed_seq_params, Documents):
+            if rotary_pos_emb is not None:  # of a row's positions, by whose distances alone it acts
+                rotary_pos_emb = rotary_pos_emb.repeat(packed_seq_params.rows, 1, 1, 1)
+            if not self.pre_process:
+                self.input_tensor = self.input_tensor.view(-1, 1, self.input_tensor.shape[-1])
+        out = super().forward(
+            hidden_states, attention_mask, inference_context, rotary_pos_emb,
+            packed_seq_params=packed_seq_params, **options,
+        )  # fmt: skip
+        if isinstance(packed_seq_params, Documents) and not self.post_process:
+            out = out.view(-1, packed_seq_params.rows, out.shape[-1])
+            out = make_viewless_tensor(out, requires_grad=out.requires_grad, keep_graph=True)  # as upstream's last line
+        return out
 
 
 def _layer_spec(letter: str, submodules: MixerStackSubmodules) -> ModuleSpec | type:

@@ -65,6 +65,8 @@ class Recipe:
             raise ValueError(
                 f"training.seq_length: expected a multiple of 2 * parallel.context = {2 * context}, got {sequence}"
             )
+        if self.data.documents == "apart":
+            self._check_documents_apart()
         for letter in set(self.model.pattern) & set(MIXER_LETTERS):
             try:
                 self.mixer.check_kind(MIXER_LETTERS[letter])
@@ -88,6 +90,21 @@ class Recipe:
                         self.mixer.check_fp8(kind, self.model.hidden_size, self.parallel.tensor)
                     except ValueError as error:
                         raise ValueError(f"megatron.{error}") from None
+
+    def _check_documents_apart(self) -> None:
+        expected = "data.documents: apart"
+        if self.data.source == "recall":
+            raise ValueError(f"{expected} is for data.text and data.indexed, whose sequences hold several; got neither")
+        known = {*MIXER_LETTERS, *"*-E|"}
+        if others := sorted(set(self.model.pattern) - known):
+            raise ValueError(
+                f"{expected} is known to the layers {' '.join(sorted(known - {'|'}))}, got {' '.join(others)} in "
+                f"model.pattern {self.model.pattern!r}"
+            )
+        if "*" in self.model.pattern and self.parallel.context > 1:
+            raise ValueError(f"{expected} with attention layers takes parallel.context 1, got {self.parallel.context}")
+        if self.megatron.get("cuda_graph_impl", "none") != "none":
+            raise ValueError(f"{expected} has other shapes at every step, which megatron.cuda_graph_impl cannot record")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, origin: str = "recipe") -> Recipe:

@@ -141,6 +141,9 @@ class Data(_Checked):
     """Training, validation and test parts of `indexed`."""
     tokenizer: str = "bytes"
     """bytes, sentencepiece:PATH, tiktoken:NAME_OR_PATH or huggingface:NAME_OR_PATH."""
+    documents: Literal["joined", "apart"] = "joined"
+    """What tokens see of other documents in their sequence: all that stand before, or none, with no loss for a
+    document's first token."""
     cache: str | None = None
     """Folder of tokenised text; `data` in the run's folder if null. Must be shared by all nodes."""
     recall: Recall = field(default_factory=Recall)

@@ -28,6 +28,7 @@ from megatron_carve.data.datasets import SameSamples, build_gpt_datasets
 from megatron_carve.data.recall import RecallDataset
 from megatron_carve.data.text import PreparedText
 from megatron_carve.model.config import LayerImplementation, MixerConfig
+from megatron_carve.model.context.documents import Documents
 from megatron_carve.model.variants import MIXER_LETTERS
 from megatron_carve.recipe import Recipe
 from megatron_carve.run.progress import LOSS, accuracy_name
@@ -92,7 +93,8 @@ class Task:
             eod=self.eod,
             vocab_size=self.vocab_size,
             cache_path=get_args().data_cache_path,
-            is_built_on_rank=partial(_reads_data, vp_stage),
+            is_built_on_rank=partial(_reads_data, vp_stage, documents=recipe.data.documents == "apart"),
+            documents_apart=recipe.data.documents == "apart",
         )[:2]
 
     def forward_step(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Callable]:
@@ -101,12 +103,14 @@ class Task:
         While evaluating, the model returns logits instead of losses, so that accuracy is measured too.
         """
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
-        batch = next_batch(data_iterator, vp_stage)
+        apart = self.recipe.data.documents == "apart"
+        batch = next_batch(data_iterator, vp_stage, documents=apart)
         evaluating = not model.training
         output = model(
             batch["tokens"], batch["position_ids"], None,
             labels=None if evaluating else batch["labels"],
             loss_mask=batch["loss_mask"],
+            packed_seq_params=batch.get("documents"),
         )  # fmt: skip
         if evaluating:
             return output, partial(self._evaluate, batch["labels"], batch["loss_mask"])
@@ -152,10 +156,13 @@ def count_parameters(models: list[torch.nn.Module]) -> int:
     return int(total)
 
 
-def next_batch(data_iterator: Iterator, vp_stage: int | None) -> dict[str, Any]:
-    """This rank's part of the next micro-batch; None where a pipeline stage needs nothing."""
+def next_batch(data_iterator: Iterator, vp_stage: int | None, *, documents: bool = False) -> dict[str, Any]:
+    """This rank's part of the next micro-batch; None where a pipeline stage needs nothing.
+
+    With documents it is one row, [1, B * T], and "documents" says where they lie.
+    """
     args = get_args()
-    if not is_first_or_last_pipeline_stage(vp_stage):
+    if not documents and not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(BATCH_KEYS)
     batch: dict[str, Any] = {}
     if parallel_state.get_tensor_model_parallel_rank() == 0:
@@ -164,10 +171,15 @@ def next_batch(data_iterator: Iterator, vp_stage: int | None) -> dict[str, Any]:
             raise ValueError(
                 f"data: token id {int(sample['tokens'].max())} is outside the vocabulary of {args.vocab_size}"
             )
-        batch = {key: sample[key].cuda(non_blocking=True) for key in BATCH_KEYS}
+        if documents:
+            starts = sample["cu_seqlens"]
+            most = int((starts < args.seq_length).sum(1).max())
+            sample = {**sample, "cu_seqlens": starts[:, :most].contiguous()}
+        keys = (*BATCH_KEYS, *(("cu_seqlens", "max_seqlen") if documents else ()))
+        batch = {key: sample[key].cuda(non_blocking=True) for key in keys} | {"cu_seqlens_padded": None}
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=documents,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=False,
         broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
@@ -181,8 +193,14 @@ def next_batch(data_iterator: Iterator, vp_stage: int | None) -> dict[str, Any]:
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
     )
-    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
-    return {key: batch.get(key) for key in BATCH_KEYS}
+    batch = get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group(), use_per_sequence_balancing=True
+    )
+    mine = {key: batch.get(key) for key in BATCH_KEYS}
+    if not documents:
+        return mine
+    rows = {key: None if x is None else x.reshape(1, -1) for key, x in mine.items()}
+    return {**rows, "documents": Documents.of_rows(batch["cu_seqlens"], args.seq_length)}
 
 
 def right_predictions(logits: Tensor, labels: Tensor) -> Tensor:
@@ -220,5 +238,7 @@ def _training_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[s
     return loss, count.to(torch.int), {LOSS: torch.stack([loss.detach(), count])}
 
 
-def _reads_data(vp_stage: int | None) -> bool:
-    return parallel_state.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+def _reads_data(vp_stage: int | None, *, documents: bool) -> bool:
+    """Whether this rank does; of documents every pipeline stage must know where they lie."""
+    needs = documents or is_first_or_last_pipeline_stage(vp_stage)
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and needs

@@ -13,6 +13,9 @@ KDA = {"pattern": "K-K-"}
 DELTA = {"pattern": "C-C-", "mixer": {"content_rank": 4, "erase": "delta"}}
 # Documents of random lengths that 2 * cp divides, packed into one sequence. Local attention does not take them.
 PACKED = {"pattern": "C-2-", "documents": [24, 80, 8, 72], "seq_length": 184, "steps": 2}
+# Documents of any lengths in the rows of a batch, kept apart.
+ROWS = {"rows": [[1, 90, 53], [144]], "micro_batch_size": 2, "seq_length": 144, "micro_batches": 2, "steps": 2}
+APART, APART_HYBRID = {"pattern": "C-2-K-", **ROWS}, {"pattern": "C-2-*-", **ROWS}
 # Not under context parallelism: there Megatron weighs the tokens of every rank apart.
 MULTI_TOKEN = {"pattern": "C-2-/C-", "steps": 2}
 SEQUENCE = {"mixer_context": "sequence"}
@@ -65,6 +68,12 @@ def single(tmp_path_factory):
         pytest.param(PACKED, {"cp": 2}, marks=pytest.mark.long),
         pytest.param(PACKED, {"cp": 4, **SEQUENCE}, marks=pytest.mark.slow),
         pytest.param(PACKED, {"tp": 2, "sp": True, "cp": 2, "mixer_recompute": True}, marks=pytest.mark.slow),
+        (APART_HYBRID, {"tp": 2, "sp": True, "pp": 2}),
+        pytest.param(APART_HYBRID, {"tp": 2, "dp": 2, **FULL}, marks=pytest.mark.slow),
+        pytest.param(APART_HYBRID, {"pp": 4, "pattern": "C-|2|-|*-"}, marks=pytest.mark.slow),
+        pytest.param(APART, {"tp": 2, "sp": True, "cp": 2}, marks=pytest.mark.slow),
+        pytest.param(APART, {"cp": 4, **SEQUENCE, "mixer_recompute": True}, marks=pytest.mark.slow),
+        pytest.param(APART, {"cp": 2, "pp": 2, **SEQUENCE}, marks=pytest.mark.long),
         pytest.param(MULTI_TOKEN, {"pp": 2}, marks=pytest.mark.long),
         pytest.param(MULTI_TOKEN, {"tp": 2, "sp": True, "dp": 2}, marks=pytest.mark.slow),
     ],

@@ -212,8 +212,11 @@ def micro_batches(job: dict, step: int) -> list[torch.Tensor]:
 def forward_step(data_iterator, model, job: dict, record: "Record"):
     tokens = next(data_iterator)
     positions = torch.arange(job["seq_length"]).expand(tokens.shape[0], -1)
-    inputs, labels, positions = (x[:, local_places(job)] for x in (tokens[:, :-1], tokens[:, 1:], positions))
+    by_token = [tokens[:, :-1], tokens[:, 1:], positions]
     packed = packed_documents(job["documents"]) if job["documents"] else None
+    if job["rows"]:
+        by_token, packed = [x.reshape(1, -1) for x in by_token], documents_in_rows(job)
+    inputs, labels, positions = (x[:, local_places(job)] for x in by_token)
     output = model(inputs, positions, None, labels=labels, packed_seq_params=packed)
     record.output(output)
 
@@ -235,13 +238,21 @@ def packed_documents(lengths: list[int]):
     )
 
 
+def documents_in_rows(job: dict):
+    from megatron_carve.model.context.documents import Documents
+
+    starts = [torch.tensor([0, *accumulate(lengths)][:-1], dtype=torch.int32) for lengths in job["rows"]]
+    filled = torch.nn.utils.rnn.pad_sequence(starts, batch_first=True, padding_value=job["seq_length"])
+    return Documents.of_rows(filled, job["seq_length"])
+
+
 def local_places(job: dict) -> torch.Tensor:
     """The positions that Megatron gives to this context-parallel rank."""
     from megatron.core import parallel_state
     from support.parallel import places
 
     rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
-    return places(rank, size, job["documents"] or [job["seq_length"]])
+    return places(rank, size, job["documents"] or [job["seq_length"]] * len(job["rows"] or [1]))
 
 
 class Record:
@@ -288,6 +299,8 @@ class Record:
         everyone: list = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, pieces)
         shape = (self.job["micro_batches"], self.job["micro_batch_size"], self.job["seq_length"])
+        if self.job["rows"]:
+            shape = (shape[0], 1, shape[1] * shape[2])
         found = {"outputs": torch.full(shape, torch.nan), "d_embedded": torch.full((*shape, 32), torch.nan)}
         for theirs in everyone:
             for name, parts in theirs.items():

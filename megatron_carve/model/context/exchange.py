@@ -22,6 +22,8 @@ import torch
 from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 
+from megatron_carve.model.context.documents import Documents
+
 PackedOrder = Literal["document", "sequence"]
 ContextMethod = Literal["auto", "heads", "sequence"]
 
@@ -118,8 +120,10 @@ class _Exchange:
         """
         if self.size == 1:
             return None
+        if isinstance(packed_seq_params, Documents):
+            return _rows_order(packed_seq_params.rows, packed_seq_params.tokens, self.rank, self.size, device)
         if packed_seq_params is None or packed_order == "sequence":
-            return _sequence_order(tokens * self.size, self.rank, self.size, device)
+            return _rows_order(1, tokens * self.size, self.rank, self.size, device)
         kept = getattr(packed_seq_params, "_document_order", None)
         if kept is None:
             ends = packed_boundaries(packed_seq_params)
@@ -228,6 +232,8 @@ def packed_boundaries(packed_seq_params: Any) -> Tensor | None:
     """The cu_seqlens of Megatron's packed sequences, padding between documents counted with the document."""
     if packed_seq_params is None:
         return None
+    if isinstance(packed_seq_params, Documents):
+        return packed_seq_params.cu_seqlens_q
     if packed_seq_params.qkv_format != "thd":
         raise ValueError(f"packed_seq_params.qkv_format: expected 'thd', got {packed_seq_params.qkv_format!r}")
     padded = packed_seq_params.cu_seqlens_q_padded
@@ -235,12 +241,13 @@ def packed_boundaries(packed_seq_params: Any) -> Tensor | None:
 
 
 @functools.lru_cache(maxsize=16)
-def _sequence_order(tokens: int, rank: int, size: int, device: Any) -> TokenOrder:
+def _rows_order(rows: int, tokens: int, rank: int, size: int, device: Any) -> TokenOrder:
+    """The order of rows of `tokens` each, one after another, each divided into 2 * size pieces."""
     if tokens % (2 * size):
         raise ValueError(
             f"sequence: expected a length that 2 * context_parallel_size = {2 * size} divides, got {tokens}"
         )
-    return _divided_order(torch.tensor([0, tokens], device=device), tokens, rank, size)
+    return _divided_order(torch.arange(rows + 1, device=device) * tokens, rows * tokens, rank, size)
 
 
 def _document_order(ends: Tensor, tokens: int, rank: int, size: int) -> TokenOrder:
