@@ -40,6 +40,7 @@ def compile_kernels(models: Sequence[torch.nn.Module], recipe: Recipe) -> None:
                 mixer.rehearse(recipe.training.seq_length // recipe.parallel.context, recipe.training.micro_batch_size)
     finally:
         notice.cancel()
+    torch.cuda.empty_cache()  # what a rehearsal took would lie between what stays
     seconds = time.monotonic() - began
     if seconds > READ:
         say_once(f"{len(kernels)} kernels compiled in {seconds:.0f} s")

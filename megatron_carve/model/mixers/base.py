@@ -190,8 +190,10 @@ class LinearAttentionMixer(MegatronModule):
         Args:
             tokens, batch: of the projection's output, [T, B, sections]; all ranks of a layer call it with the same.
         """
-        weight = next(self.in_proj.parameters())
-        projected = weight.new_zeros(tokens, batch, sum(self.local_sizes.values()), requires_grad=True)
+        projected = torch.zeros(
+            tokens, batch, sum(self.local_sizes.values()), dtype=self.config.params_dtype,
+            device=next(self.parameters()).device, requires_grad=True,
+        )  # fmt: skip
         out = self._between_projections(projected)
         inputs = [projected, *(p for p in self.parameters() if p.requires_grad)]
         torch.autograd.grad(out, inputs, torch.zeros_like(out), allow_unused=True)
