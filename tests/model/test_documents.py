@@ -6,10 +6,13 @@ from itertools import accumulate
 import numpy as np
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from support.models import hybrid_model, one_process
 from support.train import losses, train
 
+from megatron_carve.data.datasets import build_gpt_datasets
 from megatron_carve.model.context.documents import Documents
+from megatron_carve.recipe import RecipeError, load_recipe
 
 ROWS = [[1, 37, 70, 20], [128], [64, 64]]
 T = 128
@@ -81,3 +84,38 @@ def test_the_token_after_a_document_is_not_learnt(tmp_path):
     # Of 7 tokens (6 letters and the end) the first is a guess among 8 for a model that sees it beside others; apart it
     # is never asked for.
     assert apart < 0.15 < 0.9 * np.log(8) / 7 < joined
+
+
+def test_a_sample_says_where_its_documents_begin(tmp_path):
+    prefix, eod = str(tmp_path / "numbers"), 99
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    texts = [[i, *range(60, 60 + i), eod] for i in range(1, 12)]
+    for text in texts:
+        builder.add_document(torch.tensor(text), [len(text)])
+    builder.finalize(f"{prefix}.idx")
+    dataset, _, _ = build_gpt_datasets(
+        [prefix], split="1,0,0", num_samples=(8, 0, 0), seq_length=24, seed=1, eod=eod, vocab_size=100,
+        cache_path=str(tmp_path / "cache"), is_built_on_rank=lambda: True, documents_apart=True,
+    )  # fmt: skip
+    for sample in (dataset[i] for i in range(8)):
+        tokens, starts = sample["tokens"].tolist(), sample["cu_seqlens"]
+        assert starts.shape == (25,) and starts.dtype == torch.int32
+        first = [0] + [i + 1 for i, token in enumerate(tokens[:-1]) if token == eod]
+        assert starts[starts < 24].tolist() == first
+        assert sample["loss_mask"].tolist() == [float(token != eod) for token in tokens]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["data.text=null"], "is for data.text and data.indexed, whose sequences hold several; got neither"),
+        (["model.pattern=C-G-"], "is known to the layers * - 2 C E K, got G in model.pattern 'C-G-'"),
+        (["model.pattern=C-/C-"], "is known to the layers * - 2 C E K, got / in model.pattern 'C-/C-'"),
+        (["parallel.context=2"], "with attention layers takes parallel.context 1, got 2"),
+        (["megatron.cuda_graph_impl=local"], "has other shapes at every step"),
+    ],
+)
+def test_what_documents_cannot_be_kept_apart_in_is_refused(words, complaint):
+    with pytest.raises(RecipeError) as refused:
+        load_recipe("debug", ["data.text=texts.jsonl", "data.documents=apart", "model.pattern=C-*-", *words])
+    assert f"data.documents: apart {complaint}" in str(refused.value)
