@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_carve.import",
         description="Makes a run of a folder that `python -m megatron_carve.export` wrote, whoever has trained its "
-        "weights since. Runs go on from it with checkpoint.load=RUN checkpoint.weights_only=true.",
+        "weights since, or of a KDA model of flash-linear-attention. Runs go on from it with checkpoint.load=RUN "
+        "checkpoint.weights_only=true.",
     )
     parser.add_argument("folder", type=Path, help="with config.json and model.safetensors in it")
     parser.add_argument("run", type=Path, help="folder of the run to make")
@@ -32,11 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _import(folder: Path, run: Path) -> None:
-    from megatron_carve.use import hugging_face
+    from megatron_carve.use import fla, hugging_face
 
     config = json.loads((folder / hugging_face.CONFIG).read_text())
     kind = config.get("model_type")
-    if kind != "megatron_carve" or not isinstance(config.get("recipe"), dict):
+    if kind == fla.MODEL_TYPE:
+        config = fla.configuration(config, str(folder / hugging_face.CONFIG))
+    elif kind != "megatron_carve" or not isinstance(config.get("recipe"), dict):
         raise ValueError(f"{folder}: expected a folder that megatron_carve.export wrote, got model_type {kind!r}")
     if is_earlier_carve(config["recipe"]):
         raise ValueError(f"{folder}: the model is {EARLIER_CARVE}")
@@ -47,7 +50,7 @@ def _import(folder: Path, run: Path) -> None:
 
 def _write(folder: Path, config: dict[str, Any], run: Path, partial: RunFolder) -> int:
     """Fill the folder that becomes the run's; returns the model's number of parameters."""
-    from megatron_carve.use import hugging_face
+    from megatron_carve.use import fla, hugging_face
 
     data = config["recipe"]["data"]
     if "tokenizer" in data:
@@ -57,6 +60,8 @@ def _write(folder: Path, config: dict[str, Any], run: Path, partial: RunFolder) 
     from megatron_carve.use.trained import save_run
 
     weights = hugging_face.read_weights(folder)
+    if config.get("model_type") == fla.MODEL_TYPE:
+        weights = fla.weights(weights, config["recipe"])
     if recipe.model.tie_embeddings:
         weights.pop("lm_head.weight", None)
     ours = hugging_face.from_hugging_face(weights, recipe)
