@@ -7,8 +7,10 @@ from megatron_carve.patches.dataset_helpers import dataset_helpers
 from megatron_carve.patches.flops import flops
 from megatron_carve.patches.forward_hooks import forward_hooks
 from megatron_carve.patches.layer_symbols import layer_symbols
+from megatron_carve.patches.layer_wise_optimizer import layer_wise_optimizer
 from megatron_carve.patches.mixed_precision_groups import mixed_precision_groups
 from megatron_carve.patches.mtp_stack import mtp_stack
+from megatron_carve.patches.muon_parameters import muon_parameters
 from megatron_carve.patches.patch import Patch, PatchError, Replacement, applied_patches
 from megatron_carve.patches.training_events import TrainingListener, training_events
 
@@ -26,8 +28,10 @@ __all__ = [
     "flops",
     "forward_hooks",
     "layer_symbols",
+    "layer_wise_optimizer",
     "mixed_precision_groups",
     "mtp_stack",
+    "muon_parameters",
     "read_index",
     "training_events",
 ]

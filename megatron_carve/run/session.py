@@ -80,6 +80,8 @@ def patch_megatron(listener: TrainingListener | None = None) -> None:
         patches.adam_resume,
         patches.checkpoint_index,
         patches.mixed_precision_groups,
+        patches.muon_parameters,
+        patches.layer_wise_optimizer,
         patches.forward_hooks,
         patches.mtp_stack(MixerStack),
         patches.flops(mixer_flops, MIXER_LETTERS),

@@ -29,9 +29,10 @@ from megatron_carve.model.mixers.parts import (
     LogDecay,
     PlainActivation,
     ShortConvolution,
+    orthogonalize_apart,
 )
 from megatron_carve.model.variants import VARIANTS, MixerKind
-from megatron_carve.patches import mixed_precision_groups
+from megatron_carve.patches import mixed_precision_groups, muon_parameters
 
 # The projection's sections that pass the short convolution: the first ones, in this order.
 CONVOLVED = ("query", "key", "value")
@@ -95,8 +96,9 @@ class LinearAttentionMixer(MegatronModule):
     ) -> None:
         super().__init__(config)
         # Here, so that it also holds in programs that know this package through a spec alone: the decay stays float32
-        # in a 16-bit model, which Megatron's distributed optimizer does not save rightly by itself.
+        # in a 16-bit model, which Megatron's distributed optimizer does not save rightly by itself, and Muon is for maps.
         mixed_precision_groups.apply()
+        muon_parameters.apply()
         self.layer_number = layer_number
         self.mixer = mixer_config(config, options)
         self.mixer.check_kind(self.kind)
@@ -119,6 +121,7 @@ class LinearAttentionMixer(MegatronModule):
             init_method=config.init_method, gather_output=False, skip_bias_add=False, tp_comm_buffer_name="fc1",
             name=None if name is None else f"{name}.in_proj",
         )  # fmt: skip
+        orthogonalize_apart(self.in_proj.weight, list(self.local_sizes.values()))
         self._build_head_parameters()
         self.out_proj = build_module(
             submodules.out_proj, self.mixer.value_dim, config.hidden_size, **shared,

@@ -7,7 +7,7 @@ from torch import nn
 
 from megatron_carve.kernels import OpCall
 from megatron_carve.model.mixers.base import LinearAttentionMixer, MixerInputs
-from megatron_carve.model.mixers.parts import EraseBias, replicated_parameter, summed_over_ranks
+from megatron_carve.model.mixers.parts import EraseBias, by_element, replicated_parameter, summed_over_ranks
 
 
 class CarveMixer(LinearAttentionMixer):
@@ -24,8 +24,8 @@ class CarveMixer(LinearAttentionMixer):
             options = {"dtype": self.config.params_dtype, "device": torch.cuda.current_device()}
             down = torch.empty(c.content_rank, c.value_head_dim, **options)
             up = torch.empty(c.key_head_dim, c.content_rank, **options)
-            self.content_down = replicated_parameter(self.config, down)
-            self.content_up = replicated_parameter(self.config, up)
+            self.content_down = by_element(replicated_parameter(self.config, down))
+            self.content_up = by_element(replicated_parameter(self.config, up))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

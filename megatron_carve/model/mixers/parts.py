@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron_carve.kernels.surroundings import convolve_qkv, gated_head_norm
 from megatron_carve.model.context.exchange import Exchange, Span
 from megatron_carve.model.context.state_passing import with_tokens_before
+from megatron_carve.patches.muon_parameters import BY_ELEMENT
 
 # Range of the initial step sizes softplus(dt_bias), and of exp(A_log).
 STEP_RANGE = (0.001, 0.1)
@@ -33,6 +34,19 @@ def tensor_parallel_parameter(config: TransformerConfig, *shape: int, dtype: tor
     return parameter
 
 
+def by_element(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter, marked as one that Adam updates where Muon updates linear maps."""
+    setattr(parameter, BY_ELEMENT, True)
+    return parameter
+
+
+def orthogonalize_apart(weight: nn.Parameter, sections: list[int]) -> None:
+    """Mark a fused weight [sum of sections, in], so that Muon takes every section for a map of its own, as it does with
+    attention's queries, keys and values."""
+    setattr(weight, "is_qkv", True)  # noqa: B010  Megatron reads both there
+    setattr(weight, "qkv_split_shapes", sections)  # noqa: B010
+
+
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution and SiLU over this rank's channels, [B, T, D], and the norm of queries and keys.
 
@@ -46,7 +60,7 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.key_channels, self.key_head_dim = key_channels, key_head_dim
         self.channels = 2 * key_channels + value_channels
-        self.weight = tensor_parallel_parameter(config, self.channels, width)
+        self.weight = by_element(tensor_parallel_parameter(config, self.channels, width))
         self.bias = tensor_parallel_parameter(config, self.channels) if bias else None
 
     def reset_parameters(self) -> None:
