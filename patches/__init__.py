@@ -11,6 +11,7 @@ from megatron_carve.patches.layer_wise_optimizer import layer_wise_optimizer
 from megatron_carve.patches.mixed_precision_groups import mixed_precision_groups
 from megatron_carve.patches.mtp_stack import mtp_stack
 from megatron_carve.patches.muon_parameters import muon_parameters
+from megatron_carve.patches.offloaded_optimizer import offloaded_optimizer
 from megatron_carve.patches.patch import Patch, PatchError, Replacement, applied_patches
 from megatron_carve.patches.training_events import TrainingListener, training_events
 
@@ -32,6 +33,7 @@ __all__ = [
     "mixed_precision_groups",
     "mtp_stack",
     "muon_parameters",
+    "offloaded_optimizer",
     "read_index",
     "training_events",
 ]

@@ -55,12 +55,12 @@ def _with_own_step(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def load_state_dict(self: Any, state_dict: Any) -> None:
-        _complete_groups(state_dict["optimizer"]["param_groups"], self.optimizer.param_groups)
+        if "optimizer" in state_dict:  # Megatron-FSDP keeps a parameter's options by its name
+            _complete_groups(state_dict["optimizer"]["param_groups"], self.optimizer.param_groups)
         original(self, state_dict)
-        if _uses_torch_adam(self):
-            for state in self.optimizer.state.values():
-                if isinstance(state.get("step"), torch.Tensor):
-                    state["step"] = state["step"].clone()
+        for state in self.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
 
     return load_state_dict
 

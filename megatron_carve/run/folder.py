@@ -251,16 +251,22 @@ def _index(folder: Path) -> Any:
     """torch's description of the checkpoint in a folder."""
     from megatron_carve.patches import ForeignObject, read_index
 
-    for name in ("metadata.json", ".metadata"):
+    def require(name: str) -> None:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: the checkpoint is incomplete: {name} is missing; it was left as it is")
+
+    require(".metadata")
     try:
         with (folder / ".metadata").open("rb") as file:
-            return read_index(file)
+            index = read_index(file)
     except ForeignObject as error:
         raise CheckpointError(f"{folder}: the checkpoint's index .metadata holds {error}; it was not loaded") from None
     except Exception as error:  # whatever a damaged pickle may raise
         raise CheckpointError(f"{folder}: the checkpoint's index .metadata is damaged: {error}") from None
+    # Megatron's own format ends with a file of its own; Megatron-FSDP's, which knows a model by this name, with the index.
+    if not any(name.startswith("model.") for name in index.state_dict_metadata):
+        require("metadata.json")
+    return index
 
 
 def _check_contents(folder: Path) -> None:

@@ -81,6 +81,7 @@ def patch_megatron(listener: TrainingListener | None = None) -> None:
         patches.checkpoint_index,
         patches.mixed_precision_groups,
         patches.muon_parameters,
+        patches.offloaded_optimizer,
         patches.layer_wise_optimizer,
         patches.forward_hooks,
         patches.mtp_stack(MixerStack),
