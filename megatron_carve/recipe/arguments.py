@@ -144,6 +144,8 @@ def default_settings(recipe: Recipe, *, layers: LayerImplementation, device: str
         "data_cache_path": str(recipe.run.path / "data" / "index"),
         "enable_one_logger": False,
     }
+    if recipe.megatron.get("use_megatron_fsdp"):
+        settings["ckpt_format"] = "fsdp_dtensor"  # the one that it has
     if recipe.parallel.context > 1 and recipe.model.attention_window is not None:
         settings["cp_comm_type"] = ["all_gather"]  # Megatron's choice, p2p, knows no windows
     if recipe.training.lr_schedule == "wsd":
