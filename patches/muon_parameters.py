@@ -48,8 +48,6 @@ muon_parameters = Patch(
     replacements=[
         Replacement("megatron.core.optimizer:_get_megatron_emerging_optimizer", _with_their_override),
         Replacement("megatron.core.optimizer:is_managed_by_layer_wise_optimizer", _but_by_element),
-        Replacement(
-            "megatron.core.optimizer.layer_wise_optimizer:is_managed_by_layer_wise_optimizer", _but_by_element
-        ),
+        Replacement("megatron.core.optimizer.layer_wise_optimizer:is_managed_by_layer_wise_optimizer", _but_by_element),
     ],
 )

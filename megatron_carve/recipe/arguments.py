@@ -166,13 +166,45 @@ def check_extra(recipe: Recipe) -> None:
     extra = recipe.megatron
     if "lr_wsd_decay_style" in extra and recipe.training.lr_schedule != "wsd":
         raise RecipeError("megatron.lr_wsd_decay_style: has no effect without training.lr_schedule=wsd")
-    if extra.get("optimizer") == "sgd":  # its state has no first form that a checkpoint could be read into
-        raise RecipeError("megatron.optimizer: expected one whose checkpoints Megatron reads, such as adam, got 'sgd'")
+    _check_optimizer(recipe)
     workers = extra.get("num_workers", 0)
     if isinstance(workers, int) and workers < 0:
         raise RecipeError(f"megatron.num_workers: expected an integer of at least 0, got {workers}")
-    if extra.get("wandb_project") and importlib.util.find_spec("wandb") is None:
-        raise ImportError("megatron.wandb_project: the package wandb is not installed; pip install wandb")
+    if extra.get("wandb_project"):
+        _require("wandb", "megatron.wandb_project", "wandb")
+    if extra.get("use_megatron_fsdp"):
+        _require("einops", "megatron.use_megatron_fsdp", "einops")
+
+
+def _check_optimizer(recipe: Recipe) -> None:
+    extra = recipe.megatron
+    optimizer = extra.get("optimizer", "adam")
+    if optimizer not in ("adam", "muon"):  # whose states a checkpoint can be read into
+        raise RecipeError(
+            f"megatron.optimizer: expected adam or muon, whose checkpoints can be read, got {optimizer!r}"
+        )
+    if optimizer == "adam":
+        return
+    _require("emerging_optimizers", "megatron.optimizer=muon", '"megatron-carve[muon]"')
+    if recipe.training.precision == "fp16":
+        raise RecipeError("training.precision: expected bf16 or fp32 with megatron.optimizer=muon, got fp16")
+    beside_muon = {
+        "muon_scalar_optimizer": "adam", "optimizer_cpu_offload": False, "use_precision_aware_optimizer": False,
+        "use_layer_wise_param_layout": True, "num_distributed_optimizer_instances": 1,
+        "overlap_param_gather_with_optimizer_step": False,
+    }  # fmt: skip
+    for name, expected in beside_muon.items():
+        if (found := extra.get(name, expected)) != expected:
+            raise RecipeError(
+                f"megatron.{name}: expected {str(expected).lower()} with megatron.optimizer=muon, got "
+                f"{str(found).lower()}"
+            )
+
+
+def _require(module: str, what: str, to_install: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        package = module.replace("_", "-")
+        raise ImportError(f"{what}: the package {package} is not installed; pip install {to_install}")
 
 
 def megatron_argv(

@@ -167,6 +167,13 @@ class RunFolder:
                 "or change the recipe back"
             )
 
+    def check_format(self, step: int, *, fsdp: bool) -> None:
+        """Raise CheckpointError unless the checkpoint here is in the format that Megatron-FSDP, or all else, reads."""
+        if (self.checkpoint(step) / "metadata.json").is_file() == fsdp:
+            which = "Megatron's own, and {} does not read it" if fsdp else "Megatron-FSDP's, and only {} reads it"
+            reader = "training with megatron.use_megatron_fsdp=true"
+            raise CheckpointError(f"{self.checkpoints}: the checkpoint is {which.format(reader)}")
+
     def check_optimizer(self, step: int, recipe: Recipe) -> None:
         """Raise CheckpointError unless the checkpoint here has what the recipe's optimizer goes on from."""
         remedy = "begin another run from its weights alone: checkpoint.load=RUN checkpoint.weights_only=true"
@@ -263,7 +270,7 @@ def _index(folder: Path) -> Any:
         raise CheckpointError(f"{folder}: the checkpoint's index .metadata holds {error}; it was not loaded") from None
     except Exception as error:  # whatever a damaged pickle may raise
         raise CheckpointError(f"{folder}: the checkpoint's index .metadata is damaged: {error}") from None
-    # Megatron's own format ends with a file of its own; Megatron-FSDP's, which knows a model by this name, with the index.
+    # A checkpoint of Megatron-FSDP, which alone names a model so, is written when its index is.
     if not any(name.startswith("model.") for name in index.state_dict_metadata):
         require("metadata.json")
     return index

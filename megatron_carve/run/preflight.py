@@ -84,6 +84,7 @@ def prepare(recipe: Recipe) -> Plan:
     store, rank, _ = join_processes()
     start = on_first_process(store, rank, "start", lambda: _find_start(recipe, folder))
     layers = choose_layers(recipe, device)  # the first that imports Megatron, which takes seconds
+    check_options(recipe, device)
     argv = _argv(recipe, start, layers, device)
     # Last, when nothing else can be wrong: the first writes, and tokenising takes long.
     locks: list[IO[str]] = []
@@ -177,8 +178,10 @@ def _vocab_size(recipe: Recipe, needed: int) -> int:
 def _checkpoint_to_load(recipe: Recipe, folder: RunFolder) -> tuple[RunFolder | None, int, bool]:
     """(the run to load from, the step to begin after, whether it is this run)."""
     step = folder.checkpoint_step()
+    fsdp = bool(recipe.megatron.get("use_megatron_fsdp"))
     if step is not None:
         folder.check_same_model(recipe)
+        folder.check_format(step, fsdp=fsdp)
         folder.check_optimizer(step, recipe)
         folder.check_contents(step)
         return folder, step, True
@@ -189,6 +192,7 @@ def _checkpoint_to_load(recipe: Recipe, folder: RunFolder) -> tuple[RunFolder | 
     if step is None:
         raise CheckpointError(f"checkpoint.load: no checkpoint in {other.checkpoints}; expected the folder of a run")
     other.check_same_model(recipe)
+    other.check_format(step, fsdp=fsdp)
     other.check_contents(step)
     if recipe.checkpoint.weights_only:
         return other, 0, False
@@ -231,6 +235,21 @@ def choose_layers(recipe: Recipe, device: str) -> LayerImplementation:
     return layers
 
 
+def check_options(recipe: Recipe, device: str) -> None:
+    """Raise ValueError or ImportError for options of Megatron that this machine cannot serve."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    graphs = recipe.megatron.get("cuda_graph_impl", "none") != "none"
+    fsdp = bool(recipe.megatron.get("use_megatron_fsdp"))
+    if device == "cpu" and (graphs or fsdp):
+        raise ValueError(f"megatron.{'cuda_graph_impl' if graphs else 'use_megatron_fsdp'}: needs a GPU")
+    if fsdp and not HAVE_TE and world_size() > recipe.parallel.tensor * recipe.parallel.pipeline:
+        raise ImportError(
+            'megatron.use_megatron_fsdp: the Adam of "transformer-engine[pytorch]" is not installed; with torch\'s, '
+            "ranks that hold nothing of a parameter have no state of it, and the first save waits for them for ever"
+        )
+
+
 def megatron_arguments(recipe: Recipe, *, vocab_size: int, layers: LayerImplementation, device: str) -> list[str]:
     """Megatron's command line for a recipe, all but what a checkpoint adds."""
     from megatron.training.arguments import add_megatron_arguments
@@ -262,6 +281,7 @@ def try_in_megatron(argv: list[str], recipe: Recipe, layers: LayerImplementation
         ValueError: what Megatron objects to, in one line.
     """
     from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.training import get_megatron_optimizer_config
 
     from megatron_carve.run.task import model_config
 
@@ -271,6 +291,7 @@ def try_in_megatron(argv: list[str], recipe: Recipe, layers: LayerImplementation
             args = parse_args()
             validate_args(args)
             model_config(args, recipe, layers)
+            get_megatron_optimizer_config(args)
     except (AssertionError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(f"Megatron refuses its arguments: {reason}") from error

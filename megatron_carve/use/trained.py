@@ -72,6 +72,7 @@ def trained_model(
         raise CheckpointError(f"{run.checkpoints}: expected a step with a checkpoint ({there}), got {step}")
     else:
         run.check_whole(step)
+    run.check_format(step, fsdp=False)
     found = use_device(device)
     recipe = _for_one_process(run.saved_recipe(), found, layers, backend)
     weights = [

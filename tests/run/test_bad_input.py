@@ -171,7 +171,7 @@ CASES = {
                 "parallelism, got 65",),
     ),
     "sgd": Case(
-        "small.yaml megatron.optimizer=sgd", ("megatron.optimizer: expected one whose checkpoints Megatron reads",)
+        "small.yaml megatron.optimizer=sgd", ("megatron.optimizer: expected adam or muon, whose checkpoints can be read, got 'sgd'",)
     ),
     "fewer workers than none": Case(
         "small.yaml megatron.num_workers=-1", ("megatron.num_workers: expected an integer of at least 0, got -1",)
