@@ -1,4 +1,4 @@
-"""Resume the distributed optimizer with torch's own Adam, with another Adam than it was saved with, or other rates."""
+"""Resume with torch's own Adam, with another Adam than was saved, or with other rates."""
 
 import functools
 from collections.abc import Callable
@@ -75,16 +75,30 @@ def _without_step(original: Callable[..., Any]) -> Callable[..., Any]:
     return set_states
 
 
+def _with_other_rates(original: staticmethod) -> staticmethod:
+    """The optimizers that are not spread find their groups as the distributed one does."""
+
+    @functools.wraps(original.__func__)
+    def reorder(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        _complete_groups(saved, current)
+        return original.__func__(current, saved)
+
+    return staticmethod(reorder)
+
+
 adam_resume = Patch(
     name="adam_resume",
     reason="resuming the distributed optimizer assumes a fused Adam, the one it was saved with, and the same rates; "
     "else it fails or counts steps wrongly",
     upstream="megatron/core/optimizer/distrib_optimizer.py, state_dict, load_state_dict, "
-    "_set_main_param_and_optimizer_states",
+    "_set_main_param_and_optimizer_states; optimizer.py beside it, _filter_and_reorder_param_groups",
     remove_when="the distributed optimizer resumes with torch.optim.AdamW, and with other learning rates",
     replacements=[
         Replacement(f"{_OPTIMIZER}.state_dict", _with_step),
         Replacement(f"{_OPTIMIZER}.load_state_dict", _with_own_step),
         Replacement(f"{_OPTIMIZER}._set_main_param_and_optimizer_states", _without_step),
+        Replacement(
+            "megatron.core.optimizer.optimizer:MegatronOptimizer._filter_and_reorder_param_groups", _with_other_rates
+        ),
     ],
 )

@@ -35,7 +35,8 @@ def one_process(device: str = "cpu"):
         dist.destroy_process_group()
         for name, value in saved.items():
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
-        patches.mixed_precision_groups.revert()  # the mixers apply it
+        patches.mixed_precision_groups.revert()  # the mixers apply it, and the next
+        patches.muon_parameters.revert()
         patches.layer_symbols.revert()
         if device == "cpu":
             patches.cpu_mode.revert()
