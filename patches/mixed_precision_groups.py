@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,17 +26,39 @@ def _in_the_optimizers_order(original: classmethod) -> classmethod:
     return classmethod(build)
 
 
+def _as_trained(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """The precision-aware optimizer trains a float32 parameter itself, but saves the copy with which it began."""
+
+    @functools.wraps(original)
+    def states(self: Any, model_param: torch.Tensor) -> dict[str, Any]:
+        tensors = original(self, model_param)
+        kept_by_adam = (
+            self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 and not self.config.optimizer_cpu_offload
+        )
+        if kept_by_adam and model_param.dtype == torch.float32:
+            group, order = self.model_param_group_index_map[model_param]
+            tensors["param"] = self.optimizer.param_groups[group]["params"][order].detach()
+        return tensors
+
+    return states
+
+
 mixed_precision_groups = Patch(
     name="mixed_precision_groups",
     reason="the distributed optimizer indexes a group's parameters in bucket order but keeps float32 ones first, so "
-    "with A_log and dt_bias in a bf16 model it saves and loads the wrong states",
+    "with A_log and dt_bias in a bf16 model it saves and loads the wrong states; the precision-aware one saves them "
+    "untrained",
     upstream="megatron/core/optimizer/distrib_optimizer.py, _build_optimizer_group_ranges against "
-    "_build_model_and_main_param_groups",
-    remove_when="both orders agree upstream",
+    "_build_model_and_main_param_groups, and _get_main_param_and_optimizer_states",
+    remove_when="both orders agree upstream, and what is saved of a float32 parameter is what was trained",
     replacements=[
         Replacement(
             "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._build_optimizer_group_ranges",
             _in_the_optimizers_order,
-        )
+        ),
+        Replacement(
+            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._get_main_param_and_optimizer_states",
+            _as_trained,
+        ),
     ],
 )

@@ -93,7 +93,8 @@ def _with_steps(original: Callable[..., Any]) -> Callable[..., Any]:
 offloaded_optimizer = Patch(
     name="offloaded_optimizer",
     reason="with optimizer_cpu_offload a model with A_log and dt_bias in float32 and the rest in bf16 is refused "
-    "(can't optimize a non-leaf Tensor), does not train them on the device, does not load their states, and saves classes",
+    "(can't optimize a non-leaf Tensor), does not train them on the device, does not load their states, and what it "
+    "saves holds classes",
     upstream="megatron/core/optimizer/cpu_offloading/hybrid_optimizer.py, and distrib_optimizer.py above it, "
     "_build_model_and_main_param_groups",
     remove_when="the hybrid optimizer knows parameters that need no float32 copy",

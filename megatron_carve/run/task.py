@@ -132,6 +132,9 @@ def model_config(args: Any, recipe: Recipe, layers: LayerImplementation) -> Any:
     args.mixer_backend = recipe.model.mixer_backend
     args.mixer_recompute = recipe.model.mixer_recompute
     args.mixer_context = recipe.parallel.context_method
+    # Beside weights it would keep only the bits that they lack of a float32 copy, which Megatron's checkpoints that can
+    # be resharded, and any other optimizer, take for the copy.
+    args.store_param_remainders = False
     if not set(recipe.model.pattern) & ATTENTION_LETTERS:
         # Megatron asks for heads that the tensor-parallel size divides, also where no layer has any. The arguments stay
         # as they are: a checkpoint's are compared with them.

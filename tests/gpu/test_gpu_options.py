@@ -42,7 +42,12 @@ CASES = {
     "async_save": ("megatron.async_save=true",),
     "precision_aware": PRECISION,
     "bf16_moments": (*PRECISION, *BF16_MOMENTS),
+    "precision_aware_to_adam": PRECISION,
+    "adam_to_precision_aware": (),
+    "offload_to_adam": OFFLOAD,
 }
+# What a run is resumed with, where that is another option.
+RESUMED = {"precision_aware_to_adam": (), "adam_to_precision_aware": PRECISION, "offload_to_adam": ()}
 PACKAGES = {"muon": "emerging_optimizers", "fsdp": "einops"}
 # Relative; what rounding makes of two runs of one seed in six steps is far below, a lost state of an optimizer above.
 SAME_CURVE = 2e-3
@@ -59,7 +64,7 @@ def test_a_resumed_run_goes_on_as_a_straight_one(tmp_path, name):
     resumed = tmp_path / "runs/resumed"
     shutil.copytree(tmp_path / "runs/straight", resumed)
     (resumed / "checkpoints/latest_checkpointed_iteration.txt").write_text("6")
-    out = train(tmp_path, *SMALL, *CASES[name], "run.name=resumed").stdout
+    out = train(tmp_path, *SMALL, *RESUMED.get(name, CASES[name]), "run.name=resumed").stdout
     assert "resuming at step 6" in out
     expected, actual = losses(tmp_path, "straight"), losses(tmp_path, "resumed")
     print(f"{name}: straight {expected}, resumed {actual}")

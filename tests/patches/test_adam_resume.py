@@ -99,6 +99,26 @@ class TestAdamResume:
         assert (group["max_lr"], group["min_lr"]) == (0.25, 0.05)
         assert self.steps(loaded) == [2, 2]
 
+    @pytest.mark.parametrize("patched", [False, True])
+    def test_so_they_do_where_the_optimizer_is_not_spread(self, applied, patched):
+        from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+        saved, current = [{"max_lr": 0.5, "params": [0]}], [{"max_lr": 0.25, "params": [0]}]
+        if not patched:
+            with pytest.raises(ValueError, match="Could not find parameter group"):
+                MegatronOptimizer._filter_and_reorder_param_groups(current, saved)
+            return
+        applied(patches.adam_resume)
+        assert MegatronOptimizer._filter_and_reorder_param_groups(current, saved)[0]["max_lr"] == 0.25
+
+    def test_what_megatron_fsdp_keeps_by_name_goes_on_unchanged(self, applied, make):
+        applied(patches.adam_resume)
+        saved, loaded = make(), make()
+        self.step(saved, 3)
+        loaded.ddp_config = SimpleNamespace(use_megatron_fsdp=True)
+        loaded.load_state_dict(saved.optimizer.state_dict())
+        assert self.steps(loaded) == [3, 3]
+
     def test_options_that_another_adam_did_not_save_stay(self, applied, make):
         applied(patches.adam_resume)
         saved, loaded = make(), make()

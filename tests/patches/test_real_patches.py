@@ -220,3 +220,23 @@ class TestMixedPrecisionGroups:
         found = {size: groups[group][order] for size, (group, order) in positions.items()}
         # Unpatched, states go to other parameters; when that changes, the patch can go.
         assert (found == {size: size for size in range(1, 11)}) is patched
+
+    @pytest.mark.parametrize("patched", [False, True])
+    def test_the_precision_aware_optimizer_saves_what_it_trained(self, applied, patched):
+        from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+        if patched:
+            applied(patches.mixed_precision_groups)
+        parameters = [torch.nn.Parameter(torch.ones(2, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
+        copies = {p: {"master_param": torch.full((2,), 3.0), "exp_avg": torch.zeros(2)} for p in parameters}
+        optimizer = object.__new__(DistributedOptimizer)
+        optimizer.optimizer = SimpleNamespace(
+            param_groups=[{"params": parameters}], state=copies, get_unscaled_state=lambda p, name: copies[p][name]
+        )
+        optimizer.model_param_group_index_map = {p: (0, i) for i, p in enumerate(parameters)}
+        optimizer.config = SimpleNamespace(
+            use_precision_aware_optimizer_no_fp8_or_ds_fp8=True, optimizer_cpu_offload=False
+        )
+        found = [optimizer._get_main_param_and_optimizer_states(p)["param"].tolist() for p in parameters]
+        # Transformer Engine's Adam leaves the copy of a float32 parameter as it began.
+        assert found == [[1.0, 1.0] if patched else [3.0, 3.0], [3.0, 3.0]]

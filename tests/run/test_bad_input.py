@@ -171,7 +171,23 @@ CASES = {
                 "parallelism, got 65",),
     ),
     "sgd": Case(
-        "small.yaml megatron.optimizer=sgd", ("megatron.optimizer: expected adam or muon, whose checkpoints can be read, got 'sgd'",)
+        "small.yaml megatron.optimizer=sgd",
+        ("megatron.optimizer: expected adam or muon, whose checkpoints can be read, got 'sgd'",),
+    ),
+    "muon in fp16": Case(
+        "small.yaml megatron.optimizer=muon training.precision=fp16",
+        ("training.precision: expected bf16 or fp32 with megatron.optimizer=muon, got fp16",),
+    ),
+    "what goes not with muon": Case(
+        "small.yaml megatron.optimizer=muon megatron.optimizer_cpu_offload=true",
+        ("megatron.optimizer_cpu_offload: expected false with megatron.optimizer=muon, got true",),
+    ),
+    "the precision-aware optimizer without Transformer Engine": Case(
+        "small.yaml megatron.use_precision_aware_optimizer=true", ("requires FusedAdam from TransformerEngine",)
+    ),
+    "CUDA graphs on a CPU": Case("small.yaml megatron.cuda_graph_impl=local", ("megatron.cuda_graph_impl: needs a GPU",)),
+    "Megatron-FSDP on a CPU": Case(
+        "small.yaml megatron.use_megatron_fsdp=true", ("megatron.use_megatron_fsdp: needs a GPU",)
     ),
     "fewer workers than none": Case(
         "small.yaml megatron.num_workers=-1", ("megatron.num_workers: expected an integer of at least 0, got -1",)
