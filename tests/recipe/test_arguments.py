@@ -1,12 +1,13 @@
 """Megatron's arguments from a recipe: every one exists in the installed Megatron, and its own parser gives it back."""
 
 import argparse
+import sys
 
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_carve.recipe import RecipeError, load_recipe
-from megatron_carve.recipe.arguments import WITHOUT_EFFECT, default_settings, megatron_argv, owned_settings
+from megatron_carve.recipe.arguments import WITHOUT_EFFECT, check_extra, default_settings, megatron_argv, owned_settings
 
 RECIPES = ("debug", "carve_1p3b_hybrid", "gdn2_1p3b_recurrent")
 PLACES = (("local", "cpu"), ("local", "cuda"), ("transformer_engine", "cuda"))
@@ -336,3 +337,22 @@ class TestMegatronSection:
     def test_wrong_number_of_values(self, parser, load, override, complaint):
         name = override.partition("=")[0]
         assert refusal(parser, load(f"megatron.{override}")) == f"megatron.{name}: {complaint}"
+
+
+class TestPackages:
+    @pytest.mark.parametrize(
+        ("option", "module", "says"),
+        [
+            (
+                "optimizer=muon", "emerging_optimizers",
+                'emerging-optimizers is not installed; pip install "megatron-carve[muon]"',
+            ),
+            ("use_megatron_fsdp=true", "einops", "einops is not installed; pip install einops"),
+            ("wandb_project=x", "wandb", "wandb is not installed; pip install wandb"),
+        ],
+    )  # fmt: skip
+    def test_a_missing_one_is_named(self, load, monkeypatch, option, module, says):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ImportError) as error:
+            check_extra(load(f"megatron.{option}"))
+        assert str(error.value) == f"megatron.{option.removesuffix('=true').removesuffix('=x')}: the package {says}"

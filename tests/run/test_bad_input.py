@@ -185,7 +185,9 @@ CASES = {
     "the precision-aware optimizer without Transformer Engine": Case(
         "small.yaml megatron.use_precision_aware_optimizer=true", ("requires FusedAdam from TransformerEngine",)
     ),
-    "CUDA graphs on a CPU": Case("small.yaml megatron.cuda_graph_impl=local", ("megatron.cuda_graph_impl: needs a GPU",)),
+    "CUDA graphs on a CPU": Case(
+        "small.yaml megatron.cuda_graph_impl=local", ("megatron.cuda_graph_impl: needs a GPU",)
+    ),
     "Megatron-FSDP on a CPU": Case(
         "small.yaml megatron.use_megatron_fsdp=true", ("megatron.use_megatron_fsdp: needs a GPU",)
     ),

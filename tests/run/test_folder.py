@@ -212,6 +212,19 @@ class TestCheckpointStep:
         found = refusal(folder, folder.checkpoint_step)
         assert found == f"{place}: the checkpoint is incomplete: {name} is missing; it was left as it is"
 
+    def test_a_checkpoint_of_megatron_fsdp_is_for_it_alone(self, folder):
+        folder.check_format(7, fsdp=False)
+        found = refusal(folder, lambda: folder.check_format(7, fsdp=True))
+        assert "is Megatron's own, and training with megatron.use_megatron_fsdp=true does not read it" in found
+        place = folder.checkpoints / "iter_0000008"
+        save = torch.distributed.checkpoint.save
+        save({"model": {"module": {"weight": torch.ones(3)}}}, checkpoint_id=place, no_dist=True)
+        (folder.checkpoints / "latest_checkpointed_iteration.txt").write_text("8")
+        assert folder.checkpoint_step() == 8  # it has no metadata.json
+        folder.check_format(8, fsdp=True)
+        found = refusal(folder, lambda: folder.check_format(8, fsdp=False))
+        assert "is Megatron-FSDP's, and only training with megatron.use_megatron_fsdp=true reads it" in found
+
     def test_missing_checkpoint(self, folder):
         (folder.checkpoints / "latest_checkpointed_iteration.txt").write_text("8")
         found = refusal(folder, folder.checkpoint_step)
