@@ -147,10 +147,13 @@ def memory(recipe: Recipe, vocab_size: int, gpus: int) -> dict[str, float]:
     numbers = (sum(parts.values()) / p.pipeline + sum(outside.values()) / min(p.pipeline, 2)) / p.tensor
     size = BYTES[t.precision]
     adam = 12 if size == 2 else 8  # two moments, and of 16-bit weights a float32 copy
+    state = numbers * adam
+    if recipe.megatron.get("optimizer") == "muon":  # one moment, of nearly all that is in layers
+        state -= sum(parts.values()) / p.pipeline / p.tensor * 4
     found = {
         "weights": numbers * size,
         "gradients": numbers * 4,  # summed up in float32
-        "optimizer": numbers * adam / (spread if p.distributed_optimizer else 1),
+        "optimizer": state / (spread if p.distributed_optimizer else 1),
     }
     tokens = t.micro_batch_size * t.seq_length / p.context
     decoder, heads, in_head = layers(recipe)

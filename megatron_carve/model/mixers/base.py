@@ -95,8 +95,8 @@ class LinearAttentionMixer(MegatronModule):
         name: str | None = None,
     ) -> None:
         super().__init__(config)
-        # Here, so that they also hold in programs that know this package through a spec alone: the decay stays float32 in
-        # a 16-bit model, which Megatron's distributed optimizer does not save rightly by itself; and Muon is for maps.
+        # Here, so that they also hold in programs that know this package through a spec alone: the decay stays float32
+        # in a 16-bit model, which Megatron's distributed optimizer does not save rightly by itself; Muon is for maps.
         mixed_precision_groups.apply()
         muon_parameters.apply()
         self.layer_number = layer_number
