@@ -147,6 +147,9 @@ class _HuggingFace(Tokenizer):
         if self._model.eos_token_id is None:
             raise ValueError(f"data.tokenizer: {spec!r} has no eos token, which ends a document")
         vocabulary = self._model.get_vocab()
+        # Some models have Python of their own around the Rust library; then transformers is asked.
+        plain = type(self._model)._encode_plus is library.PreTrainedTokenizerFast._encode_plus
+        self._backend = self._model.backend_tokenizer if self._model.is_fast and plain else None
         if self._model.is_fast:
             description = self._model.backend_tokenizer.to_str()
         else:
@@ -160,6 +163,13 @@ class _HuggingFace(Tokenizer):
         )
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
+        if self._backend is not None:
+            # Without offsets, which cost a third of the time. Truncation, padding and the reading of special tokens
+            # are the backend's state, which a call of transformers may have changed.
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.encode_special_tokens = True
+            return np.array(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.int32)
         encoded = self._model(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return np.array(encoded["input_ids"], dtype=np.int32)
 

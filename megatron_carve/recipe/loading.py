@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -21,7 +21,14 @@ from megatron_carve.recipe.schema import Checkpoint, Data, Model, Parallel, Run,
 
 INHERIT = "inherit"
 # Keys whose values are paths, or lists with paths in them; those of tokenizers are looked at when they are loaded.
-PATHS = (("data", "text"), ("data", "indexed"), ("data", "cache"), ("run", "folder"), ("checkpoint", "load"))
+PATHS = (
+    ("data", "text"),
+    ("data", "indexed"),
+    ("data", "validation"),
+    ("data", "cache"),
+    ("run", "folder"),
+    ("checkpoint", "load"),
+)
 OVERRIDES = "command line"
 
 
@@ -289,7 +296,8 @@ def _apply_override(values: dict[str, Any], origin: dict[str, str], override: st
     if not separator or not key:
         raise RecipeError(f"{OVERRIDES}: expected section.key=value, got {override!r}")
     path = key.strip().split(".")
-    is_text = _type_of(path) in (str, str | None)
+    kind = _type_of(path)
+    is_text = kind in (str, str | None) or (kind == str | list[str] | None and not text.lstrip().startswith("["))
     value: Any = _text_value(text) if is_text else _parse(text, f"{OVERRIDES}: {key}")
     nested: Any = value
     for part in reversed(path):
@@ -386,7 +394,7 @@ def _construct(cls: Any, values: Mapping[str, Any], origin: Mapping[str, str], p
         if dataclasses.is_dataclass(hint):
             arguments[key] = _construct(hint, values.get(key) or {}, origin, f"{prefix}{key}.")
         elif values.get(key) is not None or (key in values and hint != dict[str, Any]):
-            arguments[key] = _words(values[key]) if hint == list[str] | None else values[key]
+            arguments[key] = _words(values[key]) if list[str] in get_args(hint) else values[key]
     set_here = [f for k, f in origin.items() if k.startswith(prefix)] or list(origin.values())
     for f in dataclasses.fields(cls):
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -408,7 +416,7 @@ def _construct(cls: Any, values: Mapping[str, Any], origin: Mapping[str, str], p
 
 
 def _words(value: Any) -> Any:
-    """YAML reads the weights among the words of `data.indexed` as numbers."""
+    """YAML reads the weights among the words of `data.indexed` as numbers, and a file named 2026."""
     if not isinstance(value, list):
         return value
     return [str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for v in value]

@@ -125,20 +125,37 @@ class Recall(_Checked):
     """How many of the assignments give an earlier key a new value; the last one counts."""
 
 
+def data_name(given: str) -> str:
+    """A short name for a file, a folder or a glob: without its folders and endings."""
+    path = Path(given)
+    while any(letter in path.name for letter in "*?["):  # a glob is called by the folder that it begins in
+        path = path.parent
+    if path.suffix.lower() in (".gz", ".gzip", ".zst", ".zstd"):
+        path = path.with_suffix("")
+    return path.stem or "texts"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Data(_Checked):
     """Where tokens come from: `text`, or `indexed`, or, when neither is given, the generated recall task."""
 
-    text: str | None = None
-    """A text file (one document), or .jsonl (one JSON object per line, one document each)."""
+    text: str | list[str] | None = None
+    """A file, a folder, a glob, or a list of them: plain text (a file is a document), JSON lines (.jsonl, .json,
+    .ndjson: an object is a document), both also as .gz or .zst, and .parquet (a row is a document)."""
     text_key: str = "text"
-    """The field of a JSON object that holds the document."""
+    """The field of a JSON object, or the column, that holds the document."""
     validation_fraction: float = 0.05
-    """The part of `text` kept for validation."""
+    """The part of `text` kept for validation: documents evenly among the others, or the end of a plain text that is
+    alone or of 1 MiB or more."""
+    workers: int | None = None
+    """Processes that tokenise `text`; as many as there are cores if null. The result is the same."""
     indexed: list[str] | None = None
-    """Megatron indexed datasets: prefixes, or weight prefix weight prefix ..."""
+    """Prepared folders, or prefixes of Megatron's indexed datasets; or weight folder weight folder ... Without weights
+    each set counts by its tokens."""
     split: str = "95,5,0"
-    """Training, validation and test parts of `indexed`."""
+    """Training, validation and test parts of prefixes in `indexed`; prepared folders have theirs."""
+    validation: str | list[str] | None = None
+    """Validation data of their own, given as `text` or `indexed` is; then all of those is trained on."""
     tokenizer: str = "bytes"
     """bytes, sentencepiece:PATH, tiktoken:NAME_OR_PATH or huggingface:NAME_OR_PATH."""
     documents: Literal["joined", "apart"] = "joined"
@@ -151,6 +168,12 @@ class Data(_Checked):
     def check(self) -> None:
         if self.text is not None and self.indexed is not None:
             raise ValueError("text: expected either text or indexed, got both")
+        if self.validation is not None and self.source == "recall":
+            raise ValueError("validation: expected text or indexed beside it, got neither")
+        for name in ("text", "indexed", "validation"):
+            if getattr(self, name) == []:
+                raise ValueError(f"{name}: expected at least one, got an empty list")
+        _at_least(self, 1, "workers")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction: expected above 0 and below 1, got {self.validation_fraction}")
         parts = self.split.split(",")
@@ -168,8 +191,11 @@ class Data(_Checked):
 
     def run_name(self, recipe: str) -> str:
         """Default name of a run: the recipe's, with that of the data if some is given."""
-        given = [self.text] if self.text is not None else (self.indexed or [])
-        return "-".join([recipe, *(Path(name).stem for name in given if not name.replace(".", "").isdigit())])
+        given = [self.text] if isinstance(self.text, str) else self.text or self.indexed or []
+        names = [data_name(name) for name in given if not name.replace(".", "").isdigit()]
+        if len(names) > 3:
+            names[2:] = [f"{len(names) - 2}-more"]
+        return "-".join([recipe, *names])
 
 
 @dataclass(frozen=True, kw_only=True)
