@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_carve.recipe import Recipe, check_layout, estimate, load_recipe, recipe_names
+from megatron_carve.run.data import data_lines
 from megatron_carve.run.program import exit_status
 from megatron_carve.run.vocabulary import vocab_size
 
@@ -66,6 +67,7 @@ def report(recipe: Recipe, gpus: int | None, gpu_memory: float, tokens_per_secon
         f"Layout: {gpus} GPUs = tensor {p.tensor} * pipeline {p.pipeline} * context {p.context} * data {replicas}",
         f"Step: {t.tokens_per_step:,} tokens in {micro_batches} micro-batches of {t.micro_batch_size} x {t.seq_length}",
         f"Run: {t.total_steps:,} steps, {all_tokens / 1e9:.1f}B tokens",
+        *data_lines(recipe),
         "",
         "Memory of the fullest GPU, GiB",
         *_memory(recipe, vocab, gpus, gpu_memory),

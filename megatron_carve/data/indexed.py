@@ -12,9 +12,15 @@ from typing import IO, Any
 import numpy as np
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
-DTYPE_CODES = {np.uint16: 8, np.int32: 4, np.uint8: 1}
+DTYPE_CODES = {np.uint16: 8, np.int32: 4}
 MAX_SEQUENCE_TOKENS = 1 << 30  # the index holds lengths as int32
 _CHUNK = 1 << 20
+
+
+def dtype_of(code: int) -> np.dtype:
+    """The dtype of a dataset's tokens by the code in its index."""
+    kinds = (np.uint8, np.int8, np.int16, np.int32, np.int64, np.float64, np.float32, np.uint16)
+    return np.dtype(kinds[code - 1])
 
 
 @dataclass

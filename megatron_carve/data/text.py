@@ -115,11 +115,23 @@ def prepare_text(
         ChildProcessError: a worker was killed.
     """
     with _named(argument):
-        inputs = find_inputs(given)
-        identity = _identity(inputs, tokenizer, text_key, validation_fraction)
-        stem = plain_stem(inputs[0].path.name) + (f"-and-{len(inputs) - 1}-more" if len(inputs) > 1 else "")
-        directory = Path(cache_dir).expanduser().absolute() / f"{stem}-{_key(identity)}"
+        inputs, identity, directory = _in_cache(given, tokenizer, cache_dir, text_key, validation_fraction)
         return _prepared(inputs, tokenizer, directory, identity, workers, progress)
+
+
+def find_prepared(
+    given: Given,
+    tokenizer: Tokenizer,
+    cache_dir: str | os.PathLike[str],
+    *,
+    text_key: str = "text",
+    validation_fraction: float = 0.05,
+    argument: str = "data.text",
+) -> PreparedText | None:
+    """What `prepare_text` has left of the same arguments, or None; nothing is tokenised. Errors as there."""
+    with _named(argument):
+        directory = _in_cache(given, tokenizer, cache_dir, text_key, validation_fraction)[2]
+        return load_prepared(directory) if directory.exists() else None
 
 
 def prepare_folder(
@@ -176,13 +188,13 @@ def load_prepared(folder: str | os.PathLike[str]) -> PreparedText:
     )
 
 
-def require_tokens(prepared: PreparedText, seq_length: int) -> None:
+def require_tokens(prepared: PreparedText, seq_length: int, argument: str = "data.text") -> None:
     """Check that each split holds the seq_length + 1 tokens that one training sample takes.
 
     With fewer, Megatron would repeat the text inside one sample without a word.
 
     Raises:
-        ValueError: a split is too short; names data.text, seq_length and the counts.
+        ValueError: a split is too short; names the argument, seq_length and the counts.
     """
     for split, tokens in (("train", prepared.train_tokens), ("validation", prepared.validation_tokens)):
         if split == "validation" and prepared.validation_prefix is None:
@@ -190,7 +202,7 @@ def require_tokens(prepared: PreparedText, seq_length: int) -> None:
         if tokens < seq_length + 1:
             remedy = " or a larger data.validation_fraction" if split == "validation" else ""
             raise ValueError(
-                f"data.text: {prepared.source} gives {tokens} {split} tokens, but seq_length {seq_length} needs at "
+                f"{argument}: {prepared.source} gives {tokens} {split} tokens, but seq_length {seq_length} needs at "
                 f"least {seq_length + 1}; use a longer text, a smaller seq_length{remedy}"
             )
 
@@ -240,6 +252,16 @@ def _identity(inputs: Sequence[Input], tokenizer: Tokenizer, text_key: str, frac
         "text_key": text_key,
         "validation_fraction": fraction,
     }
+
+
+def _in_cache(
+    given: Given, tokenizer: Tokenizer, cache_dir: str | os.PathLike[str], text_key: str, fraction: float
+) -> tuple[list[Input], dict[str, Any], Path]:
+    """The inputs, their identity, and the directory for what is made of them."""
+    inputs = find_inputs(given)
+    identity = _identity(inputs, tokenizer, text_key, fraction)
+    stem = plain_stem(inputs[0].path.name) + (f"-and-{len(inputs) - 1}-more" if len(inputs) > 1 else "")
+    return inputs, identity, Path(cache_dir).expanduser().absolute() / f"{stem}-{_key(identity)}"
 
 
 def _key(identity: dict[str, Any]) -> str:

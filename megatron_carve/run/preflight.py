@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import logging
 import math
 import traceback
 from dataclasses import dataclass
@@ -15,8 +16,7 @@ from typing import IO, Literal
 import torch
 from torch.distributed import Store
 
-from megatron_carve.data.datasets import contents, indexed_prefixes, require_indexed_tokens, require_known_ids
-from megatron_carve.data.text import PreparedText, prepare_text, require_tokens
+from megatron_carve.data.blend import Blend, contents, require_known_ids
 from megatron_carve.data.tokenizer import load_tokenizer
 from megatron_carve.kernels import require_triton_convolution, require_triton_support, resolve_backend
 from megatron_carve.model.config import LayerImplementation
@@ -24,10 +24,13 @@ from megatron_carve.model.variants import MIXER_LETTERS, VARIANTS
 from megatron_carve.notices import say_once
 from megatron_carve.recipe import Recipe, check_layout
 from megatron_carve.recipe.arguments import check_extra, default_settings, megatron_argv, owned_settings
+from megatron_carve.run.data import check_texts, find_blend, prepared_blend
 from megatron_carve.run.folder import CheckpointError, RunFolder, replace_text
 from megatron_carve.run.launch import join_processes, on_first_process, set_connections, use_device, world_size
 from megatron_carve.run.session import choose_device, command_line, patch_megatron
 from megatron_carve.run.vocabulary import recall_task
+
+logger = logging.getLogger(__name__)
 
 # Letters that exist with Transformer Engine's layers only.
 TRANSFORMER_ENGINE_LETTERS = "MD+E"
@@ -60,7 +63,8 @@ class Plan:
     layers: LayerImplementation
     argv: list[str]
     start: Start
-    text: PreparedText | None
+    blend: Blend | None
+    """Its data; None for the generated task."""
     locks: list[IO[str]]
     """What keeps other programs from the run's folder while they are open; on rank 0."""
 
@@ -88,8 +92,8 @@ def prepare(recipe: Recipe) -> Plan:
     argv = _argv(recipe, start, layers, device)
     # Last, when nothing else can be wrong: the first writes, and tokenising takes long.
     locks: list[IO[str]] = []
-    text = on_first_process(store, rank, "text", lambda: _write(recipe, folder, start, locks))
-    return Plan(recipe, folder, store, rank, device, layers, argv, start, text, locks)
+    blend = on_first_process(store, rank, "data", lambda: _write(recipe, folder, start, locks))
+    return Plan(recipe, folder, store, rank, device, layers, argv, start, blend, locks)
 
 
 def check_backend(recipe: Recipe, device: str) -> None:
@@ -113,17 +117,18 @@ def check_backend(recipe: Recipe, device: str) -> None:
         raise NotImplementedError(f"model.mixer_backend: {error}") from None
 
 
-def _write(recipe: Recipe, folder: RunFolder, start: Start, locks: list[IO[str]]) -> PreparedText | None:
-    text = _prepared_text(recipe) if recipe.data.text is not None else None
+def _write(recipe: Recipe, folder: RunFolder, start: Start, locks: list[IO[str]]) -> Blend | None:
+    blend = prepared_blend(recipe)
+    for line in [] if blend is None else blend.counts(recipe.training.total_steps * recipe.training.tokens_per_step):
+        logger.info("%s", line)
     locks.append(folder.lock())
-    prefixes = [text.train_prefix, text.validation_prefix] if text is not None else recipe.data.indexed
-    now = contents(prefixes) if prefixes else None
+    now = contents(blend.prefixes) if blend is not None else None
     if start.load_from is not None and start.step:
         _say_what_data_changed(recipe, RunFolder(start.load_from.parent), now)
     folder.save_recipe(recipe)
     if now is not None:
         replace_text(folder.data_contents, now + "\n")
-    return text
+    return blend
 
 
 def _say_what_data_changed(recipe: Recipe, source: RunFolder, now: str | None) -> None:
@@ -145,12 +150,9 @@ def _find_start(recipe: Recipe, folder: RunFolder) -> Start:
     recall = recall_task(recipe)
     ids = tokenizer.vocab_size if recall is None else recall.vocab_size
     vocab_size = _vocab_size(recipe, ids)
-    if recipe.data.text is not None and not Path(recipe.data.text).is_file():
-        raise FileNotFoundError(f"data.text: {recipe.data.text} is not a file")
+    check_texts(recipe)
     if recipe.data.indexed is not None:
-        entries = indexed_prefixes(recipe.data.indexed)
-        require_indexed_tokens(entries, split=recipe.data.split, seq_length=recipe.training.seq_length)
-        require_known_ids(entries, vocab_size=vocab_size)
+        require_known_ids(find_blend(recipe).prefixes, vocab_size=vocab_size)
     elif recall is None and vocab_size > 4 * ids:
         say_once(f"model.vocab_size={vocab_size}, but data.tokenizer {recipe.data.tokenizer} uses {ids} of the ids")
     source, step, resumes = _checkpoint_to_load(recipe, folder)
@@ -295,17 +297,3 @@ def try_in_megatron(argv: list[str], recipe: Recipe, layers: LayerImplementation
     except (AssertionError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(f"Megatron refuses its arguments: {reason}") from error
-
-
-def _prepared_text(recipe: Recipe) -> PreparedText:
-    data = recipe.data
-    assert data.text is not None
-    prepared = prepare_text(
-        data.text,
-        load_tokenizer(data.tokenizer),
-        data.cache or RunFolder(recipe.run.path).path / "data",
-        text_key=data.text_key,
-        validation_fraction=data.validation_fraction,
-    )
-    require_tokens(prepared, recipe.training.seq_length)
-    return prepared

@@ -97,7 +97,7 @@ def _pretrain(plan: Plan, listener: TrainingListener, on_models: Callable[[Seque
 
     config.pre_wrap_hooks = [compiled]  # data parallelism's wrapper watches what is called
     config.post_wrap_hooks = [remember]
-    task = Task(plan.recipe, plan.start.vocab_size, plan.start.eod, plan.text)
+    task = Task(plan.recipe, plan.start.vocab_size, plan.start.eod, plan.blend)
 
     def datasets(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple:
         return task.datasets(num_samples, vp_stage)

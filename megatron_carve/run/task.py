@@ -24,9 +24,9 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_carve.data.blend import Blend
 from megatron_carve.data.datasets import SameSamples, build_gpt_datasets
 from megatron_carve.data.recall import RecallDataset
-from megatron_carve.data.text import PreparedText
 from megatron_carve.model.config import LayerImplementation, MixerConfig
 from megatron_carve.model.context.documents import Documents
 from megatron_carve.model.variants import MIXER_LETTERS
@@ -62,7 +62,8 @@ class Task:
     recipe: Recipe
     vocab_size: int
     eod: int
-    text: PreparedText | None = None
+    blend: Blend | None = None
+    """None for the generated task."""
 
     def datasets(self, num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
         """(train, validation, test) for this rank, as pretrain() asks for them."""
@@ -84,10 +85,10 @@ class Task:
                 for split, count in (("train", for_training), ("validation", for_validation))
             )
             return train, validation
+        assert self.blend is not None
         return build_gpt_datasets(
-            self.text if self.text is not None else list(recipe.data.indexed or ()),
-            split=recipe.data.split if self.text is None else None,
-            num_samples=(for_training, for_validation, 0),
+            self.blend,
+            num_samples=(for_training, for_validation),
             seq_length=recipe.training.seq_length,
             seed=seed,
             eod=self.eod,
@@ -95,7 +96,7 @@ class Task:
             cache_path=get_args().data_cache_path,
             is_built_on_rank=partial(_reads_data, vp_stage, documents=recipe.data.documents == "apart"),
             documents_apart=recipe.data.documents == "apart",
-        )[:2]
+        )
 
     def forward_step(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Callable]:
         """One micro-batch: the model's output and the function that makes a loss of it.

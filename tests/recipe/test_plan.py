@@ -9,6 +9,8 @@ import torch
 from support.models import config, groups, hybrid_model, one_process
 
 from megatron_carve import plan
+from megatron_carve.data.text import prepare_folder
+from megatron_carve.data.tokenizer import load_tokenizer
 from megatron_carve.model.variants import MIXER_LETTERS
 from megatron_carve.recipe import estimate, load_recipe
 
@@ -195,3 +197,23 @@ def test_memory_is_what_runs_took(name, words, run):
     assert recipe.model.pattern == run["pattern"]
     assert sum(estimate.parameters(recipe, 32000).values()) == run["parameters"]
     assert sum(estimate.memory(recipe, 32000, 1).values()) == pytest.approx(run["peak_allocated_bytes"], rel=0.03)
+
+
+def test_what_the_data_hold(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs.jsonl").write_text(f'{{"text": "{"x" * 999}"}}\n' * 20)
+
+    def said(*words):
+        assert (
+            plan.main(["debug", "training.steps=10", "training.seq_length=50", "training.global_batch_size=16", *words])
+            == 0
+        )
+        return [line for line in capsys.readouterr().out.splitlines() if "docs" in line or " MB" in line]
+
+    assert said("data.text=docs.jsonl") == ["1 files of 0.0 MB, not tokenised yet"]
+    prepare_folder("docs", "docs.jsonl", load_tokenizer("bytes"), progress=False)
+    assert said("data.indexed=[docs]") == [
+        "train: docs/train: 19 documents, 19,000 tokens; the run sees 0.421 epochs of it",
+        "validation: docs/validation: 1 documents, 1,000 tokens",
+    ]
+    assert said("data.text=docs.json") == [f"data.text: {tmp_path}/docs.json does not exist or is not a regular file"]

@@ -244,7 +244,9 @@ CASES = {
         env={**TORCHRUN, "WORLD_SIZE": "4"},
     ),
     # Data.
-    "missing text": Case("small.yaml data.text=gone.txt", ("data.text: gone.txt is not a file",)),
+    "missing text": Case(
+        "small.yaml data.text=gone.txt", ("data.text:", "gone.txt does not exist or is not a regular file")
+    ),
     "empty text": Case(
         "small.yaml data.text=empty.txt", ("data.text:", "empty.txt is empty"), {"empty.txt": ""}
     ),
@@ -261,7 +263,7 @@ CASES = {
         leaves=("runs/small-short/data/short-",), bar=True,
     ),
     "text key": Case(
-        "small.yaml data.text=a.jsonl", ("a.jsonl line 1 has no key 'text' (data.text_key); found: 'body'",),
+        "small.yaml data.text=a.jsonl", ("a.jsonl line 1 has no key 'text' (text_key); found: 'body'",),
         {"a.jsonl": '{"body": "x"}\n{"body": "y"}\n'}, bar=True,
     ),
     "tokenizer": Case("small.yaml data.tokenizer=words", ("data.tokenizer must be", "got 'words'")),

@@ -316,8 +316,11 @@ def test_json_lines_and_indexed_datasets(folder):
     words = ["tiny.yaml", "training.steps=3", "checkpoint.interval=null"]
     train(folder, *words, "run.name=lines", "data.text=docs.jsonl", "data.text_key=body")
     assert losses(folder, "lines")[3] < losses(folder, "lines")[1]
-    (prefix,) = {p.with_suffix("") for p in (folder / "runs" / "lines" / "data").glob("docs-*/train.bin")}
-    train(folder, *words, "run.name=indexed", f"data.indexed=[{prefix}]", "data.split='80,20,0'")
+    (prepared,) = (folder / "runs" / "lines" / "data").glob("docs-*")
+    words += ["run.name=indexed", f"data.indexed=[{prepared}, {prepared}/validation]"]
+    out = train(folder, *words, f"data.validation={prepared}/validation").stdout
+    assert "/train: 57 documents, 20,277 tokens, 94.9% of the batches; the run sees 0.0" in out
+    assert "/validation: 3 documents, 1,083 tokens\n" in out
     assert losses(folder, "indexed")[1] == pytest.approx(losses(folder, "lines")[1], rel=0.1)
 
 

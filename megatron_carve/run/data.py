@@ -1,0 +1,87 @@
+"""The data that a recipe names, as the programs take them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from megatron_carve.data.blend import Blend, indexed_blend, text_blend
+from megatron_carve.data.inputs import InputError, find_inputs
+from megatron_carve.data.text import find_prepared, prepare_text, require_tokens
+from megatron_carve.data.tokenizer import load_tokenizer
+from megatron_carve.recipe import Recipe
+from megatron_carve.run.folder import RunFolder
+
+
+def check_texts(recipe: Recipe) -> None:
+    """Raise ValueError or FileNotFoundError unless the recipe's texts are there."""
+    data = recipe.data
+    if data.text is None:
+        return
+    for key, given in (("data.text", data.text), ("data.validation", data.validation)):
+        if given is not None:
+            try:
+                find_inputs(given)
+            except (InputError, FileNotFoundError) as error:
+                raise type(error)(f"{key}: {error}") from error
+
+
+def find_blend(recipe: Recipe) -> Blend:
+    """The blend of data.indexed, checked.
+
+    Raises:
+        ValueError: a dataset is missing, damaged or too small; names the key and the file.
+    """
+    data = recipe.data
+    assert data.indexed is not None
+    validation = [data.validation] if isinstance(data.validation, str) else data.validation
+    blend = indexed_blend(data.indexed, split=data.split, validation=validation)
+    blend.require_tokens(recipe.training.seq_length)
+    return blend
+
+
+def prepared_blend(recipe: Recipe) -> Blend | None:
+    """The recipe's data, texts tokenised; None for the generated task."""
+    data = recipe.data
+    if data.source == "indexed":
+        return find_blend(recipe)
+    if data.text is None:
+        return None
+    workers = data.workers or len(os.sched_getaffinity(0))
+    prepared = [prepare_text(workers=workers, **options) for options in _texts(recipe)]
+    for found, options in zip(prepared, _texts(recipe), strict=True):
+        require_tokens(found, recipe.training.seq_length, options["argument"])
+    return text_blend(*prepared)
+
+
+def data_lines(recipe: Recipe) -> list[str]:
+    """What the data hold and what the run sees of them, as far as that can be told without tokenising."""
+    tokens = recipe.training.total_steps * recipe.training.tokens_per_step
+    try:
+        if recipe.data.source == "recall":
+            return []
+        if recipe.data.source == "indexed":
+            return find_blend(recipe).counts(tokens)
+        found = [find_prepared(**options) for options in _texts(recipe)]
+        if None in found:
+            sizes = [source.size for options in _texts(recipe) for source in find_inputs(options["given"])]
+            return [f"{len(sizes)} files of {sum(sizes) / 1e6:,.1f} MB, not tokenised yet"]
+        return text_blend(*[text for text in found if text is not None]).counts(tokens)
+    except (ValueError, OSError, ImportError) as error:  # a plan may be made where the data are not
+        return [f"{error}"]
+
+
+def _texts(recipe: Recipe) -> list[dict[str, Any]]:
+    """Arguments of prepare_text and find_prepared: for the text, and for a validation text of its own."""
+    data = recipe.data
+    assert data.text is not None
+    shared = {
+        "tokenizer": load_tokenizer(data.tokenizer),
+        "cache_dir": data.cache or RunFolder(recipe.run.path).path / "data",
+        "text_key": data.text_key,
+    }
+    fraction = data.validation_fraction if data.validation is None else 0.0
+    texts = [shared | {"given": data.text, "validation_fraction": fraction, "argument": "data.text"}]
+    if data.validation is not None:
+        texts.append(shared | {"given": data.validation, "validation_fraction": 0.0, "argument": "data.validation"})
+    return texts
