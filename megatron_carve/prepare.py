@@ -36,6 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="SPEC",
         help="bytes (the default), sentencepiece:PATH, tiktoken:NAME_OR_PATH or huggingface:NAME_OR_PATH",
     )
+    parser.add_argument(
+        "--loss-on",
+        default="text",
+        choices=["text", "completion"],
+        help="completion, to fine-tune: lines hold a prompt and a completion, or messages; see data.loss_on",
+    )
     parser.add_argument("--text-key", default="text", metavar="NAME", help="JSON key or column of a document (text)")
     parser.add_argument(
         "--validation-fraction", type=float, default=0.05, metavar="F", help="kept for validation (0.05); 0: none"
@@ -64,6 +70,7 @@ def _prepare(chosen: argparse.Namespace) -> None:
         load_tokenizer(chosen.tokenizer),
         text_key=chosen.text_key,
         validation_fraction=chosen.validation_fraction,
+        examples=chosen.loss_on == "completion",
         workers=chosen.workers,
         argument="INPUT",
     )

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,12 +53,14 @@ class Blend:
         train, validation: the sets of each, drawn from in proportion to their weights.
         split: Megatron's split string where training and validation are parts of the same files.
         argument: the recipe key that names them.
+        examples: they hold examples, see `packing.PackedExamples`; weights count for nothing.
     """
 
     train: tuple[Part, ...]
     validation: tuple[Part, ...]
     split: str | None = None
     argument: str = "data.indexed"
+    examples: bool = False
 
     @property
     def prefixes(self) -> list[str]:
@@ -75,7 +77,7 @@ class Blend:
             ValueError: a set is too small; names the argument and the counts.
         """
         for kind, parts in (("train", self.train), ("validation", self.validation)):
-            for part in parts:
+            for part in parts if not self.examples else ():
                 sequences = part.sequences()
                 tokens = int(sequences.sum(dtype=np.int64))
                 if tokens < seq_length + 1:
@@ -85,7 +87,7 @@ class Blend:
                         f"sequences), but seq_length {seq_length} needs at least {seq_length + 1}"
                     )
 
-    def counts(self, tokens: int) -> list[str]:
+    def counts(self, tokens: int, seq_length: int) -> list[str]:
         """Lines that say what the sets hold, and how often a run of so many tokens goes through each."""
         lines = []
         for kind, parts in (("train", self.train), ("validation", self.validation)):
@@ -94,10 +96,15 @@ class Blend:
                 found = part.sequences()
                 held, share = int(found.sum(dtype=np.int64)), part.weight / total
                 line = f"{kind}: {_short(part.prefix)}: {found.size:,} documents, {held:,} tokens"
-                if len(parts) > 1:
+                if self.examples:  # packing fills what is left of a sequence
+                    kept = np.minimum(found, seq_length + 1)
+                    cut, held = int((found > kept).sum()), int(kept.sum(dtype=np.int64))
+                    line += f", {cut:,} of them longer than a sequence" if cut else ""
+                elif len(parts) > 1:
                     line += f", {share:.1%} of the batches"
                 if kind == "train":
-                    line += f"; the run sees {share * tokens / held:.3g} epochs of it"
+                    most = "up to " if self.examples else ""
+                    line += f"; the run sees {most}{share * tokens / held:.3g} epochs of it"
                 lines.append(line)
         return lines
 
@@ -106,10 +113,13 @@ def text_blend(prepared: PreparedText, validation: PreparedText | None = None) -
     """The blend of prepared text, and of a validation text of its own if `prepared` keeps none."""
     held_out = prepared.validation_prefix if validation is None else validation.train_prefix
     assert held_out is not None
-    return Blend((Part(prepared.train_prefix, 1.0),), (Part(held_out, 1.0),), argument="data.text")
+    train = (Part(prepared.train_prefix, 1.0),)
+    return Blend(train, (Part(held_out, 1.0),), argument="data.text", examples=prepared.examples)
 
 
-def indexed_blend(entries: Sequence[str], *, split: str, validation: Sequence[str] | None = None) -> Blend:
+def indexed_blend(
+    entries: Sequence[str], *, split: str, validation: Sequence[str] | None = None, examples: bool = False
+) -> Blend:
     """The blend of a list in the form of Megatron's --data-path.
 
     Args:
@@ -117,11 +127,26 @@ def indexed_blend(entries: Sequence[str], *, split: str, validation: Sequence[st
             ["0.3", "a", "0.7", "b", ...]. Without weights each counts by its tokens.
         split: of prefixes, such as "95,5,0" for 95 % training and 5 % validation; folders have their validation set.
         validation: entries for validation; then all of `entries` is trained on.
+        examples: they are folders of examples, without weights.
 
     Raises:
         ValueError: the list is malformed; a file is missing, empty or not Megatron's format; a folder has no
-            validation set; names data.indexed, or data.validation, and the file.
+            validation set; what is named holds examples or does not, against `examples`; names data.indexed, or
+            data.validation, and the file.
     """
+    blend = _blend(entries, split, validation)
+    if examples and any(weight for _, weight in _weights(entries, "data.indexed")):
+        raise ValueError("data.indexed: examples (data.loss_on=completion) count alike, expected no weights")
+    if examples and blend.split is not None:
+        raise ValueError("data.indexed: examples are given as prepared folders, or with data.validation beside them")
+    for prefix in blend.prefixes:
+        if Path(f"{prefix}.mask").exists() != examples:
+            expected = "no examples, but data.loss_on is" if examples else "examples, of which data.loss_on must be"
+            raise ValueError(f"data.indexed: {prefix} holds {expected} completion")
+    return replace(blend, examples=examples)
+
+
+def _blend(entries: Sequence[str], split: str, validation: Sequence[str] | None) -> Blend:
     sets = _sets(entries, "data.indexed")
     if validation is not None:
         held_out = _sets(validation, "data.validation")

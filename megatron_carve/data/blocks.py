@@ -70,12 +70,20 @@ def is_validation(document: int, fraction: float) -> bool:
     return math.floor((document + 1) * fraction) > math.floor(document * fraction)
 
 
-def read_blocks(inputs: Sequence[Input], begin: Place, *, text_key: str, validation_fraction: float) -> Iterator[Block]:
+def read_blocks(
+    inputs: Sequence[Input], begin: Place, *, text_key: str, validation_fraction: float, examples: bool = False
+) -> Iterator[Block]:
     """The blocks of all inputs in order, from `begin` on.
+
+    Args:
+        examples: lines are not documents, and never cut.
 
     Raises:
         InputError: a file that cannot be read; what is wrong inside a block is found by who tokenises it.
     """
+    for source in inputs:
+        if examples and source.form != "lines":
+            raise InputError(f"{source.path} is not JSON lines, in which examples are given")
     before = sum(source.size for source in inputs[: begin.input])
     for index in range(begin.input, len(inputs)):
         source, place = inputs[index], begin if index == begin.input else Place(index, documents=begin.documents)
@@ -85,7 +93,7 @@ def read_blocks(inputs: Sequence[Input], begin: Place, *, text_key: str, validat
                 source, place, validation_fraction, cut_end=alone_or_large and validation_fraction > 0
             )
         elif source.form == "lines":
-            blocks = _line_blocks(source, place, text_key, validation_fraction)
+            blocks = _line_blocks(source, place, None if examples else text_key, validation_fraction)
         else:
             blocks = _row_blocks(source, place, text_key, validation_fraction)
         for block in blocks:
@@ -183,8 +191,8 @@ def _validation_cut(source: Input, size: int, fraction: float) -> int:
     return cut
 
 
-def _line_blocks(source: Input, place: Place, text_key: str, fraction: float) -> Iterator[Block]:
-    """Whole lines; a line that is longer than a block as the pieces of its document."""
+def _line_blocks(source: Input, place: Place, text_key: str | None, fraction: float) -> Iterator[Block]:
+    """Whole lines; where they hold documents, a line that is longer than a block as the pieces of its document."""
     with TextStream(source) as stream:
         stream.skip_to(place.offset)
         for raw in _whole_lines(stream, source, place):
@@ -193,7 +201,7 @@ def _line_blocks(source: Input, place: Place, text_key: str, fraction: float) ->
             for data in [raw] if len(raw) <= 2 * BLOCK_BYTES else _long_lines_apart(raw):
                 lines = data.count(b"\n") + (not data.endswith(b"\n"))
                 after = Place(place.input, place.offset + len(data), place.number + lines, place.documents + lines)
-                if lines == 1 and len(data) > BLOCK_BYTES and data.strip():
+                if text_key is not None and lines == 1 and len(data) > BLOCK_BYTES and data.strip():
                     text = json_text(data, text_key, str(source.path), place.number + 1, place.offset).encode("utf-8")
                     yield from _pieces(text, place, after, stream.on_disk, fraction)
                 else:

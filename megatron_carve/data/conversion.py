@@ -40,6 +40,7 @@ def convert(
     *,
     text_key: str,
     validation_fraction: float,
+    examples: bool,
     workers: int,
     progress: bool,
 ) -> dict[str, dict[str, Any]]:
@@ -60,9 +61,11 @@ def convert(
     """
     splits = SPLITS if validation_fraction else SPLITS[:1]
     place, written, on_disk = _journal(aside)
-    encoder = Encoder(tokenizer, [str(source.path) for source in inputs], text_key, validation_fraction)
+    encoder = Encoder(tokenizer, [str(source.path) for source in inputs], text_key, validation_fraction, examples)
     writers = [
-        IndexedWriter(folder / split, aside, dtype=encoder.dtype, eod=tokenizer.eod, written=written[split])
+        IndexedWriter(
+            folder / split, aside, dtype=encoder.dtype, eod=tokenizer.eod, written=written[split], masked=examples
+        )
         for split in splits
     ]
     try:
@@ -72,7 +75,9 @@ def convert(
         ):
             said = time.monotonic()
             begun = said, sum(writer.written.tokens for writer in writers)
-            blocks = read_blocks(inputs, place, text_key=text_key, validation_fraction=validation_fraction)
+            blocks = read_blocks(
+                inputs, place, text_key=text_key, validation_fraction=validation_fraction, examples=examples
+            )
             for block, tokens in encode(blocks):
                 for writer, found, validation in zip(writers, tokens, (False, True), strict=False):
                     if block.form == "piece":
@@ -82,6 +87,7 @@ def convert(
                         writer.add(
                             found.ids, found.lengths, text_bytes=found.text_bytes, empty=found.empty,
                             last_bytes=found.last_bytes,
+                            learned=found.learned,
                         )  # fmt: skip
                 now = time.monotonic()
                 speed = (sum(w.written.tokens for w in writers) - begun[1]) / max(now - begun[0], 1e-9)
@@ -118,9 +124,9 @@ def _hold_out_one(aside: Path, writers: Sequence[IndexedWriter], end: Place, on_
     train, validation = writers
     if train.written.documents < 2 or train.written.documents != train.written.sequences:
         return
-    rest, ids = train.without_last_document()
+    rest, ids, learned = train.without_last_document()
     moved = train.written.last_bytes
-    validation.add(ids, np.array([ids.size]), text_bytes=moved, last_bytes=moved)
+    validation.add(ids, np.array([ids.size]), text_bytes=moved, last_bytes=moved, learned=learned)
     train.written = rest
     _write_journal(aside, end, writers, on_disk)
     train.restore(rest)

@@ -14,13 +14,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatron_carve.data.blocks import Block, is_validation
+from megatron_carve.data.examples import Example, example
 from megatron_carve.data.inputs import InputError
-from megatron_carve.data.records import json_text, utf8
+from megatron_carve.data.records import json_record, json_text, utf8
 from megatron_carve.data.tokenizer import Tokenizer, load_tokenizer
 
 # Blocks that are read ahead of the one that is written, for each process.
@@ -36,6 +37,7 @@ class Tokens(NamedTuple):
         text_bytes: UTF-8 bytes behind them.
         empty: documents that have none.
         last_bytes: of text, in the last document that has tokens.
+        learned: of examples, which ids the loss is of, uint8 [num_tokens]; None for texts.
     """
 
     ids: np.ndarray
@@ -43,6 +45,7 @@ class Tokens(NamedTuple):
     text_bytes: int
     empty: int
     last_bytes: int
+    learned: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,20 @@ class Encoder:
         names: of the inputs, for messages.
         text_key: key of the document in a JSON line.
         validation_fraction: share of documents for validation, in [0, 1).
+        examples: lines are examples with a prompt and a completion, or messages, instead of documents.
     """
 
     tokenizer: Tokenizer
     names: Sequence[str]
     text_key: str
     validation_fraction: float
+    examples: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to another process, an encoder loads its tokenizer there by the spec."""
+        tokenizer = self.tokenizer
+        rest = (self.names, self.text_key, self.validation_fraction, self.examples)
+        return _loaded_encoder, (tokenizer.spec, tokenizer.fingerprint, *rest)
 
     def encode(self, block: Block) -> tuple[Tokens, Tokens]:
         """(train, validation) tokens of a block; those of a "piece" without an end-of-document id.
@@ -73,12 +84,19 @@ class Encoder:
             ids = self._ids(utf8(block.data, name, at.offset))
             found = Tokens(ids.astype(self.dtype), np.array([ids.size]), len(block.data), 0, len(block.data))
             return (self._none(), found) if block.validation else (found, self._none())
-        train: list[str] = []
-        validation: list[str] = []
-        for number, text in self._lines(block, name) if block.form == "lines" else self._rows(block, name):
-            held_out = is_validation(at.documents + number, self.validation_fraction)
-            (validation if held_out else train).append(text)
-        return self._documents(train), self._documents(validation)
+        if self.examples:
+            return self._split(at.documents, self._example_lines(block, name), self._examples)
+        texts = self._lines(block, name) if block.form == "lines" else self._rows(block, name)
+        return self._split(at.documents, texts, self._documents)
+
+    def _split[T](
+        self, before: int, found: Iterator[tuple[int, T]], tokens: Callable[[Sequence[T]], Tokens]
+    ) -> tuple[Tokens, Tokens]:
+        """Tokens of what is found, with its number in the block, for train and for validation."""
+        parts: tuple[list[T], list[T]] = ([], [])
+        for number, document in found:
+            parts[is_validation(before + number, self.validation_fraction)].append(document)
+        return tokens(parts[0]), tokens(parts[1])
 
     @property
     def dtype(self) -> type[np.uint16] | type[np.int32]:
@@ -90,6 +108,26 @@ class Encoder:
             if line.strip():
                 yield number, json_text(line, self.text_key, name, block.begins.number + number + 1, offset)
             offset += len(line) + 1
+
+    def _example_lines(self, block: Block, name: str) -> Iterator[tuple[int, Example]]:
+        offset = block.begins.offset
+        for number, line in enumerate(block.data.split(b"\n")):
+            if line.strip():
+                place = block.begins.number + number + 1
+                record = json_record(line, name, place, offset)
+                yield number, example(record, self.tokenizer, f"{name} line {place}")
+            offset += len(line) + 1
+
+    def _examples(self, examples: Sequence[Example]) -> Tokens:
+        none = self._none()
+        return Tokens(
+            np.concatenate([none.ids, *[self._known(found.ids) for found in examples]]).astype(self.dtype),
+            np.array([found.ids.size for found in examples], dtype=np.int64),
+            sum(found.text_bytes for found in examples),
+            0,
+            examples[-1].text_bytes if examples else 0,
+            np.concatenate([np.empty(0, np.uint8), *[found.learned for found in examples]]),
+        )
 
     def _rows(self, block: Block, name: str) -> Iterator[tuple[int, str]]:
         assert block.bounds is not None
@@ -114,8 +152,10 @@ class Encoder:
         return Tokens(ids, np.array(lengths, dtype=np.int64), text_bytes, len(texts) - len(lengths), last_bytes)
 
     def _ids(self, text: str) -> np.ndarray:
+        return self._known(self.tokenizer.encode(text))
+
+    def _known(self, ids: np.ndarray) -> np.ndarray:
         tokenizer = self.tokenizer
-        ids = tokenizer.encode(text)
         if ids.size and not (ids.min() >= 0 and ids.max() < tokenizer.vocab_size):
             raise ValueError(
                 f"data.tokenizer: {tokenizer.spec!r} gave an id outside its vocabulary of {tokenizer.vocab_size}"
@@ -124,6 +164,13 @@ class Encoder:
 
     def _none(self) -> Tokens:
         return Tokens(np.empty(0, self.dtype), np.empty(0, np.int64), 0, 0, 0)
+
+
+def _loaded_encoder(spec: str, fingerprint: str, *rest: Any) -> Encoder:
+    tokenizer = load_tokenizer(spec)
+    if tokenizer.fingerprint != fingerprint:
+        raise ValueError(f"data.tokenizer: {spec!r} changed while texts were tokenised; run again")
+    return Encoder(tokenizer, *rest)
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
@@ -152,9 +199,8 @@ def encoding(encoder: Encoder, workers: int) -> Iterator[Encode]:
         workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_begin_worker,
-        initargs=(encoder.tokenizer.spec, encoder.tokenizer.fingerprint, encoder.names, encoder.text_key,
-                  encoder.validation_fraction),
-    )  # fmt: skip
+        initargs=(encoder,),
+    )
     try:
         yield partial(_in_order, pool, workers * _AHEAD)
     except BrokenProcessPool as error:
@@ -190,16 +236,13 @@ def _in_order(
 _encoder: Encoder | None = None  # of a process that tokenises
 
 
-def _begin_worker(spec: str, fingerprint: str, names: Sequence[str], text_key: str, fraction: float) -> None:
+def _begin_worker(encoder: Encoder) -> None:
     global _encoder
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a key on the terminal interrupts this process through its parent
-    tokenizer = load_tokenizer(spec)
-    if tokenizer.fingerprint != fingerprint:
-        raise ValueError(f"data.tokenizer: {spec!r} changed while texts were tokenised; run again")
-    _encoder = Encoder(tokenizer, names, text_key, fraction)
+    _encoder = encoder
 
 
 def _encode(block: Block) -> tuple[Tokens, Tokens]:

@@ -57,19 +57,33 @@ class IndexedWriter:
         dtype: of the ids.
         eod: id that ends a document.
         written: what there is of it already, as of an earlier writer's `flush`; what was written after that is cut off.
+        masked: `prefix`.mask has a byte for each token, which is 1 where it is learned.
 
     Raises:
         ValueError: less is there than `written` says.
     """
 
-    def __init__(self, prefix: Path, aside: Path, *, dtype: type, eod: int, written: Written) -> None:
+    def __init__(
+        self, prefix: Path, aside: Path, *, dtype: type, eod: int, written: Written, masked: bool = False
+    ) -> None:
         self._prefix, self._eod, self._dtype, self._code = prefix, eod, np.dtype(dtype), DTYPE_CODES[dtype]
-        names = (f"{prefix}.bin", aside / f"{prefix.name}.lengths", aside / f"{prefix.name}.documents")
+        names = [f"{prefix}.bin", aside / f"{prefix.name}.lengths", aside / f"{prefix.name}.documents"]
+        names += [f"{prefix}.mask"] if masked else []
         self._files: list[IO[bytes]] = [open(name, "ab") for name in names]  # noqa: SIM115
-        self._tokens, self._lengths, self._documents = self._files
+        self._tokens, self._lengths, self._documents = self._files[:3]
+        self._mask = self._files[3] if masked else None
         self.restore(written)
 
-    def add(self, ids: np.ndarray, lengths: np.ndarray, *, text_bytes: int, empty: int = 0, last_bytes: int) -> None:
+    def add(
+        self,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        *,
+        text_bytes: int,
+        empty: int = 0,
+        last_bytes: int,
+        learned: np.ndarray | None = None,
+    ) -> None:
         """Append whole documents; arguments as the attributes of encoding.Tokens."""
         w = self.written
         assert not w.in_document
@@ -78,6 +92,9 @@ class IndexedWriter:
         w.bytes += text_bytes
         w.empty_documents += empty
         self._tokens.write(ids.data)
+        if self._mask is not None:
+            assert learned is not None and learned.size == ids.size
+            self._mask.write(learned.data)
         self._lengths.write(lengths.astype("<i4").data)
         self._documents.write(np.arange(w.sequences + 1, w.sequences + 1 + lengths.size, dtype="<i8").data)
         w.tokens += ids.size
@@ -120,8 +137,8 @@ class IndexedWriter:
             os.fsync(file.fileno())
         return asdict(self.written)
 
-    def without_last_document(self) -> tuple[Written, np.ndarray]:
-        """What there is but for the last document, and the tokens of that; `restore` takes it away."""
+    def without_last_document(self) -> tuple[Written, np.ndarray, np.ndarray | None]:
+        """What there is but for the last document; the tokens of that and which are learned. `restore` removes it."""
         w = self.written
         assert w.documents == w.sequences and not w.in_document
         for file in self._files:
@@ -129,16 +146,17 @@ class IndexedWriter:
         length = int(np.fromfile(self._lengths.name, dtype="<i4", offset=(w.sequences - 1) * 4)[0])
         begin = w.tokens - length
         ids = np.fromfile(self._tokens.name, dtype=self._dtype, offset=begin * self._dtype.itemsize)
+        learned = None if self._mask is None else np.fromfile(self._mask.name, dtype=np.uint8, offset=begin)
         rest = replace(
             w, tokens=begin, bytes=w.bytes - w.last_bytes, documents=w.documents - 1, sequences=w.sequences - 1
         )
-        return rest, ids
+        return rest, ids, learned
 
     def restore(self, written: Written) -> None:
         """Cut off what was written after `written`."""
         self.written = written
-        sizes = (written.tokens * self._dtype.itemsize, written.sequences * 4, written.documents * 8)
-        for file, size in zip(self._files, sizes, strict=True):
+        sizes = (written.tokens * self._dtype.itemsize, written.sequences * 4, written.documents * 8, written.tokens)
+        for file, size in zip(self._files, sizes, strict=False):
             file.flush()
             there = file.seek(0, os.SEEK_END)
             if there < size:

@@ -46,6 +46,7 @@ class PreparedText:
         train_bytes, validation_bytes: UTF-8 bytes of the text behind those tokens.
         train_documents, validation_documents: documents that gave at least one token.
         empty_documents: documents left out because they gave none.
+        examples: documents are examples, of which the loss is of completions alone.
     """
 
     source: str
@@ -60,6 +61,7 @@ class PreparedText:
     train_documents: int
     validation_documents: int
     empty_documents: int
+    examples: bool
 
     @property
     def tokens_per_byte(self) -> float:
@@ -74,6 +76,7 @@ def prepare_text(
     *,
     text_key: str = "text",
     validation_fraction: float = 0.05,
+    examples: bool = False,
     workers: int = 1,
     progress: bool = True,
     argument: str = "data.text",
@@ -104,6 +107,8 @@ def prepare_text(
         cache_dir: created if missing.
         text_key: key of the document in a JSON line, or name of the column.
         validation_fraction: in [0, 1); share of documents, or of bytes of a plain text; 0 keeps nothing.
+        examples: the lines are examples instead of documents, see `examples.example`; train.mask and validation.mask
+            then tell which tokens are learned.
         workers: processes that tokenise. More than one load the tokenizer by its spec.
         progress: show a progress bar in bytes on stderr.
         argument: what messages call `given`.
@@ -115,7 +120,7 @@ def prepare_text(
         ChildProcessError: a worker was killed.
     """
     with _named(argument):
-        inputs, identity, directory = _in_cache(given, tokenizer, cache_dir, text_key, validation_fraction)
+        inputs, identity, directory = _in_cache(given, tokenizer, cache_dir, text_key, validation_fraction, examples)
         return _prepared(inputs, tokenizer, directory, identity, workers, progress)
 
 
@@ -126,11 +131,12 @@ def find_prepared(
     *,
     text_key: str = "text",
     validation_fraction: float = 0.05,
+    examples: bool = False,
     argument: str = "data.text",
 ) -> PreparedText | None:
     """What `prepare_text` has left of the same arguments, or None; nothing is tokenised. Errors as there."""
     with _named(argument):
-        directory = _in_cache(given, tokenizer, cache_dir, text_key, validation_fraction)[2]
+        directory = _in_cache(given, tokenizer, cache_dir, text_key, validation_fraction, examples)[2]
         return load_prepared(directory) if directory.exists() else None
 
 
@@ -141,6 +147,7 @@ def prepare_folder(
     *,
     text_key: str = "text",
     validation_fraction: float = 0.05,
+    examples: bool = False,
     workers: int = 1,
     progress: bool = True,
     argument: str = "data.text",
@@ -157,7 +164,7 @@ def prepare_folder(
         directory.rmdir()
     with _named(argument):
         inputs = find_inputs(given)
-        identity = _identity(inputs, tokenizer, text_key, validation_fraction)
+        identity = _identity(inputs, tokenizer, text_key, validation_fraction, examples)
         if directory.exists() and _manifest(directory)["identity"] != identity:
             raise FileExistsError(f"{directory}: holds other texts, or the same prepared in another way")
         return _prepared(inputs, tokenizer, directory, identity, workers, progress)
@@ -183,6 +190,7 @@ def load_prepared(folder: str | os.PathLike[str]) -> PreparedText:
         folder=str(directory),
         train_prefix=str(directory / "train"),
         validation_prefix=str(directory / "validation") if splits["validation"] else None,
+        examples=manifest["identity"]["examples"],
         empty_documents=sum(found["empty_documents"] for found in splits.values() if found),
         **counts,
     )
@@ -236,7 +244,9 @@ def _named(argument: str) -> Iterator[None]:
         raise type(error)(f"{argument}: {error}") from error
 
 
-def _identity(inputs: Sequence[Input], tokenizer: Tokenizer, text_key: str, fraction: float) -> dict[str, Any]:
+def _identity(
+    inputs: Sequence[Input], tokenizer: Tokenizer, text_key: str, fraction: float, examples: bool
+) -> dict[str, Any]:
     """What a cached conversion must agree on to be used again."""
     if not 0 <= fraction < 1:
         raise ValueError(f"data.validation_fraction must be at least 0 and below 1, got {fraction}")
@@ -251,15 +261,21 @@ def _identity(inputs: Sequence[Input], tokenizer: Tokenizer, text_key: str, frac
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "text_key": text_key,
         "validation_fraction": fraction,
+        "examples": examples,
     }
 
 
 def _in_cache(
-    given: Given, tokenizer: Tokenizer, cache_dir: str | os.PathLike[str], text_key: str, fraction: float
+    given: Given,
+    tokenizer: Tokenizer,
+    cache_dir: str | os.PathLike[str],
+    text_key: str,
+    fraction: float,
+    examples: bool,
 ) -> tuple[list[Input], dict[str, Any], Path]:
     """The inputs, their identity, and the directory for what is made of them."""
     inputs = find_inputs(given)
-    identity = _identity(inputs, tokenizer, text_key, fraction)
+    identity = _identity(inputs, tokenizer, text_key, fraction, examples)
     stem = plain_stem(inputs[0].path.name) + (f"-and-{len(inputs) - 1}-more" if len(inputs) > 1 else "")
     return inputs, identity, Path(cache_dir).expanduser().absolute() / f"{stem}-{_key(identity)}"
 
@@ -313,13 +329,15 @@ def _fill(
         partial,
         text_key=identity["text_key"],
         validation_fraction=identity["validation_fraction"],
+        examples=identity["examples"],
         workers=min(workers, 1 + sum(source.size for source in inputs) // _BYTES_PER_WORKER),
         progress=progress,
     )
     for source in inputs:
         if not source.path.is_file() or source.path.stat().st_size != source.size:
             raise InputError(f"{source.path} changed while it was being read; run again")
-    if _identity(inputs, tokenizer, identity["text_key"], identity["validation_fraction"]) != identity:
+    chosen = (identity["text_key"], identity["validation_fraction"], identity["examples"])
+    if _identity(inputs, tokenizer, *chosen) != identity:
         raise InputError(f"{title(inputs)} changed while it was being read; run again")
     files = {file.name: file.stat().st_size for file in done.iterdir() if file.name != MANIFEST}
     manifest = {"identity": identity, "source": title(inputs), "splits": splits, "files": files}

@@ -48,6 +48,22 @@ class Tokenizer(ABC):
         A special token's name inside `text` is ordinary text, so a corpus cannot end a document by spelling it.
         """
 
+    def chat_text(self, messages: Sequence[dict[str, str]], *, asks: bool = False) -> str:
+        """Messages, each with a role and a content, as the tokenizer's chat template writes them.
+
+        Args:
+            asks: end with what comes before an answer of the assistant.
+
+        Raises:
+            ValueError: there is no template, which alone names data.tokenizer, or it refuses the messages.
+        """
+        raise ValueError(f"data.tokenizer: {self.spec!r} has no chat template, which messages need")
+
+    def encode_template(self, text: str) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Token ids of what `chat_text` gave, in which names of special tokens are those tokens, and the place of the
+        character in `text` at which each begins; both [num_tokens]."""
+        raise ValueError(f"data.tokenizer: {self.spec!r} has no chat template, which messages need")
+
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """Text of `ids` [num_tokens] without end-of-document ids; bytes that are not UTF-8 become U+FFFD.
 
@@ -172,6 +188,24 @@ class _HuggingFace(Tokenizer):
             return np.array(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.int32)
         encoded = self._model(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return np.array(encoded["input_ids"], dtype=np.int32)
+
+    def chat_text(self, messages: Sequence[dict[str, str]], *, asks: bool = False) -> str:
+        if self._model.chat_template is None or not self._model.is_fast:
+            return super().chat_text(messages, asks=asks)
+        try:
+            written = self._model.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asks)
+        except Exception as error:  # templates are programs, and raise what they like
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(reason) from error
+        assert isinstance(written, str)
+        return written
+
+    def encode_template(self, text: str) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        encoded = self._model(
+            text, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        begins = [begin for begin, _ in encoded["offset_mapping"]]
+        return np.array(encoded["input_ids"], dtype=np.int32), np.array(begins, dtype=np.int64)
 
     def _decode(self, ids: npt.NDArray[np.int64]) -> str:
         return self._model.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)

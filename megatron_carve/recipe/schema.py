@@ -144,6 +144,10 @@ class Data(_Checked):
     .ndjson: an object is a document), both also as .gz or .zst, and .parquet (a row is a document)."""
     text_key: str = "text"
     """The field of a JSON object, or the column, that holds the document."""
+    loss_on: Literal["text", "completion"] = "text"
+    """completion, to fine-tune: lines of JSON hold a prompt and a completion, or messages for the chat template of a
+    Hugging Face tokenizer; the loss is of completions, or of the assistant's messages, alone, and sequences are packed
+    with whole examples, each of which sees those before it."""
     validation_fraction: float = 0.05
     """The part of `text` kept for validation: documents evenly among the others, or the end of a plain text that is
     alone or of 1 MiB or more."""
@@ -168,6 +172,8 @@ class Data(_Checked):
     def check(self) -> None:
         if self.text is not None and self.indexed is not None:
             raise ValueError("text: expected either text or indexed, got both")
+        if self.loss_on == "completion" and self.source == "recall":
+            raise ValueError("loss_on: expected text or indexed beside completion, got neither")
         if self.validation is not None and self.source == "recall":
             raise ValueError("validation: expected text or indexed beside it, got neither")
         for name in ("text", "indexed", "validation"):

@@ -35,7 +35,7 @@ def find_blend(recipe: Recipe) -> Blend:
     data = recipe.data
     assert data.indexed is not None
     validation = [data.validation] if isinstance(data.validation, str) else data.validation
-    blend = indexed_blend(data.indexed, split=data.split, validation=validation)
+    blend = indexed_blend(data.indexed, split=data.split, validation=validation, examples=data.loss_on == "completion")
     blend.require_tokens(recipe.training.seq_length)
     return blend
 
@@ -50,23 +50,29 @@ def prepared_blend(recipe: Recipe) -> Blend | None:
     workers = data.workers or len(os.sched_getaffinity(0))
     prepared = [prepare_text(workers=workers, **options) for options in _texts(recipe)]
     for found, options in zip(prepared, _texts(recipe), strict=True):
-        require_tokens(found, recipe.training.seq_length, options["argument"])
+        if not found.examples:  # they are packed, and what is left is filled
+            require_tokens(found, recipe.training.seq_length, options["argument"])
     return text_blend(*prepared)
+
+
+def blend_lines(blend: Blend, recipe: Recipe) -> list[str]:
+    """What the sets of a blend hold, and what the run sees of them."""
+    training = recipe.training
+    return blend.counts(training.total_steps * training.tokens_per_step, training.seq_length)
 
 
 def data_lines(recipe: Recipe) -> list[str]:
     """What the data hold and what the run sees of them, as far as that can be told without tokenising."""
-    tokens = recipe.training.total_steps * recipe.training.tokens_per_step
     try:
         if recipe.data.source == "recall":
             return []
         if recipe.data.source == "indexed":
-            return find_blend(recipe).counts(tokens)
+            return blend_lines(find_blend(recipe), recipe)
         found = [find_prepared(**options) for options in _texts(recipe)]
         if None in found:
             sizes = [source.size for options in _texts(recipe) for source in find_inputs(options["given"])]
             return [f"{len(sizes)} files of {sum(sizes) / 1e6:,.1f} MB, not tokenised yet"]
-        return text_blend(*[text for text in found if text is not None]).counts(tokens)
+        return blend_lines(text_blend(*[text for text in found if text is not None]), recipe)
     except (ValueError, OSError, ImportError) as error:  # a plan may be made where the data are not
         return [f"{error}"]
 
@@ -79,6 +85,7 @@ def _texts(recipe: Recipe) -> list[dict[str, Any]]:
         "tokenizer": load_tokenizer(data.tokenizer),
         "cache_dir": data.cache or RunFolder(recipe.run.path).path / "data",
         "text_key": data.text_key,
+        "examples": data.loss_on == "completion",
     }
     fraction = data.validation_fraction if data.validation is None else 0.0
     texts = [shared | {"given": data.text, "validation_fraction": fraction, "argument": "data.text"}]

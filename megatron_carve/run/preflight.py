@@ -24,7 +24,7 @@ from megatron_carve.model.variants import MIXER_LETTERS, VARIANTS
 from megatron_carve.notices import say_once
 from megatron_carve.recipe import Recipe, check_layout
 from megatron_carve.recipe.arguments import check_extra, default_settings, megatron_argv, owned_settings
-from megatron_carve.run.data import check_texts, find_blend, prepared_blend
+from megatron_carve.run.data import blend_lines, check_texts, find_blend, prepared_blend
 from megatron_carve.run.folder import CheckpointError, RunFolder, replace_text
 from megatron_carve.run.launch import join_processes, on_first_process, set_connections, use_device, world_size
 from megatron_carve.run.session import choose_device, command_line, patch_megatron
@@ -119,7 +119,7 @@ def check_backend(recipe: Recipe, device: str) -> None:
 
 def _write(recipe: Recipe, folder: RunFolder, start: Start, locks: list[IO[str]]) -> Blend | None:
     blend = prepared_blend(recipe)
-    for line in [] if blend is None else blend.counts(recipe.training.total_steps * recipe.training.tokens_per_step):
+    for line in [] if blend is None else blend_lines(blend, recipe):
         logger.info("%s", line)
     locks.append(folder.lock())
     now = contents(blend.prefixes) if blend is not None else None

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_carve.data.blend import Blend
 from megatron_carve.data.datasets import SameSamples, build_gpt_datasets
+from megatron_carve.data.packing import PackedExamples
 from megatron_carve.data.recall import RecallDataset
 from megatron_carve.model.config import LayerImplementation, MixerConfig
 from megatron_carve.model.context.documents import Documents
@@ -86,6 +87,8 @@ class Task:
             )
             return train, validation
         assert self.blend is not None
+        if self.blend.examples:
+            return self._packed(for_training, for_validation, vp_stage)
         return build_gpt_datasets(
             self.blend,
             num_samples=(for_training, for_validation),
@@ -97,6 +100,26 @@ class Task:
             is_built_on_rank=partial(_reads_data, vp_stage, documents=recipe.data.documents == "apart"),
             documents_apart=recipe.data.documents == "apart",
         )
+
+    def _packed(self, for_training: int, for_validation: int, vp_stage: int | None) -> tuple[Any, Any]:
+        blend, training = self.blend, self.recipe.training
+        if blend is None or not _reads_data(vp_stage):
+            return None, None
+        train, validation = (
+            PackedExamples(
+                [part.prefix for part in parts],
+                seq_length=training.seq_length,
+                num_samples=count,
+                seed=training.seed,
+                eod=self.eod,
+                split=split,
+            )
+            for parts, count, split in (
+                (blend.train, for_training, "train"),
+                (blend.validation, for_validation, "validation"),
+            )
+        )
+        return train, validation
 
     def forward_step(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Callable]:
         """One micro-batch: the model's output and the function that makes a loss of it.

@@ -224,14 +224,14 @@ def test_validation_data_of_their_own(folders, tmp_path):
 
 def test_counts_tell_what_a_run_sees(folders, indexed):
     one, two, _ = folders
-    assert indexed_blend(["1", one, "3", two], split="95,5,0").counts(40_000) == [
+    assert indexed_blend(["1", one, "3", two], split="95,5,0").counts(40_000, 32) == [
         "train: one/train: 30 documents, 3,000 tokens, 25.0% of the batches; the run sees 3.33 epochs of it",
         "train: two/train: 54 documents, 5,400 tokens, 75.0% of the batches; the run sees 5.56 epochs of it",
         "validation: one/validation: 30 documents, 3,000 tokens, 25.0% of the batches",
         "validation: two/validation: 6 documents, 600 tokens, 75.0% of the batches",
     ]
     ten = indexed("ten", [[i] * 5 for i in range(10)])
-    assert indexed_blend([ten], split="80,20").counts(100) == [
+    assert indexed_blend([ten], split="80,20").counts(100, 4) == [
         "train: ten: 8 documents, 40 tokens; the run sees 2.5 epochs of it",
         "validation: ten: 2 documents, 10 tokens",
     ]

@@ -324,6 +324,20 @@ def test_json_lines_and_indexed_datasets(folder):
     assert losses(folder, "indexed")[1] == pytest.approx(losses(folder, "lines")[1], rel=0.1)
 
 
+@pytest.mark.slow
+def test_a_trained_model_is_fine_tuned_on_completions(folder, straight):
+    lines = [{"prompt": f"line {i}:", "completion": " the dog ran."} for i in range(60)]
+    (folder / "dogs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["tiny.yaml", "run.name=tuned", "data.text=dogs.jsonl", "data.loss_on=completion", "training.steps=4"]
+    words += ["checkpoint.load=runs/straight", "checkpoint.weights_only=true", "checkpoint.interval=null"]
+    out = train(folder, *words, "training.lr=1e-2").stdout
+    assert "/train: 57 documents, 1,245 tokens; the run sees up to 1.23 epochs of it" in out
+    tuned = losses(folder, "tuned")
+    assert tuned[4] < tuned[1]
+    out = train(folder, *words, "parallel.tensor=1", "run.name=indexed", "data.loss_on=text", check=False).stderr
+    assert "dogs.jsonl line 1 has no key 'text'" in out
+
+
 def test_a_checkpoint_of_another_model_is_refused_and_kept(folder, straight):
     checkpoints = folder / "runs" / "straight" / "checkpoints"
     before = {p: p.stat().st_mtime_ns for p in checkpoints.rglob("*")}
