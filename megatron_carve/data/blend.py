@@ -162,17 +162,17 @@ def _blend(entries: Sequence[str], split: str, validation: Sequence[str] | None)
         held = [part._replace(begin=float(ends[0]), end=float(ends[1])) for part in train] if shares[1] > 0 else []
         return Blend(train, tuple(held), split=split)
     parts = []
-    for name, held_out, weight in sets:
-        if held_out is None:
+    for name, kept, weight in sets:
+        if kept is None:
             raise ValueError(
                 f"data.indexed: {name} is a prefix beside prepared folders, which have validation sets: give "
                 "data.validation, or prefixes alone"
             )
-        if not held_out:
+        if not kept:
             raise ValueError(
                 f"data.indexed: {Path(name).parent} was prepared without a validation set; give data.validation"
             )
-        parts.append(Part(held_out, weight))
+        parts.append(Part(kept, weight))
     train = _weighed([Part(name, weight) for name, _, weight in sets], sets)
     return Blend(train, tuple(part._replace(weight=of.weight) for part, of in zip(parts, train, strict=True)))
 
@@ -180,7 +180,7 @@ def _blend(entries: Sequence[str], split: str, validation: Sequence[str] | None)
 def _sets(entries: Sequence[str], argument: str) -> list[tuple[str, str | None, float]]:
     """(training prefix, validation prefix, weight) of each entry; the validation prefix is None for a prefix, and
     empty for a folder without one; the weight is 0 where none is given."""
-    found = []
+    found: list[tuple[str, str | None, float]] = []
     for name, weight in _weights(entries, argument):
         if Path(name).is_dir():
             if not (Path(name) / MANIFEST).is_file():

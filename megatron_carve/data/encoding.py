@@ -238,11 +238,17 @@ _encoder: Encoder | None = None  # of a process that tokenises
 
 def _begin_worker(encoder: Encoder) -> None:
     global _encoder
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a key on the terminal interrupts this process through its parent
     _encoder = encoder
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed has told nobody, and this process would wait for blocks for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode(block: Block) -> tuple[Tokens, Tokens]:

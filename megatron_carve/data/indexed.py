@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
-DTYPE_CODES = {np.uint16: 8, np.int32: 4}
+DTYPE_CODES: dict[type[np.generic], int] = {np.uint16: 8, np.int32: 4}
 MAX_SEQUENCE_TOKENS = 1 << 30  # the index holds lengths as int32
 _CHUNK = 1 << 20
 
@@ -64,10 +64,14 @@ class IndexedWriter:
     """
 
     def __init__(
-        self, prefix: Path, aside: Path, *, dtype: type, eod: int, written: Written, masked: bool = False
+        self, prefix: Path, aside: Path, *, dtype: type[np.generic], eod: int, written: Written, masked: bool = False
     ) -> None:
         self._prefix, self._eod, self._dtype, self._code = prefix, eod, np.dtype(dtype), DTYPE_CODES[dtype]
-        names = [f"{prefix}.bin", aside / f"{prefix.name}.lengths", aside / f"{prefix.name}.documents"]
+        names: list[str | Path] = [
+            f"{prefix}.bin",
+            aside / f"{prefix.name}.lengths",
+            aside / f"{prefix.name}.documents",
+        ]
         names += [f"{prefix}.mask"] if masked else []
         self._files: list[IO[bytes]] = [open(name, "ab") for name in names]  # noqa: SIM115
         self._tokens, self._lengths, self._documents = self._files[:3]

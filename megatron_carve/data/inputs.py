@@ -191,7 +191,7 @@ def _input(path: Path) -> Input:
         raise InputError(f"{path} is empty")
     compression = _COMPRESSIONS.get(path.suffix.lower())
     name = path.stem if compression else path.name
-    form = _FORMS.get(Path(name).suffix.lower(), "text")
+    form: Literal["text", "lines", "rows"] = _FORMS.get(Path(name).suffix.lower(), "text")
     if form == "rows" and compression is not None:
         raise InputError(f"{path} is a Parquet file in {compression}, which is not read; decompress it")
     return Input(path, form, compression, size)

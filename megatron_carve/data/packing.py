@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ class PackedExamples(torch.utils.data.Dataset):
         self._room, self._eod = seq_length + 1, eod
         lengths = np.minimum(np.concatenate([source.sequence_lengths for source in self._sources]), self._room)
         sequences = list(islice(packed(lengths, self._room, seed), num_samples))
-        self._examples = np.concatenate([np.array(sequence, dtype=np.int32) for sequence in sequences] or [[]])
+        self._examples = np.fromiter(chain.from_iterable(sequences), dtype=np.int32)
         self._ends = np.cumsum([0, *[len(sequence) for sequence in sequences]])
         self._position_ids = torch.arange(seq_length)
 

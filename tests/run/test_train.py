@@ -331,7 +331,7 @@ def test_a_trained_model_is_fine_tuned_on_completions(folder, straight):
     words = ["tiny.yaml", "run.name=tuned", "data.text=dogs.jsonl", "data.loss_on=completion", "training.steps=4"]
     words += ["checkpoint.load=runs/straight", "checkpoint.weights_only=true", "checkpoint.interval=null"]
     out = train(folder, *words, "training.lr=1e-2").stdout
-    assert "/train: 57 documents, 1,245 tokens; the run sees up to 1.23 epochs of it" in out
+    assert "/train: 57 documents, 1,244 tokens; the run sees up to 1.23 epochs of it" in out
     tuned = losses(folder, "tuned")
     assert tuned[4] < tuned[1]
     out = train(folder, *words, "parallel.tensor=1", "run.name=indexed", "data.loss_on=text", check=False).stderr
