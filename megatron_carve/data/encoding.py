@@ -239,6 +239,7 @@ _encoder: Encoder | None = None  # of a process that tokenises
 def _begin_worker(encoder: Encoder) -> None:
     global _encoder
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a key on the terminal interrupts this process through its parent
     _encoder = encoder
 

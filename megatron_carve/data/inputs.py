@@ -165,7 +165,7 @@ def require_arrow(path: Path) -> ModuleType:
 
 
 def _files(entry: str) -> list[Path]:
-    path = Path(entry).resolve()
+    path = Path(os.path.abspath(entry))  # links keep their names, which say what they lead to
     if path.is_dir():
         found = [
             file
@@ -177,7 +177,7 @@ def _files(entry: str) -> list[Path]:
         return sorted(found, key=str)
     if path.exists() or not glob.has_magic(entry):
         return [path]
-    matches = sorted(Path(name).resolve() for name in glob.glob(entry, recursive=True) if os.path.isfile(name))
+    matches = sorted(Path(os.path.abspath(name)) for name in glob.glob(entry, recursive=True) if os.path.isfile(name))
     if not matches:
         raise FileNotFoundError(f"{entry} matches no file")
     return matches

@@ -273,6 +273,10 @@ def test_inputs_are_found_in_order(corpus, tmp_path):
     literal = tmp_path / "what[1].txt"
     literal.write_text("x")
     assert [source.path for source in find_inputs(literal)] == [literal]
+    (link := tmp_path / "link.parquet").symlink_to(folder / "g.parquet")
+    assert [(source.path, source.form) for source in find_inputs(link)] == [(link, "rows")]
+    (link := tmp_path / "named.parquet").symlink_to(literal)  # as a cache of downloads has them
+    assert [(source.path, source.form) for source in find_inputs(link)] == [(link, "rows")]
     for given, message in [
         ([], "expected at least one file, got an empty list"),
         ([folder, folder / "a.txt"], r"a\.txt is given twice"),

@@ -513,6 +513,23 @@ class TestRanges:
         text = message("small.yaml", "data.text=a.txt", "data.indexed=[b]")
         assert text == "command line: data.text: expected either text or indexed, got both"
 
+    @pytest.mark.parametrize(
+        ("word", "complaint"),
+        [
+            ("data.validation=a.txt", "data.validation: expected text or indexed beside it, got neither"),
+            ("data.loss_on=completion", "data.loss_on: expected text or indexed beside completion, got neither"),
+            ("data.loss_on=all", "data.loss_on: expected one of text, completion, got 'all'"),
+            ("data.text=[]", "data.text: expected at least one, got an empty list"),
+            ("data.text=[1.5e3, a]", None),
+            ("data.workers=0", "data.workers: expected at least 1, got 0"),
+        ],
+    )
+    def test_data(self, word, complaint):
+        if complaint is None:
+            assert load_recipe("small.yaml", [word]).data.text == ["1500.0", "a"]
+        else:
+            assert message("small.yaml", word) == f"command line: {complaint}"
+
     def test_layers_are_the_decoders(self):
         assert load_recipe("small.yaml", ["model.pattern=C-|*-/C-/C-", "parallel.pipeline=2"]).model.num_layers == 4
 
@@ -609,6 +626,8 @@ class TestOverrides:
             ("mixer.conv_bias=true", True),
             ("parallel.sequence=false", False),
             ("data.indexed=[a, b]", ["a", "b"]),
+            ("data.text=[a.txt, 'b c/*.jsonl']", ["a.txt", "b c/*.jsonl"]),
+            ("data.text=corpus/[ab].txt", "corpus/[ab].txt"),
             ("data.text=corpus.txt", "corpus.txt"),
             ("data.text=null", None),
             ("data.text=", None),
@@ -691,6 +710,20 @@ class TestRunName:
     def test_has_the_names_of_indexed_data(self):
         recipe = load_recipe("small.yaml", ["data.indexed=[0.3, corpora/web, 0.7, code]"])
         assert recipe.run.name == "small-web-code"
+
+    @pytest.mark.parametrize(
+        ("text", "name"),
+        [
+            ("corpora/web.jsonl.gz", "web"),
+            ("corpora/web/*.parquet", "web"),
+            ("corpora/web/", "web"),
+            ("*.txt", "texts"),
+            ("[a.txt, b/c.jsonl.zst]", "a-c"),
+            ("[a.txt, b.txt, c.txt, d.txt]", "a-b-2-more"),
+        ],
+    )
+    def test_has_the_name_of_files_folders_and_globs(self, text, name):
+        assert load_recipe("small.yaml", [f"data.text={text}"]).run.name == f"small-{name}"
 
     def test_may_be_given(self):
         recipe = load_recipe("small.yaml", ["data.text=a.txt", "run.name=mine", "run.folder=elsewhere"])
