@@ -163,6 +163,9 @@ def prepare_folder(
             raise FileExistsError(f"{directory}: expected a new or empty folder")
         directory.rmdir()
     with _named(argument):
+        for entry in [given] if isinstance(given, str | os.PathLike) else given:
+            if directory.is_relative_to(Path(entry).expanduser().absolute()):
+                raise FileExistsError(f"{directory}: lies in {entry}, whose files are read; choose another folder")
         inputs = find_inputs(given)
         identity = _identity(inputs, tokenizer, text_key, validation_fraction, examples)
         if directory.exists() and _manifest(directory)["identity"] != identity:

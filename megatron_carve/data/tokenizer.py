@@ -165,7 +165,8 @@ class _HuggingFace(Tokenizer):
         vocabulary = self._model.get_vocab()
         # Some models have Python of their own around the Rust library; then transformers is asked.
         plain = type(self._model)._encode_plus is library.PreTrainedTokenizerFast._encode_plus
-        self._backend = self._model.backend_tokenizer if self._model.is_fast and plain else None
+        backend = self._model.backend_tokenizer if self._model.is_fast and plain else None
+        self._backend = backend if hasattr(backend, "encode_batch_fast") else None  # tokenizers 0.20.1 on
         if self._model.is_fast:
             description = self._model.backend_tokenizer.to_str()
         else:

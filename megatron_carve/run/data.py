@@ -71,7 +71,8 @@ def data_lines(recipe: Recipe) -> list[str]:
         found = [find_prepared(**options) for options in _texts(recipe)]
         if None in found:
             sizes = [source.size for options in _texts(recipe) for source in find_inputs(options["given"])]
-            return [f"{len(sizes)} files of {sum(sizes) / 1e6:,.1f} MB, not tokenised yet"]
+            many = "s" if len(sizes) > 1 else ""
+            return [f"{len(sizes):,} file{many} of {sum(sizes) / 1e6:,.1f} MB, not tokenised yet"]
         return blend_lines(text_blend(*[text for text in found if text is not None]), recipe)
     except (ValueError, OSError, ImportError) as error:  # a plan may be made where the data are not
         return [f"{error}"]

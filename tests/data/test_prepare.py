@@ -315,6 +315,7 @@ def test_the_program(corpus, tmp_path, capsys):
     for changed, message in [
         ([*words, "--validation-fraction", "0.5"], "holds other texts, or the same prepared in another way"),
         ([str(corpus[0]), *words[1:]], "expected a new or empty folder"),
+        ([str(tmp_path / "new"), str(tmp_path)], f"{tmp_path}/new: lies in {tmp_path}, whose files are read"),
         ([words[0] + "2", str(tmp_path / "gone")], f"INPUT: {tmp_path}/gone does not exist"),
         ([*words, "--workers", "0"], "--workers: expected at least 1, got 0"),
         ([*words, "--validation-fraction", "1"], "--validation-fraction: expected at least 0 and below 1, got 1.0"),

@@ -1,6 +1,7 @@
 """Tokenizers: round trips, end of document, and what each refuses."""
 
 import base64
+import json
 import re
 import sys
 
@@ -190,6 +191,22 @@ def test_huggingface_round_trip(huggingface_folder):
     assert tokenizer.eod not in tokenizer.encode("one </s> two")
     assert tokenizer.decode(tokenizer.encode("one </s> two")) == "one </s> two"
     assert tokenizer.decode([*tokenizer.encode("one"), tokenizer.eod]) == "one"
+
+
+def test_huggingface_is_what_transformers_gives(huggingface_folder):
+    """Whatever the folder says of truncation and padding, and whatever another call has set meanwhile."""
+    folder = huggingface_folder("limited", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    settings["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(f"huggingface:{folder}")
+    assert tokenizer._backend is not None
+    text = f"{CORPUS[0]} </s> {TEXT}"
+    first = tokenizer.encode(text).tolist()
+    tokenizer._model([text, "a"], padding="max_length", truncation=True, max_length=7, split_special_tokens=False)
+    assert tokenizer.encode(text).tolist() == first
+    theirs = tokenizer._model(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert len(first) > 30 and first == theirs
 
 
 def test_huggingface_counts_added_tokens(huggingface_folder):

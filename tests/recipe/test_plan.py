@@ -210,7 +210,7 @@ def test_what_the_data_hold(tmp_path, monkeypatch, capsys):
         )
         return [line for line in capsys.readouterr().out.splitlines() if "docs" in line or " MB" in line]
 
-    assert said("data.text=docs.jsonl") == ["1 files of 0.0 MB, not tokenised yet"]
+    assert said("data.text=docs.jsonl") == ["1 file of 0.0 MB, not tokenised yet"]
     prepare_folder("docs", "docs.jsonl", load_tokenizer("bytes"), progress=False)
     assert said("data.indexed=[docs]") == [
         "train: docs/train: 19 documents, 19,000 tokens; the run sees 0.421 epochs of it",
