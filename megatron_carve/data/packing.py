@@ -28,10 +28,20 @@ class PackedExamples(torch.utils.data.Dataset):
         seed: order of the examples.
         eod: end-of-document id.
         split: "train" or "validation".
+        documents_apart: give each sample, beside its tokens, what `build_gpt_datasets` says, so that no example sees
+            another; the loss is not of an example's first token then.
     """
 
     def __init__(
-        self, prefixes: Sequence[str], *, seq_length: int, num_samples: int, seed: int, eod: int, split: str
+        self,
+        prefixes: Sequence[str],
+        *,
+        seq_length: int,
+        num_samples: int,
+        seed: int,
+        eod: int,
+        split: str,
+        documents_apart: bool = False,
     ) -> None:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
         from megatron.core.datasets.utils import Split
@@ -40,7 +50,7 @@ class PackedExamples(torch.utils.data.Dataset):
         self._sources: list[Any] = [IndexedDataset(prefix) for prefix in prefixes]
         self._masks = [np.memmap(f"{prefix}.mask", dtype=np.uint8, mode="r") for prefix in prefixes]
         self._firsts = np.cumsum([0, *[len(source) for source in self._sources]])
-        self._room, self._eod = seq_length + 1, eod
+        self._room, self._eod, self._apart = seq_length + 1, eod, documents_apart
         lengths = np.minimum(np.concatenate([source.sequence_lengths for source in self._sources]), self._room)
         sequences = list(islice(packed(lengths, self._room, seed), num_samples))
         self._examples = np.fromiter(chain.from_iterable(sequences), dtype=np.int32)
@@ -51,10 +61,11 @@ class PackedExamples(torch.utils.data.Dataset):
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Sample `index`: tokens, labels, position_ids int64 [seq_length]; loss_mask float32 [seq_length]."""
+        """Sample `index`: tokens, labels, position_ids int64 [seq_length]; loss_mask float32 [seq_length]; of documents
+        apart also cu_seqlens int32 [seq_length + 1] and max_seqlen."""
         ids = np.full(self._room, self._eod, dtype=np.int64)
         learned = np.zeros(self._room, dtype=np.float32)
-        at = 0
+        at, starts = 0, [0]
         for number in self._examples[self._ends[index] : self._ends[index + 1]]:
             source = int(np.searchsorted(self._firsts, number, side="right")) - 1
             row = int(number - self._firsts[source])
@@ -64,12 +75,26 @@ class PackedExamples(torch.utils.data.Dataset):
             ids[at : at + found.size] = found
             learned[at : at + found.size] = self._masks[source][begin : begin + found.size]
             at += found.size
-        return {
+            starts.append(at)
+        if self._apart:
+            learned[starts[:-1]] = 0
+        sample = {
             "tokens": torch.from_numpy(ids[:-1].copy()),
             "labels": torch.from_numpy(ids[1:].copy()),
             "loss_mask": torch.from_numpy(learned[1:].copy()),
             "position_ids": self._position_ids.clone(),
         }
+        return sample | self._boundaries(starts) if self._apart else sample
+
+    def _boundaries(self, starts: list[int]) -> dict[str, torch.Tensor]:
+        """Where examples begin, the filling being one more, and the position of every token in its own."""
+        length = self._room - 1
+        boundaries = torch.full((length + 1,), length, dtype=torch.int32)
+        within = torch.tensor([start for start in starts if start < length], dtype=torch.int32)
+        boundaries[: within.numel()] = within
+        lengths = boundaries.diff()[: within.numel()].long()
+        positions = self._position_ids - torch.repeat_interleave(within.long(), lengths)
+        return {"cu_seqlens": boundaries, "max_seqlen": lengths.max().int(), "position_ids": positions}
 
 
 def packed(lengths: np.ndarray, room: int, seed: int) -> Iterator[list[int]]:

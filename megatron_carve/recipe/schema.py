@@ -147,7 +147,7 @@ class Data(_Checked):
     loss_on: Literal["text", "completion"] = "text"
     """completion, to fine-tune: lines of JSON hold a prompt and a completion, or messages for the chat template of a
     Hugging Face tokenizer; the loss is of completions, or of the assistant's messages, alone, and sequences are packed
-    with whole examples, each of which sees those before it."""
+    with whole examples."""
     validation_fraction: float = 0.05
     """The part of `text` kept for validation: documents evenly among the others, or the end of a plain text that is
     alone or of 1 MiB or more."""

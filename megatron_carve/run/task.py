@@ -102,8 +102,8 @@ class Task:
         )
 
     def _packed(self, for_training: int, for_validation: int, vp_stage: int | None) -> tuple[Any, Any]:
-        blend, training = self.blend, self.recipe.training
-        if blend is None or not _reads_data(vp_stage):
+        blend, training, apart = self.blend, self.recipe.training, self.recipe.data.documents == "apart"
+        if blend is None or not _reads_data(vp_stage, documents=apart):
             return None, None
         train, validation = (
             PackedExamples(
@@ -113,6 +113,7 @@ class Task:
                 seed=training.seed,
                 eod=self.eod,
                 split=split,
+                documents_apart=apart,
             )
             for parts, count, split in (
                 (blend.train, for_training, "train"),

@@ -158,6 +158,34 @@ def test_sequences_hold_whole_examples_and_learn_completions(examples):
         assert np.array_equal(mask == 1, expected)
 
 
+def test_examples_apart_tell_where_they_begin(examples):
+    from megatron_carve.data.datasets import build_gpt_datasets
+
+    options = {"seq_length": 40, "seed": 5, "eod": 256}
+    joined = packing(examples, 60)
+    apart = PackedExamples([examples.train_prefix], num_samples=60, split="train", documents_apart=True, **options)
+    for one, other in zip(joined, apart, strict=True):
+        assert all(np.array_equal(one[key], other[key]) for key in ("tokens", "labels"))
+        ids = [*one["tokens"].tolist(), one["labels"][-1].item()]
+        starts = [0, *[i + 1 for i in range(39) if ids[i] == 256 and (ids[i + 1] != 256 or ids[i - 1] != 256)]]
+        found = [start for start in other["cu_seqlens"].tolist() if start < 40]
+        assert found == starts
+        ends = [*starts[1:], 40]
+        assert other["position_ids"].tolist() == [i for a, b in zip(starts, ends, strict=True) for i in range(b - a)]
+        assert other["max_seqlen"] == max(b - a for a, b in zip(starts, ends, strict=True))
+        expected = one["loss_mask"].clone()
+        expected[[start - 1 for start in starts[1:]]] = 0
+        assert np.array_equal(other["loss_mask"], expected)
+    # In the form that Megatron's dataset has.
+    blend = indexed_blend([examples.folder], split="95,5,0", examples=True)
+    theirs, _ = build_gpt_datasets(
+        blend, num_samples=(5, 5), vocab_size=257, cache_path=f"{examples.folder}/index", is_built_on_rank=lambda: True,
+        documents_apart=True, **options,
+    )  # fmt: skip
+    form = {key: (value.dtype, value.shape) for key, value in theirs[0].items()}
+    assert {key: (value.dtype, value.shape) for key, value in apart[0].items()} == form
+
+
 def test_every_epoch_has_every_example_once():
     lengths = np.random.default_rng(0).integers(1, 60, 1000)
     found, epochs = packed(lengths, 64, seed=1), []

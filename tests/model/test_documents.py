@@ -10,6 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from support.models import hybrid_model, one_process
 from support.train import losses, train
 
+from megatron_carve.data.blend import indexed_blend
 from megatron_carve.data.datasets import build_gpt_datasets
 from megatron_carve.model.context.documents import Documents
 from megatron_carve.recipe import RecipeError, load_recipe
@@ -90,8 +91,8 @@ def test_a_sample_says_where_its_documents_begin(tmp_path):
     for text in texts:
         builder.add_document(torch.tensor(text), [len(text)])
     builder.finalize(f"{prefix}.idx")
-    dataset, _, _ = build_gpt_datasets(
-        [prefix], split="1,0,0", num_samples=(8, 0, 0), seq_length=24, seed=1, eod=eod, vocab_size=100,
+    dataset, _ = build_gpt_datasets(
+        indexed_blend([prefix], split="1,0,0"), num_samples=(8, 0), seq_length=24, seed=1, eod=eod, vocab_size=100,
         cache_path=str(tmp_path / "cache"), is_built_on_rank=lambda: True, documents_apart=True,
     )  # fmt: skip
     for sample in (dataset[i] for i in range(8)):
