@@ -88,7 +88,7 @@ def write_input(folder: Path, texts: list[Path], form: str, size: int) -> Path:
                 written += sum(len(row.encode()) for row in rows)
                 writer.write_table(pa.table({"text": rows}))
         return path
-    with (gzip.open if form.endswith("gz") else open)(path, "wb") as file:
+    with gzip.open(path, "wb", compresslevel=1) if form.endswith("gz") else open(path, "wb") as file:
         written = 0
         while written < size:
             text = next(drawn)

@@ -50,7 +50,13 @@ def test_a_format_is_learned_from_500_examples(tmp_path):
     )
     words = ["debug", "training.eval_interval=100", "checkpoint.interval=300", "training.steps=300"]
     train(tmp_path, *words, "run.name=base", "data.text=animals.txt")
-    words += ["run.name=tuned", "data.text=examples.jsonl", "data.loss_on=completion", "checkpoint.load=runs/base"]
+    words += [
+        "run.name=tuned",
+        "data.text=examples.jsonl",
+        "data.loss_on=completion",
+        "data.documents=apart",
+        "checkpoint.load=runs/base",
+    ]
     train(tmp_path, *words, "checkpoint.weights_only=true")
 
     prompts = [word for c, a in unseen for word in ("--prompt", f"The {c} {a} sat by the ox. What sat?\n")]

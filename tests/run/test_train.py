@@ -334,9 +334,6 @@ def test_a_trained_model_is_fine_tuned_on_completions(folder, straight):
     assert "/train: 57 documents, 1,244 tokens; the run sees up to 1.23 epochs of it" in out
     tuned = losses(folder, "tuned")
     assert tuned[4] < tuned[1]
-    train(folder, *words, "training.lr=1e-2", "run.name=apart", "data.documents=apart")
-    apart = losses(folder, "apart")
-    assert apart[4] < apart[1] != tuned[1]
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_kept(folder, straight):
