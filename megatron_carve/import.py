@@ -35,17 +35,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _import(folder: Path, run: Path) -> None:
     from megatron_carve.use import fla, hugging_face
 
-    config = json.loads((folder / hugging_face.CONFIG).read_text())
-    kind = config.get("model_type")
+    origin = folder / hugging_face.CONFIG
+    config = hugging_face.read_json(origin)
+    kind = config.get("model_type") if isinstance(config, dict) else None
     if kind == fla.MODEL_TYPE:
-        config = fla.configuration(config, str(folder / hugging_face.CONFIG))
+        config = fla.configuration(config, str(origin))
     elif kind != "megatron_carve" or not isinstance(config.get("recipe"), dict):
         raise ValueError(f"{folder}: expected a folder that megatron_carve.export wrote, got model_type {kind!r}")
     if is_earlier_carve(config["recipe"]):
         raise ValueError(f"{folder}: the model is {EARLIER_CARVE}")
+    _check_kept(config, str(folder / hugging_face.CONFIG))
     with new_folder(run) as partial:
         count = _write(folder, config, run, RunFolder(partial))
     print(f"{run}: {count:,} parameters")
+
+
+def _check_kept(config: dict[str, Any], origin: str) -> None:
+    """What a Recipe does not check, as whether its sections are there."""
+    from megatron_carve.use import hugging_face
+
+    for section in (*hugging_face.KEPT_SECTIONS, "data", "training"):
+        if not isinstance(found := config["recipe"].get(section), dict):
+            raise ValueError(f"{origin}: recipe.{section}: expected the section of a recipe, got {found!r}")
+    tokenizer, step = config["recipe"]["data"].get("tokenizer", "bytes"), config.get("step", 1)
+    if not isinstance(tokenizer, str):
+        raise ValueError(f"{origin}: recipe.data.tokenizer: expected a string, got {tokenizer!r}")
+    if type(step) is not int or step < 0:
+        raise ValueError(f"{origin}: step: expected an integer of at least 0, got {step!r}")
 
 
 def _write(folder: Path, config: dict[str, Any], run: Path, partial: RunFolder) -> int:
@@ -65,7 +81,7 @@ def _write(folder: Path, config: dict[str, Any], run: Path, partial: RunFolder) 
     if recipe.model.tie_embeddings:
         weights.pop("lm_head.weight", None)
     ours = hugging_face.from_hugging_face(weights, recipe)
-    save_run(recipe, ours, max(1, int(config.get("step", 1))), partial)
+    save_run(recipe, ours, max(1, config.get("step", 1)), partial)
     moves_along = recipe.data.tokenizer.replace(str(partial.path.resolve()), str(run.resolve()))
     partial.save_recipe(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tokenizer=moves_along)))
     return sum(w.numel() for w in ours.values())

@@ -1,6 +1,7 @@
 """Runtime patches to Megatron-Core: one per file, applied by whoever needs them and never at import."""
 
 from megatron_carve.patches.adam_resume import adam_resume
+from megatron_carve.patches.checkpoint_checksums import checkpoint_checksums
 from megatron_carve.patches.checkpoint_index import ForeignObject, checkpoint_index, read_index
 from megatron_carve.patches.cpu_mode import cpu_mode
 from megatron_carve.patches.dataset_helpers import dataset_helpers
@@ -23,6 +24,7 @@ __all__ = [
     "TrainingListener",
     "adam_resume",
     "applied_patches",
+    "checkpoint_checksums",
     "checkpoint_index",
     "cpu_mode",
     "dataset_helpers",

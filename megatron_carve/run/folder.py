@@ -8,11 +8,12 @@ import io
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_carve import checksums
 from megatron_carve.model.variants import MIXER_LETTERS
 from megatron_carve.notices import say_once
 from megatron_carve.recipe import Recipe, RecipeError, load_recipe, written
@@ -37,6 +38,14 @@ MODEL_ARGUMENTS = (
 )  # fmt: skip
 
 
+# First line of a run's recipe: as it was before it had a checksum, and what the checksum follows.
+PLAIN_HEAD = "# The resolved recipe of this run.\n"
+RECIPE_TITLE = "The resolved recipe of this run"
+
+# What the names of an optimizer's tensors have in them.
+OPTIMIZER = "optimizer."
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be continued. Nothing in its folder has been changed."""
 
@@ -54,6 +63,11 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def tracker(self) -> Path:
+        """Megatron's file with the step of the checkpoint to go on from."""
+        return self.checkpoints / "latest_checkpointed_iteration.txt"
 
     @property
     def logs(self) -> Path:
@@ -79,7 +93,7 @@ class RunFolder:
     def save_recipe(self, recipe: Recipe) -> None:
         """Write the resolved recipe, whole or not at all."""
         self.path.mkdir(parents=True, exist_ok=True)
-        replace_text(self.recipe, "# The resolved recipe of this run.\n" + recipe.dump())
+        replace_text(self.recipe, checksums.seal(RECIPE_TITLE, recipe.dump()))
 
     def lock(self) -> IO[str]:
         """Keep other programs from training in this run, until the file returned is closed or this process ends.
@@ -115,19 +129,30 @@ class RunFolder:
         Raises:
             CheckpointError: the checkpoint that Megatron's tracker file names is not whole.
         """
-        tracker = self.checkpoints / "latest_checkpointed_iteration.txt"
-        if not tracker.exists():
+        if not self.tracker.exists():
             return None
-        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        text = self.tracker.read_text(encoding="utf-8", errors="replace").strip()
         if not text.isdigit():
-            raise CheckpointError(f"{tracker}: expected the step of a checkpoint, got {text!r}")
+            raise CheckpointError(f"{self.tracker}: expected the step of a checkpoint, got {text!r}")
         step = int(text)
         self.check_whole(step)
         return step
 
     def check_whole(self, step: int) -> None:
-        """Raise CheckpointError unless the checkpoint of this step is there with every byte its index refers to."""
+        """Raise CheckpointError unless the checkpoint of this step is there with every byte its index refers to, and
+        index and description are as they were written."""
         _check_whole(self.checkpoint(step))
+
+    def check_data(self, step: int, *, weights_only: bool = False, share: tuple[int, int] = (0, 1)) -> None:
+        """Raise CheckpointError unless the data of this step's checkpoint have the checksums that they were saved with.
+
+        Checkpoints of earlier versions have none, which is said.
+
+        Args:
+            weights_only: leave out what is an optimizer's.
+            share: see checksums.check.
+        """
+        _check_data(self.checkpoint(step), weights_only, share)
 
     def check_contents(self, step: int) -> None:
         """Raise CheckpointError if the checkpoint of this step holds pickled objects that Megatron does not keep there.
@@ -141,6 +166,10 @@ class RunFolder:
         """Steps of all checkpoints that were begun here, whole or not."""
         return sorted(int(path.name.removeprefix("iter_")) for path in self.checkpoints.glob("iter_*[0-9]"))
 
+    def newer_checkpoints(self, step: int) -> list[int]:
+        """Steps of finished checkpoints after this one, which Megatron's tracker file passes over."""
+        return [s for s in self.checkpoint_steps() if s > step and (self.checkpoint(s) / checksums.LIST).exists()]
+
     def saved_recipe(self) -> Recipe:
         """The recipe that the checkpoint here was trained with.
 
@@ -149,12 +178,24 @@ class RunFolder:
         """
         if not self.recipe.exists():
             raise CheckpointError(f"{self.checkpoints}: holds a checkpoint, but {self.recipe}, its recipe, is gone")
+        self._check_recipe()
         try:
             if is_earlier_carve(written(self.recipe)):
                 raise CheckpointError(f"{self.checkpoints}: the checkpoint is of {EARLIER_CARVE}")
             return load_recipe(str(self.recipe.resolve()))
         except RecipeError as error:
             raise CheckpointError(f"{self.recipe}: cannot tell which model the checkpoint is of: {error}") from None
+
+    def _check_recipe(self) -> None:
+        text = self.recipe.read_text(encoding="utf-8", errors="replace")
+        if text.startswith("#") and not text.startswith(PLAIN_HEAD):
+            try:
+                checksums.unseal(text, str(self.recipe))
+            except checksums.Damaged:
+                raise CheckpointError(
+                    f"{self.recipe}: is not as this program wrote it, damaged or edited; if you have edited it, remove "
+                    "its first line"
+                ) from None
 
     def check_same_model(self, recipe: Recipe) -> None:
         """Raise CheckpointError unless the checkpoint here is of the model that `recipe` describes."""
@@ -177,7 +218,7 @@ class RunFolder:
     def check_optimizer(self, step: int, recipe: Recipe) -> None:
         """Raise CheckpointError unless the checkpoint here has what the recipe's optimizer goes on from."""
         remedy = "begin another run from its weights alone: checkpoint.load=RUN checkpoint.weights_only=true"
-        if not any("optimizer." in name for name in _index(self.checkpoint(step)).state_dict_metadata):
+        if not any(OPTIMIZER in name for name in _index(self.checkpoint(step)).state_dict_metadata):
             raise CheckpointError(f"{self.checkpoints}: the checkpoint has no state of an optimizer; {remedy}")
         theirs, ours = (r.megatron.get("optimizer", "adam") for r in (self.saved_recipe(), recipe))
         if theirs != ours:
@@ -263,6 +304,9 @@ def _index(folder: Path) -> Any:
             raise CheckpointError(f"{folder}: the checkpoint is incomplete: {name} is missing; it was left as it is")
 
     require(".metadata")
+    if (folder / checksums.LIST).exists():
+        require("metadata.json")
+    _compare(folder, {".metadata": None, "metadata.json": None})
     try:
         with (folder / ".metadata").open("rb") as file:
             index = read_index(file)
@@ -274,6 +318,26 @@ def _index(folder: Path) -> Any:
     if not any(name.startswith("model.") for name in index.state_dict_metadata):
         require("metadata.json")
     return index
+
+
+def _compare(
+    folder: Path, wanted: Mapping[str, Sequence[tuple[int, int]] | None], share: tuple[int, int] = (0, 1)
+) -> None:  # fmt: skip
+    try:
+        if (files := checksums.read_list(folder)) is not None:
+            checksums.check(folder, files, wanted, share)
+        elif share[0] == 0:
+            say_once(f"{folder}: the checkpoint has no checksums, being of an earlier version or of Megatron-FSDP: damage may go unnoticed")
+    except checksums.Damaged as error:
+        raise CheckpointError(f"{folder}: the checkpoint is damaged: {error}; it was left as it is") from None
+
+
+def _check_data(folder: Path, weights_only: bool, share: tuple[int, int]) -> None:
+    wanted: dict[str, list[tuple[int, int]]] = {}
+    for place, part in (_index(folder).storage_data or {}).items():
+        if not (weights_only and OPTIMIZER in place.fqn):
+            wanted.setdefault(part.relative_path, []).append((part.offset, part.offset + part.length))
+    _compare(folder, wanted if weights_only else dict.fromkeys(wanted), share)
 
 
 def _check_contents(folder: Path) -> None:
@@ -292,7 +356,7 @@ def _check_contents(folder: Path) -> None:
         try:
             foreign = get_unsafe_globals_in_checkpoint(entry)
         except Exception as error:  # whatever a damaged archive may raise
-            raise CheckpointError(f"{folder}: {name} of the checkpoint is damaged: {error}") from None
+            raise CheckpointError(f"{folder}: {name} in {part.relative_path} is damaged: {error}") from None
         if foreign:
             raise CheckpointError(
                 f"{folder}: {name} holds {', '.join(sorted(foreign))}, which Megatron does not keep in checkpoints and "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Literal
 
@@ -62,11 +63,7 @@ def on_first_process[T](store: Store, rank: int, name: str, work: Callable[[], T
     Raises:
         Exception: on rank 0 what `work` raised; elsewhere SystemExit(1), without a message of its own.
     """
-    # Keys stay in the store when torchrun restarts the processes.
-    shared = PrefixStore(f"megatron_carve/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    patience = store.timeout  # type: ignore[attr-defined]  # its type stub lacks it
-    store.set_timeout(PREPARATION_TIMEOUT)
-    try:
+    with _shared(store) as shared:
         if rank == 0:
             try:
                 result = work()
@@ -79,6 +76,37 @@ def on_first_process[T](store: Store, rank: int, name: str, work: Callable[[], T
         if not answer:
             raise SystemExit(1)
         return pickle.loads(answer)
+
+
+def on_every_process(store: Store, rank: int, processes: int, name: str, work: Callable[[], None]) -> None:
+    """Run `work`, called `name` (once a program), on every rank; if it fails on one, it fails on all.
+
+    Raises:
+        ValueError: what `work` raised on the first rank where it did.
+    """
+    complaint = ""
+    try:
+        work()
+    except ValueError as error:
+        complaint = str(error)
+    with _shared(store) as shared:
+        if rank:
+            shared.set(f"{name}/{rank}", complaint)
+        else:
+            found = [complaint, *(shared.get(f"{name}/{other}").decode() for other in range(1, processes))]
+            shared.set(name, next(filter(None, found), ""))
+        if complaint := shared.get(name).decode():
+            raise ValueError(complaint)
+
+
+@contextlib.contextmanager
+def _shared(store: Store) -> Iterator[Store]:
+    """A part of the store for what is prepared together, with the patience for it."""
+    patience = store.timeout  # type: ignore[attr-defined]  # its type stub lacks it
+    store.set_timeout(PREPARATION_TIMEOUT)
+    try:
+        # Keys stay in the store when torchrun restarts the processes.
+        yield PrefixStore(f"megatron_carve/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     finally:
         store.set_timeout(patience)
 

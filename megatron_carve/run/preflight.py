@@ -26,7 +26,14 @@ from megatron_carve.recipe import Recipe, check_layout
 from megatron_carve.recipe.arguments import check_extra, default_settings, megatron_argv, owned_settings
 from megatron_carve.run.data import blend_lines, check_texts, find_blend, prepared_blend
 from megatron_carve.run.folder import CheckpointError, RunFolder, replace_text
-from megatron_carve.run.launch import join_processes, on_first_process, set_connections, use_device, world_size
+from megatron_carve.run.launch import (
+    join_processes,
+    on_every_process,
+    on_first_process,
+    set_connections,
+    use_device,
+    world_size,
+)
 from megatron_carve.run.session import choose_device, command_line, patch_megatron
 from megatron_carve.run.vocabulary import recall_task
 
@@ -42,6 +49,8 @@ class Start:
 
     load_from: Path | None
     """Folder of checkpoints, or None for fresh weights."""
+    checkpoint: int
+    """The step of that which is loaded, if one is."""
     step: int
     resumes: bool
     """The checkpoint is this run's own."""
@@ -85,8 +94,9 @@ def prepare(recipe: Recipe) -> Plan:
     check_layout(recipe, world_size())
     check_backend(recipe, device)
     folder = RunFolder(recipe.run.path)
-    store, rank, _ = join_processes()
+    store, rank, processes = join_processes()
     start = on_first_process(store, rank, "start", lambda: _find_start(recipe, folder))
+    on_every_process(store, rank, processes, "checksums", lambda: _check_data(recipe, start, (rank, processes)))
     layers = choose_layers(recipe, device)  # the first that imports Megatron, which takes seconds
     check_options(recipe, device)
     argv = _argv(recipe, start, layers, device)
@@ -155,19 +165,29 @@ def _find_start(recipe: Recipe, folder: RunFolder) -> Start:
         require_known_ids(find_blend(recipe).prefixes, vocab_size=vocab_size)
     elif recall is None and vocab_size > 4 * ids:
         say_once(f"model.vocab_size={vocab_size}, but data.tokenizer {recipe.data.tokenizer} uses {ids} of the ids")
-    source, step, resumes = _checkpoint_to_load(recipe, folder)
+    source, checkpoint, resumes = _checkpoint_to_load(recipe, folder)
     saved_on = source.saved_recipe().run.device if source is not None else recipe.run.device
     if saved_on != recipe.run.device:
         say_once(f"the checkpoint was saved on {saved_on}: random states are drawn anew")
     return Start(
         load_from=source.checkpoints if source is not None else None,
-        step=step,
+        checkpoint=checkpoint,
+        step=0 if recipe.checkpoint.weights_only and not resumes else checkpoint,
         resumes=resumes,
         new_random_state=saved_on != recipe.run.device,
         vocab_size=vocab_size,
         eod=tokenizer.eod,
         chance_loss=math.log(ids) if recall is None else recall.chance_loss,
     )
+
+
+def _check_data(recipe: Recipe, start: Start, share: tuple[int, int]) -> None:
+    if start.load_from is not None:
+        weights_only = recipe.checkpoint.weights_only and not start.resumes
+        source = RunFolder(start.load_from.parent)
+        source.check_data(start.checkpoint, weights_only=weights_only, share=share)
+        if share[0] == 0:
+            source.check_contents(start.checkpoint)
 
 
 def _vocab_size(recipe: Recipe, needed: int) -> int:
@@ -178,14 +198,16 @@ def _vocab_size(recipe: Recipe, needed: int) -> int:
 
 
 def _checkpoint_to_load(recipe: Recipe, folder: RunFolder) -> tuple[RunFolder | None, int, bool]:
-    """(the run to load from, the step to begin after, whether it is this run)."""
+    """(the run to load from, the step of its checkpoint, whether it is this run)."""
     step = folder.checkpoint_step()
     fsdp = bool(recipe.megatron.get("use_megatron_fsdp"))
     if step is not None:
         folder.check_same_model(recipe)
         folder.check_format(step, fsdp=fsdp)
         folder.check_optimizer(step, recipe)
-        folder.check_contents(step)
+        if newer := folder.newer_checkpoints(step):
+            listed = ", ".join(map(str, newer))
+            say_once(f"{folder.tracker} names step {step}; newer checkpoints ({listed}) are passed over and replaced")
         return folder, step, True
     if recipe.checkpoint.load is None:
         return None, 0, False
@@ -195,10 +217,8 @@ def _checkpoint_to_load(recipe: Recipe, folder: RunFolder) -> tuple[RunFolder | 
         raise CheckpointError(f"checkpoint.load: no checkpoint in {other.checkpoints}; expected the folder of a run")
     other.check_same_model(recipe)
     other.check_format(step, fsdp=fsdp)
-    other.check_contents(step)
-    if recipe.checkpoint.weights_only:
-        return other, 0, False
-    other.check_optimizer(step, recipe)
+    if not recipe.checkpoint.weights_only:
+        other.check_optimizer(step, recipe)
     return other, step, False
 
 

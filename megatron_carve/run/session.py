@@ -79,6 +79,7 @@ def patch_megatron(listener: TrainingListener | None = None) -> None:
         patches.layer_symbols,
         patches.adam_resume,
         patches.checkpoint_index,
+        patches.checkpoint_checksums,
         patches.mixed_precision_groups,
         patches.muon_parameters,
         patches.offloaded_optimizer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from megatron_carve.run.folder import architecture
 MODELING = Path(__file__).with_name("modeling_carve.py")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 INDEX = f"{WEIGHTS}.index.json"
+# Its key in the metadata of safetensors.
+CHECKSUM = "crc32"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Sections of a recipe that say what the model is, from which it can be built again.
@@ -149,17 +152,47 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
     Raises:
         OSError: a file is missing.
-        ValueError: an index that names no files of the folder.
+        ValueError: a file that is damaged, or an index that names no files of the folder.
     """
-    from safetensors.torch import load_file
-
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
-        return load_file(folder / WEIGHTS)
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return _read_file(folder / WEIGHTS)
+    index = read_json(folder / INDEX)
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or any(not isinstance(f, str) or Path(f).name != f for f in files.values()):
         raise ValueError(f"{folder / INDEX}: expected a weight_map of tensors to files of the folder")
-    return {name: x for file in sorted(set(files.values())) for name, x in load_file(folder / file).items()}
+    return {name: x for file in sorted(set(files.values())) for name, x in _read_file(folder / file).items()}
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    """Weights of a file, which export gave a checksum; transformers writes none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+            written = (file.metadata() or {}).get(CHECKSUM)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: is damaged: {error}") from None
+    if written not in (None, _checksum(weights)):
+        raise ValueError(f"{path}: is damaged: its weights have another checksum than those that were exported")
+    return weights
+
+
+def _checksum(weights: dict[str, Tensor]) -> str:
+    """CRC-32 of names, types, shapes and bytes."""
+    crc = 0
+    for name, x in sorted(weights.items()):
+        crc = zlib.crc32(f"{name} {x.dtype} {tuple(x.shape)}".encode(), crc)
+        crc = zlib.crc32(x.contiguous().view(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
+
+
+def read_json(path: Path) -> Any:
+    """Raises ValueError, naming the file, where it holds no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from None
 
 
 def from_hugging_face(weights: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
@@ -257,7 +290,7 @@ def write_folder(
     for name, value in ((CONFIG, config), ("generation_config.json", generation)):
         (out / name).write_text(json.dumps(value, indent=2) + "\n")
     shutil.copy(MODELING, out / MODELING.name)
-    save_file(weights, out / WEIGHTS, {"format": "pt"})
+    save_file(weights, out / WEIGHTS, {"format": "pt", CHECKSUM: _checksum(weights)})
     return notes
 
 

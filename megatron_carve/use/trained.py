@@ -81,6 +81,7 @@ def trained_model(
     with _in_evaluation(recipe, found, weights) as (trained, models):
         from megatron.training.checkpointing import load_checkpoint
 
+        run.check_data(step, weights_only=True)
         run.check_contents(step)
         with contextlib.redirect_stdout(io.StringIO()):
             load_checkpoint(models, None, None)

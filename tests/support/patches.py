@@ -15,6 +15,7 @@ def real_patches():
         "layer_symbols": patches.layer_symbols,
         "adam_resume": patches.adam_resume,
         "checkpoint_index": patches.checkpoint_index,
+        "checkpoint_checksums": patches.checkpoint_checksums,
         "mixed_precision_groups": patches.mixed_precision_groups,
         "muon_parameters": patches.muon_parameters,
         "offloaded_optimizer": patches.offloaded_optimizer,

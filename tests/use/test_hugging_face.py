@@ -205,6 +205,14 @@ def test_a_hugging_face_tokenizer_goes_along(folder):
     assert program(folder, "generate", "runs/words_back", "--prompt", "the cat", "--max-new-tokens", "3").stdout.strip()
 
 
+def changed(config, sections):
+    """A config.json with other values in its recipe."""
+    for section, values in sections.items():
+        kept = config["recipe"][section]
+        config["recipe"][section] = {**kept, **values} if isinstance(values, dict) else values
+    return config
+
+
 def test_mistakes_end_in_one_line(folder, exported):
     from safetensors.torch import load_file, save_file
 
@@ -221,6 +229,23 @@ def test_mistakes_end_in_one_line(folder, exported):
     config = json.loads((folder / exported["plain"] / "config.json").read_text())
     del config["recipe"]["mixer"]["erase"]
     (earlier / "config.json").write_text(json.dumps(config))
+    odd = {  # folder -> config.json
+        "no_json": "{", "a_list": "[]", "no_data": {"data": None}, "no_training": {"training": 3},
+        "odd_tokenizer": {"data": {"tokenizer": 5}}, "odd_size": {"model": {"hidden_size": "wide"}},
+        "odd_key": {"mixer": {"width": 1}},
+    }  # fmt: skip
+    whole = (folder / exported["plain"] / "config.json").read_text()
+    for name, change in odd.items():
+        (folder / name).mkdir()
+        text = change if isinstance(change, str) else json.dumps(changed(json.loads(whole), change))
+        (folder / name / "config.json").write_text(text)
+    data = (folder / exported["plain"] / "model.safetensors").read_bytes()
+    for name, damage in (
+        ("cut", data[:-1]), ("cut_head", data[:50]), ("flipped", data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    ):  # fmt: skip
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(whole)
+        (folder / name / "model.safetensors").write_bytes(damage)
     exports = [
         (["runs/none", "out/none"], "runs/none: expected the folder of a run"),
         (["runs/plain", "."], ".: expected a new or empty folder"),
@@ -232,6 +257,16 @@ def test_mistakes_end_in_one_line(folder, exported):
         (["earlier_form", "back/none"], "earlier_form: the model is CARVE as this package built it before the paper's"),
         (["damaged", "back/none"], "model.safetensors: expected 55 tensors, but model.norm.weight is missing"),
         ([exported["plain"], "runs/plain"], "runs/plain: expected a new or empty folder"),
+        (["no_json", "back/none"], "no_json/config.json: expected JSON: Expecting property name"),
+        (["a_list", "back/none"], "a_list: expected a folder that megatron_carve.export wrote, got model_type None"),
+        (["no_data", "back/none"], "config.json: recipe.data: expected the section of a recipe, got None"),
+        (["no_training", "back/none"], "config.json: recipe.training: expected the section of a recipe, got 3"),
+        (["odd_tokenizer", "back/none"], "config.json: recipe.data.tokenizer: expected a string, got 5"),
+        (["odd_size", "back/none"], "config.json: model.hidden_size: expected an integer, got 'wide'"),
+        (["odd_key", "back/none"], "config.json: unknown key mixer.width"),
+        (["cut", "back/none"], "cut/model.safetensors: is damaged: "),
+        (["cut_head", "back/none"], "cut_head/model.safetensors: is damaged: "),
+        (["flipped", "back/none"], "flipped/model.safetensors: is damaged: its weights have another checksum"),
     ]
     assert_complaints(folder, "import", imports)
 

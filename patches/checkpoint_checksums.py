@@ -1,0 +1,66 @@
+"""Write checksums beside the files of a checkpoint: each process of its own, the first of all together."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_carve import checksums
+from megatron_carve.patches.patch import Patch, Replacement
+
+
+def _with_checksums(write: Callable[..., None], folder: str, rank: int, *args: Any, **kwargs: Any) -> None:
+    """Write a process's files, then their checksums; in the process beside training, if it is that which writes."""
+    write(*args, **kwargs)
+    place = Path(folder)
+    # After them Megatron's index begins with the number of the process, whatever comes before that.
+    names = [file.name for file in place.glob("*.distcp") if f"__{rank}_" in file.name]
+    checksums.write_list(place, names, checksums.OF_A_PROCESS.format(rank))
+
+
+def _callbacks(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _get_save_and_finalize_callbacks(self: Any, writer: Any, *args: Any) -> Any:
+        import torch
+
+        write, preload, arguments = writer.get_save_function_and_args()
+        if write is not None:
+            write = functools.partial(_with_checksums, write, str(writer.checkpoint_dir), torch.distributed.get_rank())
+        writer.get_save_function_and_args = lambda: (write, preload, arguments)
+        return original(self, writer, *args)
+
+    return _get_save_and_finalize_callbacks
+
+
+def _all_together(original: Callable[..., None]) -> Callable[..., None]:
+    """Megatron's last file of a checkpoint, which the first process writes when all others are there; then ours."""
+
+    @functools.wraps(original)
+    def save_config(config: Any, checkpoint_dir: Any) -> None:
+        original(config, checkpoint_dir)
+        folder = Path(checkpoint_dir)
+        lists = sorted(folder.glob(checksums.OF_A_PROCESS.format("*")))
+        files: dict[str, Any] = {}
+        for place in lists:
+            files |= checksums.read_list(folder, place.name) or {}
+        checksums.write_list(folder, [".metadata", "metadata.json"], others=files)
+        for place in lists:
+            place.unlink()
+
+    return save_config
+
+
+_MODULE = "megatron.core.dist_checkpointing"
+
+checkpoint_checksums = Patch(
+    name="checkpoint_checksums",
+    reason="a flipped byte in a checkpoint goes unnoticed; Megatron's verify_integrity reads all files by one process, "
+    "and then takes no checkpoint without its list",
+    upstream="megatron/core/dist_checkpointing/serialization.py, save; validation.py, save_integrity_manifest",
+    remove_when="Megatron's list is written by all processes, in threads",
+    replacements=[
+        Replacement(f"{_MODULE}.strategies.torch:TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks",
+                    _callbacks),
+        Replacement(f"{_MODULE}.serialization:save_config", _all_together),
+    ],
+)  # fmt: skip
