@@ -67,7 +67,7 @@ def _measure(plan: Plan, chosen: argparse.Namespace) -> None:
         numbers = bench.numbers(chosen.peak_tflops)
         print("\n".join(report(numbers)))
         if chosen.json is not None:
-            chosen.json.write_text(json.dumps(numbers, indent=2) + "\n")
+            chosen.json.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -34,6 +34,9 @@ WITHOUT_EFFECT = frozenset(
     ]
 )
 
+# NVIDIA's package, to which Megatron leaves saving beside training.
+NVRX = "nvidia_resiliency_ext"
+
 
 def owned_settings(
     recipe: Recipe, *, vocab_size: int, layers: LayerImplementation, device: str
@@ -170,6 +173,8 @@ def check_extra(recipe: Recipe) -> None:
     workers = extra.get("num_workers", 0)
     if isinstance(workers, int) and workers < 0:
         raise RecipeError(f"megatron.num_workers: expected an integer of at least 0, got {workers}")
+    if extra.get("use_persistent_ckpt_worker") and extra.get("async_strategy", "nvrx") == "nvrx" and not _found(NVRX):
+        raise ImportError(f"megatron.use_persistent_ckpt_worker: needs {NVRX}, or megatron.async_strategy=mcore")
     if extra.get("wandb_project"):
         _require("wandb", "megatron.wandb_project", "wandb")
     if extra.get("use_megatron_fsdp"):
@@ -202,9 +207,13 @@ def _check_optimizer(recipe: Recipe) -> None:
 
 
 def _require(module: str, what: str, to_install: str) -> None:
-    if importlib.util.find_spec(module) is None:
+    if not _found(module):
         package = module.replace("_", "-")
         raise ImportError(f"{what}: the package {package} is not installed; pip install {to_install}")
+
+
+def _found(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def megatron_argv(

@@ -165,7 +165,7 @@ def _megatron_output(plan: Plan) -> Iterator[None]:
     log = plan.folder.logs / f"rank{plan.rank}.log"
     root = logging.getLogger()
     kept = root.handlers[:]
-    with log.open("a", buffering=1) as file, contextlib.redirect_stdout(file):
+    with log.open("a", buffering=1, encoding="utf-8", errors="backslashreplace") as file, contextlib.redirect_stdout(file):
         errors = logging.StreamHandler(sys.stderr)
         errors.setLevel(logging.ERROR)
         handlers: list[logging.Handler] = [logging.StreamHandler(file), errors]

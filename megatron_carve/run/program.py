@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 from megatron_carve.run.session import session
@@ -38,11 +39,15 @@ def exit_status[T](
         0, or what `then` returned; 2 for a mistake; as a shell would say, 130 interrupted from the keyboard, 143
         stopped by SIGTERM, 141 where nobody reads the output any more.
     """
+    for stream in (sys.stdout, sys.stderr):  # where they take no UTF-8, other characters are escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with session():
             with _quiet():
                 _configure_log(log or sys.stderr)
                 try:
+                    _require_utf8(sys.argv[1:])
                     result = work()
                 except (ValueError, OSError, ImportError, RuntimeError) as error:
                     if not _is_mistake(error):
@@ -64,6 +69,13 @@ def exit_status[T](
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush fails too
         return 141
+
+
+def _require_utf8(words: Sequence[str]) -> None:
+    """Names of files and runs come and go as UTF-8; otherwise they would be kept as what they are not."""
+    if sys.getfilesystemencoding() != "utf-8" and (other := next((w for w in words if not w.isascii()), None)):
+        word = os.fsencode(other).decode("utf-8", errors="backslashreplace")
+        raise ValueError(f"{word}: beyond ASCII, where Python uses no UTF-8; set PYTHONUTF8=1 in the environment")
 
 
 def _is_mistake(error: Exception) -> bool:

@@ -133,7 +133,7 @@ class Progress:
         if not self._began_writing:
             self._began_writing = True
             self._forget_later_steps()
-        with self.folder.metrics.open("a") as file:
+        with self.folder.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def _forget_later_steps(self) -> None:
@@ -186,7 +186,7 @@ def accuracy_name(recipe: Recipe) -> str:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The run's records by step; where a killed and resumed run repeats steps, the later record counts."""
     latest: dict[tuple[int, bool], dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

@@ -288,7 +288,7 @@ def write_folder(
         generation["suppress_tokens"] = padding
     notes = [] if tokenizer is None else _write_tokenizer(out, tokenizer)
     for name, value in ((CONFIG, config), ("generation_config.json", generation)):
-        (out / name).write_text(json.dumps(value, indent=2) + "\n")
+        (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     shutil.copy(MODELING, out / MODELING.name)
     save_file(weights, out / WEIGHTS, {"format": "pt", CHECKSUM: _checksum(weights)})
     return notes

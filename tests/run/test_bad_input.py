@@ -197,6 +197,10 @@ CASES = {
     "wandb that is not installed": Case(
         "small.yaml megatron.wandb_project=x", ("megatron.wandb_project: the package wandb is not installed",)
     ),
+    "saving beside training without NVIDIA's package": Case(
+        "small.yaml megatron.async_save=true megatron.use_persistent_ckpt_worker=true",
+        ("megatron.use_persistent_ckpt_worker: needs nvidia_resiliency_ext, or megatron.async_strategy=mcore",),
+    ),
     "another schedule's option": Case(
         "small.yaml megatron.lr_wsd_decay_style=cosine",
         ("megatron.lr_wsd_decay_style: has no effect without training.lr_schedule=wsd",),

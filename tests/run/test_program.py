@@ -1,11 +1,26 @@
 """What the programs share."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from megatron_carve.run.pretraining import FiniteGradients
+
+
+def test_a_name_beyond_ascii_where_python_uses_no_utf8(tmp_path):
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    run = subprocess.run(
+        [sys.executable, "-m", "megatron_carve.train", "debug", "run.name=läuft"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert run.returncode == 2 and not list(tmp_path.iterdir())
+    assert run.stderr == (
+        "error: run.name=l\\xe4uft: beyond ASCII, where Python uses no UTF-8; set PYTHONUTF8=1 in the environment\n"
+    )
 
 
 class Listener:
