@@ -1,7 +1,9 @@
 """Write checksums beside the files of a checkpoint: each process of its own, the first of all together."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,37 @@ from megatron_carve.patches.patch import Patch, Replacement
 
 def _with_checksums(write: Callable[..., None], folder: str, rank: int, *args: Any, **kwargs: Any) -> None:
     """Write a process's files, then their checksums; in the process beside training, if it is that which writes."""
-    write(*args, **kwargs)
+    with _failures_of_writing():
+        write(*args, **kwargs)
     place = Path(folder)
     # After them Megatron's index begins with the number of the process, whatever comes before that.
     names = [file.name for file in place.glob("*.distcp") if f"__{rank}_" in file.name]
     checksums.write_list(place, names, checksums.OF_A_PROCESS.format(rank))
+
+
+@contextlib.contextmanager
+def _failures_of_writing() -> Iterator[None]:
+    """Raise at the end why a file could not be written, in the place of what torch makes of it."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    failures: list[OSError] = []
+
+    class Stream(io.BufferedWriter):
+        def write(self, data: Any) -> int:
+            try:
+                return super().write(data)
+            except OSError as error:
+                error.filename = self.name
+                failures.append(error)
+                raise
+
+    filesystem_async.open = lambda name, mode: Stream(io.FileIO(name, mode))  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del filesystem_async.open  # type: ignore[attr-defined]  # Python's own shows again
+    if failures:
+        raise failures[0]
 
 
 def _callbacks(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,11 +23,16 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from megatron_carve.notices import say_once
 from megatron_carve.patches import TrainingListener, applied_patches
 from megatron_carve.run.compiling import compile_kernels
+from megatron_carve.run.full_disk import full_disk
 from megatron_carve.run.preflight import Plan
+from megatron_carve.run.program import LogHandler
 from megatron_carve.run.retention import Retention
 from megatron_carve.run.session import command_line, patch_megatron
 from megatron_carve.run.stopping import Stopped, interruptible
 from megatron_carve.run.task import Task, count_parameters, model_config
+
+# What it reports as errors it raises too.
+WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 
 
 def pretrain(
@@ -165,16 +170,19 @@ def _megatron_output(plan: Plan) -> Iterator[None]:
     log = plan.folder.logs / f"rank{plan.rank}.log"
     root = logging.getLogger()
     kept = root.handlers[:]
-    with log.open("a", buffering=1, encoding="utf-8", errors="backslashreplace") as file, contextlib.redirect_stdout(file):
+    file = log.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
+    with file, contextlib.redirect_stdout(file):
         errors = logging.StreamHandler(sys.stderr)
         errors.setLevel(logging.ERROR)
-        handlers: list[logging.Handler] = [logging.StreamHandler(file), errors]
+        errors.addFilter(lambda record: record.name != WRITER)
+        handlers: list[logging.Handler] = [LogHandler(file), errors]
         logging.basicConfig(handlers=handlers, format="%(levelname)s %(name)s %(message)s", force=True)
         logging.captureWarnings(True)
         try:
             yield
         except BaseException as error:
-            if not isinstance(error, KeyboardInterrupt) and (not isinstance(error, SystemExit) or error.code):
+            quiet = isinstance(error, KeyboardInterrupt) or full_disk(error)
+            if not quiet and (not isinstance(error, SystemExit) or error.code):
                 print(f"rank {plan.rank} failed; what Megatron printed before is in {log}", file=sys.stderr)
             raise
         finally:

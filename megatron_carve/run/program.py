@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
+from megatron_carve.run.full_disk import full_disk
 from megatron_carve.run.session import session
 from megatron_carve.run.stopping import Stopped
 
@@ -36,8 +37,8 @@ def exit_status[T](
         log: where our notices go; standard error if None, since standard output is for the answer.
 
     Returns:
-        0, or what `then` returned; 2 for a mistake; as a shell would say, 130 interrupted from the keyboard, 143
-        stopped by SIGTERM, 141 where nobody reads the output any more.
+        0, or what `then` returned; 2 for a mistake; 1 where the disk is full, in one line too; as a shell would say,
+        130 interrupted from the keyboard, 143 stopped by SIGTERM, 141 where nobody reads the output any more.
     """
     for stream in (sys.stdout, sys.stderr):  # where they take no UTF-8, other characters are escaped
         if isinstance(stream, io.TextIOWrapper):
@@ -50,7 +51,7 @@ def exit_status[T](
                     _require_utf8(sys.argv[1:])
                     result = work()
                 except (ValueError, OSError, ImportError, RuntimeError) as error:
-                    if not _is_mistake(error):
+                    if full_disk(error) or not _is_mistake(error):
                         raise
                     if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a node finds the same mistake
                         print(f"error: {error}", file=sys.stderr)
@@ -69,6 +70,11 @@ def exit_status[T](
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush fails too
         return 141
+    except Exception as error:
+        if not (full := full_disk(error)):
+            raise
+        print(f"error: {full}", file=sys.stderr)
+        return 1
 
 
 def _require_utf8(words: Sequence[str]) -> None:
@@ -102,11 +108,11 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-class _Notices(logging.StreamHandler):
-    """Silent where nobody reads any more, as of `| head`, where logging would report an error for every line."""
+class LogHandler(logging.StreamHandler):
+    """Silent where nobody reads any more, as of `| head`, or a disk is full; logging would report it for every line."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exception(), BrokenPipeError):
+        if not isinstance(sys.exception(), OSError):
             super().handleError(record)
 
 
@@ -114,7 +120,7 @@ def _configure_log(stream: TextIO) -> None:
     """Our notices go to rank 0's console, one line each."""
     logger = logging.getLogger("megatron_carve")
     logger.handlers.clear()
-    handler = _Notices(stream)
+    handler = LogHandler(stream)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

@@ -1,12 +1,15 @@
 """One byte cut, or changed, in each kind of file of a run: noticed, named in one line, and nothing written over."""
 
+import errno
 import shutil
 
 import pytest
+from support.forks import run_forked
 from support.programs import in_turn, program
 from support.train import train, train_ranks
 
 from megatron_carve import checksums
+from megatron_carve.run.full_disk import full_disk
 
 TINY = """
 inherit: debug
@@ -97,6 +100,47 @@ def test_a_checkpoint_without_checksums_and_one_that_the_tracker_passes_over_are
     out = train(folder, *WORDS, "run.name=earlier", "training.steps=3").stdout
     assert "names step 2; newer checkpoints (4) are passed over and replaced" in out
     assert out.count("the checkpoint has no checksums") == 1 and "step 3/3" in out
+
+
+FILLS_THE_DISK = """
+import resource, sys
+from megatron_carve import train
+from megatron_carve.run import progress
+
+on_step = progress.Progress.on_step
+
+def fills(self, iteration, *rest):
+    on_step(self, iteration, *rest)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # which stands for it, with an error of its own
+
+if __name__ == "__main__":
+    progress.Progress.on_step = fills
+    sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_ends_a_run_in_one_line(folder):
+    (folder / "fills.py").write_text(FILLS_THE_DISK)
+    run = run_forked([str(folder / "fills.py"), *WORDS, "run.name=full"], cwd=folder, timeout=300)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == (
+        "error: runs/full/checkpoints/iter_0000002/__0_0.distcp: File too large; what was being written is not whole, "
+        "what was there before is"
+    )
+    assert "Traceback" not in run.stderr and "rank 0 failed" not in run.stderr
+
+
+def test_a_full_disk_is_found_among_what_an_error_came_of():
+    def raised(error, cause):
+        try:
+            raise error from cause
+        except Exception as found:
+            return found
+
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/a")
+    assert full_disk(raised(ValueError("x"), raised(RuntimeError("y"), full))).startswith("runs/a: No space left on")
+    assert full_disk(RuntimeError("No space left on device (os error 28)")).startswith("No space left on device; ")
+    assert full_disk(raised(ValueError("x"), OSError(errno.EACCES, "no"))) is None
 
 
 @pytest.mark.slow

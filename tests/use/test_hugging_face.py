@@ -295,7 +295,9 @@ def test_where_the_disk_is_full_no_half_export_stays(folder, exported):
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
     words = [sys.executable, "-m", "megatron_carve.export", "runs/plain", "out/full"]
-    assert exported["plain"] and subprocess.run(words, cwd=folder, preexec_fn=no_large_files).returncode != 0
+    assert exported["plain"]
+    run = subprocess.run(words, cwd=folder, preexec_fn=no_large_files, capture_output=True, text=True)
+    assert run.returncode == 1 and "File too large; what was being written is not whole" in run.stderr.splitlines()[-1]
     assert not (folder / "out/full").exists()
 
 
