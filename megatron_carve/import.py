@@ -6,7 +6,6 @@ The name is a keyword, so the module can be run and not imported; its work is in
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,7 +68,7 @@ def _write(folder: Path, config: dict[str, Any], run: Path, partial: RunFolder) 
 
     data = config["recipe"]["data"]
     if "tokenizer" in data:
-        data["tokenizer"] = hugging_face.tokenizer_of(folder, data["tokenizer"], partial.path)
+        hugging_face.copy_tokenizer(folder, data["tokenizer"], partial.tokenizer)
     recipe = _recipe(config["recipe"], run, origin=str(folder / hugging_face.CONFIG))
     # Here because torch and Megatron take seconds to import; a typing mistake need not wait.
     from megatron_carve.use.trained import save_run
@@ -81,8 +80,6 @@ def _write(folder: Path, config: dict[str, Any], run: Path, partial: RunFolder) 
         weights.pop("lm_head.weight", None)
     ours = hugging_face.from_hugging_face(weights, recipe)
     save_run(recipe, ours, max(1, config.get("step", 1)), partial)
-    moves_along = recipe.data.tokenizer.replace(str(partial.path.resolve()), str(run.resolve()))
-    partial.save_recipe(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tokenizer=moves_along)))
     return sum(w.numel() for w in ours.values())
 
 

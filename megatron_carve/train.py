@@ -12,6 +12,7 @@ from megatron_carve.run.program import exit_status
 
 if TYPE_CHECKING:
     from megatron_carve.run.preflight import Plan
+    from megatron_carve.run.speed import Gpus
 
 PRINT = "--print"
 USAGE = """\
@@ -52,7 +53,7 @@ def _train(plan: Plan) -> None:
 
     recipe, start = plan.recipe, plan.start
     total = recipe.training.total_steps
-    progress = Progress(recipe, chance_loss=start.chance_loss, first_step=start.step + 1)
+    progress = Progress(recipe, chance_loss=start.chance_loss, first_step=start.step + 1, gpus=_gpus(plan))
     if start.step >= total:
         if plan.rank == 0:
             progress.say(f"{recipe.run.name}: the checkpoint is at step {start.step} of {total}: nothing left to train")
@@ -62,10 +63,25 @@ def _train(plan: Plan) -> None:
     if plan.rank == 0:
         verb = "resuming" if start.resumes else "continuing another run"
         begin = f"{verb} at step {start.step}" if start.step else "starting"
-        progress.say(f"{recipe.run.name}: {recipe.model.pattern} on {plan.device}, {begin}, {total} steps")
+        progress.begin(f"{recipe.run.name}: {recipe.model.pattern} on {plan.device}, {begin}, {total} steps")
     parameters = pretrain(plan, progress)
     if progress.writes:
         progress.finish(parameters=parameters, device=plan.device, layers=plan.layers)
+
+
+def _gpus(plan: Plan) -> Gpus | None:
+    import torch
+
+    from megatron_carve.recipe.estimate import forward_flops_per_token
+    from megatron_carve.run.launch import world_size
+    from megatron_carve.run.speed import Gpus, peak_tflops
+
+    if plan.device != "cuda":
+        return None
+    # The backward takes twice the forward.
+    operations = 3 * forward_flops_per_token(plan.recipe, plan.start.vocab_size)
+    peak = peak_tflops(torch.cuda.get_device_name(), plan.recipe.training.precision)
+    return Gpus(world_size(), operations, peak)
 
 
 if __name__ == "__main__":

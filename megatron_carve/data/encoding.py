@@ -70,7 +70,7 @@ class Encoder:
         """Sent to another process, an encoder loads its tokenizer there by the spec."""
         tokenizer = self.tokenizer
         rest = (self.names, self.text_key, self.validation_fraction, self.examples)
-        return _loaded_encoder, (tokenizer.spec, tokenizer.fingerprint, *rest)
+        return _loaded_encoder, (tokenizer.where, tokenizer.fingerprint, *rest)
 
     def encode(self, block: Block) -> tuple[Tokens, Tokens]:
         """(train, validation) tokens of a block; those of a "piece" without an end-of-document id.

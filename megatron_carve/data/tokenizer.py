@@ -7,6 +7,7 @@ import binascii
 import hashlib
 import importlib
 import json
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,16 +31,23 @@ class Tokenizer(ABC):
 
     Attributes:
         spec: what `load_tokenizer` was given.
+        source: the path or name that it was read from; empty for bytes.
         fingerprint: changes when the vocabulary changes, also where the spec (a path) stays the same.
         vocab_size: number of ids; every id is in [0, vocab_size).
         eod: id that ends a document; `encode` never yields it and `decode` drops it.
     """
 
-    def __init__(self, spec: str, *, fingerprint: str, vocab_size: int, eod: int) -> None:
+    def __init__(self, spec: str, *, source: str = "", fingerprint: str, vocab_size: int, eod: int) -> None:
         self.spec = spec
+        self.source = source
         self.fingerprint = fingerprint
         self.vocab_size = vocab_size
         self.eod = eod
+
+    @property
+    def where(self) -> str:
+        """A spec of what was read, which may be a copy of what `spec` names."""
+        return f"{self.spec.partition(':')[0]}:{self.source}" if self.source else self.spec
 
     @abstractmethod
     def encode(self, text: str) -> npt.NDArray[np.int32]:
@@ -76,6 +84,15 @@ class Tokenizer(ABC):
             raise ValueError(f"ids: token id {outside[0]} is outside the vocabulary of {self.vocab_size} ({self.spec})")
         return self._decode(array[array != self.eod])
 
+    def copy_to(self, folder: Path) -> None:
+        """Write the files into a folder that `load_tokenizer` takes as `copy`; none of what needs none.
+
+        Encodings that tiktoken has by name are kept by tiktoken.
+        """
+        if Path(self.source).expanduser().is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(self.source).expanduser(), folder)
+
     @abstractmethod
     def _decode(self, ids: npt.NDArray[np.int64]) -> str:
         """Text of `ids`, which are within the vocabulary and not end-of-document."""
@@ -108,6 +125,7 @@ class _SentencePiece(Tokenizer):
             raise ValueError(f"data.tokenizer: {spec!r} has no eos piece, which ends a document")
         super().__init__(
             spec,
+            source=value,
             fingerprint=hashlib.sha256(path.read_bytes()).hexdigest(),
             vocab_size=self._model.get_piece_size(),
             eod=self._model.eos_id(),
@@ -138,7 +156,13 @@ class _Tiktoken(Tokenizer):
             self._encoding = _encoding_from_ranks(library, path)
         if _END_OF_TEXT not in self._encoding.special_tokens_set:
             raise ValueError(f"data.tokenizer: {spec!r} has no {_END_OF_TEXT} token, which ends a document")
-        super().__init__(spec, fingerprint=fingerprint, vocab_size=self._encoding.n_vocab, eod=self._encoding.eot_token)
+        super().__init__(
+            spec,
+            source=value,
+            fingerprint=fingerprint,
+            vocab_size=self._encoding.n_vocab,
+            eod=self._encoding.eot_token,
+        )
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         return np.array(self._encoding.encode_ordinary(text), dtype=np.int32)
@@ -173,6 +197,7 @@ class _HuggingFace(Tokenizer):
             description = json.dumps(sorted(vocabulary.items()))
         super().__init__(
             spec,
+            source=str(path),
             fingerprint=hashlib.sha256(description.encode("utf-8")).hexdigest(),
             # Added tokens may leave gaps in the ids, so neither .vocab_size nor len() bounds them.
             vocab_size=max(vocabulary.values()) + 1,
@@ -208,6 +233,9 @@ class _HuggingFace(Tokenizer):
         begins = [begin for begin, _ in encoded["offset_mapping"]]
         return np.array(encoded["input_ids"], dtype=np.int32), np.array(begins, dtype=np.int64)
 
+    def copy_to(self, folder: Path) -> None:
+        self._model.save_pretrained(folder)
+
     def _decode(self, ids: npt.NDArray[np.int64]) -> str:
         return self._model.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
@@ -220,7 +248,7 @@ _KINDS: dict[str, Callable[[str, str], Tokenizer]] = {
 _ALLOWED = '"bytes", "sentencepiece:PATH", "tiktoken:NAME_OR_PATH" or "huggingface:NAME_OR_PATH"'
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
+def load_tokenizer(spec: str, copy: Path | None = None) -> Tokenizer:
     """Build the tokenizer that `spec` names.
 
     Args:
@@ -232,6 +260,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
                 after the largest rank;
             "huggingface:NAME_OR_PATH": what AutoTokenizer.from_pretrained takes; a value that begins with "/", "."
                 or "~" is a path and never a name on the Hub.
+        copy: a folder that Tokenizer.copy_to has written, which counts instead of what the spec names, if it is there.
 
     Raises:
         ValueError: the spec is not of this form, or what it names cannot be loaded or has no end-of-document token.
@@ -242,6 +271,9 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if spec == "bytes":
         return _Bytes()
     if kind in _KINDS and colon and value:
+        kept = copy and (copy if kind == "huggingface" else copy / Path(value).name)
+        if kept and kept.exists():
+            value = str(kept.resolve())
         return _KINDS[kind](spec, value)
     raise ValueError(f"data.tokenizer must be {_ALLOWED}, got {spec!r}")
 

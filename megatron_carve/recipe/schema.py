@@ -161,7 +161,8 @@ class Data(_Checked):
     validation: str | list[str] | None = None
     """Validation data of their own, given as `text` or `indexed` is; then all of those is trained on."""
     tokenizer: str = "bytes"
-    """bytes, sentencepiece:PATH, tiktoken:NAME_OR_PATH or huggingface:NAME_OR_PATH."""
+    """bytes, sentencepiece:PATH, tiktoken:NAME_OR_PATH or huggingface:NAME_OR_PATH. A run keeps a copy of its files in
+    its folder, from which it goes on and is used."""
     documents: Literal["joined", "apart"] = "joined"
     """What tokens see of other documents in their sequence: all that stand before, or none, with no loss for a
     document's first token."""

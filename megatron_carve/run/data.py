@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from megatron_carve.data.blend import Blend, indexed_blend, text_blend
 from megatron_carve.data.inputs import InputError, find_inputs
 from megatron_carve.data.text import find_prepared, prepare_text, require_tokens
-from megatron_carve.data.tokenizer import load_tokenizer
+from megatron_carve.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_carve.notices import say_once
 from megatron_carve.recipe import Recipe
 from megatron_carve.run.folder import RunFolder
+
+
+def run_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The recipe's; of a run that goes on its own copy, wherever it is."""
+    spec, folder = recipe.data.tokenizer, RunFolder(recipe.run.path)
+    found = load_tokenizer(spec, folder.tokenizer if folder.tracker.exists() else None)
+    named, read = Path(spec.partition(":")[2]).expanduser(), Path(found.source)
+    is_copy = folder.tokenizer.resolve() in (read, read.parent)
+    if is_copy and named.exists() and load_tokenizer(spec).fingerprint != found.fingerprint:
+        say_once(f"data.tokenizer: {named} is not what it was when the run began; the copy in {folder.path} counts")
+    return found
 
 
 def check_texts(recipe: Recipe) -> None:
@@ -83,7 +96,7 @@ def _texts(recipe: Recipe) -> list[dict[str, Any]]:
     data = recipe.data
     assert data.text is not None
     shared = {
-        "tokenizer": load_tokenizer(data.tokenizer),
+        "tokenizer": run_tokenizer(recipe),
         "cache_dir": data.cache or RunFolder(recipe.run.path).path / "data",
         "text_key": data.text_key,
         "examples": data.loss_on == "completion",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_carve import checksums
+from megatron_carve.data.tokenizer import Tokenizer
 from megatron_carve.model.variants import MIXER_LETTERS
 from megatron_carve.notices import say_once
 from megatron_carve.recipe import Recipe, RecipeError, load_recipe, written
@@ -84,6 +85,11 @@ class RunFolder:
     @property
     def loss_curve(self) -> Path:
         return self.path / "loss.png"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The run's copy of its tokenizer's files, where it has some; see data.tokenizer."""
+        return self.path / "tokenizer"
 
     @property
     def data_contents(self) -> Path:
@@ -230,6 +236,15 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint of this step."""
         return self.checkpoints / f"iter_{step:07d}"
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Copy a tokenizer's files into a folder, which is replaced."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with new_folder(folder) as partial:
+        tokenizer.copy_to(partial)
+    with contextlib.suppress(OSError):  # it is empty where there are none
+        folder.rmdir()
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -24,8 +24,8 @@ from megatron_carve.model.variants import MIXER_LETTERS, VARIANTS
 from megatron_carve.notices import say_once
 from megatron_carve.recipe import Recipe, check_layout
 from megatron_carve.recipe.arguments import check_extra, default_settings, megatron_argv, owned_settings
-from megatron_carve.run.data import blend_lines, check_texts, find_blend, prepared_blend
-from megatron_carve.run.folder import CheckpointError, RunFolder, replace_text
+from megatron_carve.run.data import blend_lines, check_texts, find_blend, prepared_blend, run_tokenizer
+from megatron_carve.run.folder import CheckpointError, RunFolder, keep_tokenizer, replace_text
 from megatron_carve.run.launch import (
     join_processes,
     on_every_process,
@@ -132,6 +132,8 @@ def _write(recipe: Recipe, folder: RunFolder, start: Start, locks: list[IO[str]]
     for line in [] if blend is None else blend_lines(blend, recipe):
         logger.info("%s", line)
     locks.append(folder.lock())
+    if recipe.data.source != "recall" and not (start.resumes and folder.tokenizer.exists()):
+        keep_tokenizer(load_tokenizer(recipe.data.tokenizer), folder.tokenizer)
     now = contents(blend.prefixes) if blend is not None else None
     if start.load_from is not None and start.step:
         _say_what_data_changed(recipe, RunFolder(start.load_from.parent), now)
@@ -156,7 +158,7 @@ def _say_what_data_changed(recipe: Recipe, source: RunFolder, now: str | None) -
 
 def _find_start(recipe: Recipe, folder: RunFolder) -> Start:
     """Everything that is read from disk before anything is written."""
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    tokenizer = run_tokenizer(recipe)
     recall = recall_task(recipe)
     ids = tokenizer.vocab_size if recall is None else recall.vocab_size
     vocab_size = _vocab_size(recipe, ids)

@@ -15,6 +15,7 @@ import torch
 
 from megatron_carve.recipe import Recipe
 from megatron_carve.run.folder import RunFolder, replace_text
+from megatron_carve.run.speed import Gpus
 
 LOSS = "lm loss"
 # Steps over which speed is averaged: long enough to smooth, short enough to follow a change.
@@ -28,13 +29,16 @@ class Progress:
         recipe: of the run.
         chance_loss: loss in nats of a uniform guess.
         first_step: the first that this start of the program trains.
+        gpus: of the run; None on a CPU.
         console: where lines go; the present standard output if None.
     """
 
     def __init__(
-        self, recipe: Recipe, *, chance_loss: float, first_step: int = 1, console: TextIO | None = None
-    ) -> None:
+        self, recipe: Recipe, *, chance_loss: float, first_step: int = 1, gpus: Gpus | None = None,
+        console: TextIO | None = None,
+    ) -> None:  # fmt: skip
         self.recipe = recipe
+        self.gpus = gpus
         self.folder = RunFolder(recipe.run.path)
         self.writes = False
         self.accuracy_name = accuracy_name(recipe)
@@ -46,6 +50,7 @@ class Progress:
         self.started = time.monotonic()
         self._since: float | None = None  # when the running step began; that of the first one, which compiles, is none
         self._steps: deque[float] = deque(maxlen=SPEED_WINDOW)  # seconds of the last steps alone
+        self._announced = False  # that the first step takes long
         self._paused = 0.0  # seconds of evaluations and saves
 
     def say(self, line: str) -> None:
@@ -55,12 +60,22 @@ class Progress:
         except BrokenPipeError:  # as of `| head`; the run goes on
             self.console = io.StringIO()
 
+    def begin(self, line: str) -> None:
+        """Say that training begins, and that the first step takes long."""
+        self.say(line)
+        compilers = "torch's" if self.gpus is None else "the mixers' by Triton, Megatron's by torch"
+        self._announced = True
+        self.say(f"the first step compiles kernels ({compilers}), but for those in the caches of earlier runs")
+
     def on_step(self, iteration: int, losses: dict[str, Any], learning_rate: float | None, grad_norm: Any) -> None:
         self.step = iteration
         now = time.monotonic()
         if self._since is not None:
             self._steps.append(now - self._since)
         self._since = now
+        if self._announced:
+            self._announced = False
+            self.say(f"set up and compiled in {_duration(now - self.started)}")
         self.writes = LOSS in losses and _is_last_process()
         if not self.writes:
             return
@@ -71,7 +86,8 @@ class Progress:
         record = {
             "step": iteration,
             "loss": _number(losses[LOSS]),
-            "tokens_per_second": self._speed(),
+            "tokens_per_second": (speed := self._speed()),
+            **(self.gpus.measures(speed) if self.gpus and speed else {}),
             "learning_rate": learning_rate,
             "grad_norm": None if grad_norm is None else _number(grad_norm),
             "peak_memory_bytes": _peak_memory(),
@@ -161,7 +177,7 @@ class Progress:
             parts.append(f"lr {r['learning_rate']:.2e}")
         if r["tokens_per_second"]:
             left = _duration(self._seconds_left(r["tokens_per_second"]))
-            parts += [f"{_short(r['tokens_per_second'])} tokens/s", f"{left} left"]
+            parts += [_speed_text(r, self.gpus), f"{left} left"]
         return " | ".join(parts)
 
     def _closing(self, s: dict[str, Any]) -> str:
@@ -235,6 +251,17 @@ def _number(value: Any) -> float | None:
     """A plain number; None, which JSON has and NaN it has not, for what is none."""
     number = value.item() if isinstance(value, torch.Tensor) else float(value)
     return number if math.isfinite(number) else None
+
+
+def _speed_text(record: dict[str, Any], gpus: Gpus | None) -> str:
+    text = f"{_short(record['tokens_per_second'])} tokens/s"
+    if gpus is None:
+        return text
+    each = " a GPU" if gpus.count > 1 else ""
+    if each:
+        text += f", {_short(record['tokens_per_second_and_gpu'])}{each}"
+    text += f", {record['tflops_per_second_and_gpu']:.3g} TFLOP/s{each}"
+    return text if record["utilisation"] is None else f"{text} ({record['utilisation']:.1%})"
 
 
 def _text(number: float | None, form: str) -> str:

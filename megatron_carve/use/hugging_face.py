@@ -254,21 +254,14 @@ def _data(recipe: Recipe) -> dict[str, Any]:
     return {"tokenizer": d.tokenizer, "text": ", ".join(names)}
 
 
-def tokenizer_of(folder: Path, spec: str, run: Path) -> str:
-    """The tokenizer that a spec names; where it is not where the spec says, that of the folder, copied into the run."""
+def copy_tokenizer(folder: Path, spec: str, place: Path) -> None:
+    """Copy the tokenizer of an exported folder to where a run has its copy; nothing where the folder has none."""
     kind, _, value = spec.partition(":")
-    is_path = kind != "huggingface" or value.startswith(("/", ".", "~"))
-    if kind == "bytes" or not is_path or Path(value).expanduser().exists():
-        return spec
     names = TOKENIZER_FILES if kind == "huggingface" else (Path(value).name,)
-    found = [folder / name for name in names if (folder / name).is_file()]
-    if not found:
-        return spec
-    place = run / "tokenizer"
-    place.mkdir(parents=True, exist_ok=True)
-    for file in found:
-        shutil.copy(file, place)
-    return f"{kind}:{place.resolve() if kind == 'huggingface' else place.resolve() / Path(value).name}"
+    for file in (folder / name for name in names if name):
+        if file.is_file():
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, place)
 
 
 def write_folder(
@@ -295,16 +288,12 @@ def write_folder(
 
 
 def _write_tokenizer(out: Path, tokenizer: Tokenizer) -> list[str]:
-    kind, _, value = tokenizer.spec.partition(":")
+    kind = tokenizer.spec.partition(":")[0]
     if kind == "bytes":
         _bytes_tokenizer(tokenizer).save_pretrained(out)
-    elif kind == "huggingface":
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(value).save_pretrained(out)
-    else:
-        if Path(value).is_file():
-            shutil.copy(value, out)
+        return []
+    tokenizer.copy_to(out)
+    if kind != "huggingface":
         return [f"the tokenizer {tokenizer.spec} has no Hugging Face form; the folder has no tokenizer.json"]
     return []
 

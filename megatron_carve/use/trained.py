@@ -78,7 +78,7 @@ def trained_model(
     weights = [
         f"--load={run.checkpoints}", f"--ckpt-step={step}", "--finetune", "--no-load-optim", "--no-load-rng",
     ]  # fmt: skip
-    with _in_evaluation(recipe, found, weights) as (trained, models):
+    with _in_evaluation(recipe, found, weights, run.tokenizer) as (trained, models):
         from megatron.training.checkpointing import load_checkpoint
 
         run.check_data(step, weights_only=True)
@@ -107,12 +107,15 @@ def _require_one_process() -> None:
 
 @contextlib.contextmanager
 def _in_evaluation(
-    recipe: Recipe, device: Any, more_arguments: list[str]
+    recipe: Recipe, device: Any, more_arguments: list[str], copy: Path | None = None
 ) -> Iterator[tuple[Trained, list[torch.nn.Module]]]:
-    """The model of a recipe for one process, as it begins, and the list in which Megatron has it."""
+    """The model of a recipe for one process, as it begins, and the list in which Megatron has it.
+
+    `copy` is a run's, of its tokenizer.
+    """
     check_backend(recipe, device)
-    vocab = vocab_size(recipe)
-    tokenizer = None if recipe.data.source == "recall" else load_tokenizer(recipe.data.tokenizer)
+    vocab = vocab_size(recipe, copy)
+    tokenizer = None if recipe.data.source == "recall" else load_tokenizer(recipe.data.tokenizer, copy)
     with session():
         choose_device(device)
         chosen = choose_layers(recipe, device)
@@ -137,7 +140,7 @@ def save_run(recipe: Recipe, weights: Mapping[str, torch.Tensor], step: int, run
     built = _for_one_process(recipe, "cpu", "local", "torch")
     with session():
         choose_device("cpu")
-        argv = _arguments(built, vocab_size(built), "local", "cpu")
+        argv = _arguments(built, vocab_size(built, run.tokenizer), "local", "cpu")
         models = _build([*argv, f"--save={run.checkpoints}", "--no-save-optim", "--no-save-rng"], built, "local")
         from megatron.core.utils import unwrap_model
         from megatron.training.checkpointing import save_checkpoint

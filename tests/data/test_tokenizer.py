@@ -109,6 +109,19 @@ def test_sentencepiece_round_trip(sentencepiece_model):
     assert tokenizer.decode([*tokenizer.encode("one"), tokenizer.eod, *tokenizer.encode("two")]) == "onetwo"
 
 
+def test_a_copy_counts_instead_of_the_path(sentencepiece_model, tmp_path):
+    path = sentencepiece_model("moves")
+    tokenizer = load_tokenizer(f"sentencepiece:{path}")
+    tokenizer.copy_to(tmp_path / "copy")
+    load_tokenizer("bytes").copy_to(tmp_path / "none")
+    path.rename(path.with_name("gone"))
+    again = load_tokenizer(f"sentencepiece:{path}", tmp_path / "copy")
+    assert (again.spec, again.fingerprint) == (tokenizer.spec, tokenizer.fingerprint)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(FileNotFoundError, match="which is not a file"):
+        load_tokenizer(f"sentencepiece:{path}", tmp_path / "none")
+
+
 def test_sentencepiece_without_eos_is_refused(sentencepiece_model):
     path = sentencepiece_model("no_eos", eos_id=-1)
     with pytest.raises(ValueError, match=r"data\.tokenizer: 'sentencepiece:.*' has no eos piece"):

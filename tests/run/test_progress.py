@@ -13,6 +13,7 @@ from megatron_carve.recipe import load_recipe
 from megatron_carve.run import progress
 from megatron_carve.run.folder import RunFolder
 from megatron_carve.run.progress import Progress, read_metrics
+from megatron_carve.run.speed import Gpus, peak_tflops
 
 SMALL = """\
 model: {pattern: C-*-, hidden_size: 64, ffn_hidden_size: 160, num_attention_heads: 4}
@@ -100,6 +101,35 @@ class TestSteps:
              "peak_memory_bytes": None},
         ]  # fmt: skip
         assert run.lines == ["step  1/40 | loss 4.2500 | grad norm 0.12 | lr 2.50e-04"]
+
+    def test_the_first_step_of_a_start_says_how_long_it_took(self, start):
+        run = start(first_step=13)
+        run.progress.begin("small: goes on")
+        run.steps(13, 14, 47.0)
+        assert run.lines[0] == "small: goes on" and run.lines[1].startswith("the first step compiles kernels (torch's)")
+        assert run.lines[2:] == ["set up and compiled in 47s"]
+
+    @pytest.mark.parametrize(
+        ("gpus", "said"),
+        [
+            (Gpus(1, 2e9, 4.0), "100 tokens/s, 0.2 TFLOP/s (5.0%) | "),
+            (Gpus(4, 2e10, None), "100 tokens/s, 25 a GPU, 0.5 TFLOP/s a GPU | "),
+        ],
+    )
+    def test_what_gpus_do(self, start, gpus, said):
+        run = start()
+        run.progress.gpus = gpus
+        run.steps(1, 10, 5.0)
+        assert said in run.lines[-1] and "GPU" not in run.lines[0]
+        assert run.records[-1]["tokens_per_second_and_gpu"] == 100 / gpus.count
+        assert run.records[-1]["utilisation"] == (0.05 if gpus.peak_tflops else None)
+        assert run.records[-1]["tflops_per_second_and_gpu"] == pytest.approx(
+            100 * gpus.flops_per_token / gpus.count / 1e12
+        )
+
+    def test_peaks_are_of_16_bit_numbers(self):
+        assert peak_tflops("NVIDIA H200", "bf16") == 989.4
+        assert peak_tflops("NVIDIA H200", "fp32") is None and peak_tflops("Another", "bf16") is None
 
     def test_peak_memory_of_a_gpu(self, start, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

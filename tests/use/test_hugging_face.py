@@ -199,10 +199,13 @@ def test_a_hugging_face_tokenizer_goes_along(folder):
     (folder / "words").rename(folder / "gone")  # as on another machine
     program(folder, "import", "out/words", "runs/words_back")
     recipe = (folder / "runs" / "words_back" / "recipe.yaml").read_text()
-    assert (
-        f"tokenizer: huggingface:{folder / 'runs' / 'words_back' / 'tokenizer'}" in recipe and "device: auto" in recipe
-    )
-    assert program(folder, "generate", "runs/words_back", "--prompt", "the cat", "--max-new-tokens", "3").stdout.strip()
+    assert "tokenizer: huggingface:./words" in recipe and "device: auto" in recipe
+    (folder / "elsewhere").mkdir()
+    for run in ("words", "words_back"):  # and from another folder
+        words = [f"../runs/{run}", "--prompt", "the cat", "--max-new-tokens", "3"]
+        assert program(folder / "elsewhere", "generate", *words).stdout.strip()
+    out = train(folder, "tiny.yaml", "run.name=words", *options, "training.steps=3").stdout
+    assert "resuming at step 2" in out and "data.tokenizer" not in out
 
 
 def changed(config, sections):
