@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,12 @@ ANSWER_TOKENS = 48
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status. A user's mistake ends in one line on stderr and status 2."""
+    chosen = options().parse_args(arguments)
+    return exit_status(lambda: _evaluate(chosen))
+
+
+def options() -> argparse.ArgumentParser:
+    """Of the program; run.evaluate of a recipe takes those that say what to do."""
     parser = run_parser(
         "evaluate",
         "Evaluates the model of a run. Tasks: perplexity (of --text), needles (all of "
@@ -48,11 +55,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for results.json and a heat map of the needles")
-    chosen = parser.parse_args(arguments)
-    return exit_status(lambda: _evaluate(chosen))
+    return parser
 
 
-def _evaluate(chosen: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class Chosen:
+    """Tasks and their options, checked as far as they can be without a model.
+
+    Attributes:
+        options: of the program.
+        tasks: as they were given.
+        hidden: those of needles.
+        harness: those of lm-evaluation-harness.
+        lengths: of the texts in which needles are hidden, in tokens.
+        texts: what "text" and "haystack" name.
+    """
+
+    options: argparse.Namespace
+    tasks: list[str]
+    hidden: list[str]
+    harness: list[str]
+    lengths: list[int]
+    texts: dict[str, str]
+
+
+def checked(chosen: argparse.Namespace) -> Chosen:
+    """Raises ValueError, OSError, ImportError: in one line what is wrong."""
     tasks = [name.strip() for name in chosen.tasks.split(",") if name.strip()]
     if not tasks:
         raise ValueError(f"--tasks: expected at least one, got {chosen.tasks!r}")
@@ -73,24 +101,33 @@ def _evaluate(chosen: argparse.Namespace) -> None:
         from megatron_carve.use.harness import require_tasks
 
         require_tasks(harness, chosen.include_path)
+    return Chosen(chosen, tasks, hidden, harness, lengths, texts)
+
+
+def parts(trained: Trained, what: Chosen) -> list[Callable[[], dict[str, Any]]]:
+    """What is to be done with a model, one after another; what may be wrong with that is found here."""
+    if trained.tokenizer is None:
+        raise ValueError(f"{what.options.run}: was trained on generated tokens, which are no text to evaluate with")
+    found: list[Callable[[], dict[str, Any]]] = []
+    if "perplexity" in what.tasks:
+        found.append(_perplexity(trained, what.texts["text"], what.options))
+    if what.hidden:
+        found.append(_needles(trained, what.hidden, what.lengths, what.texts.get("haystack"), what.options))
+    return found + [partial(_harness, trained, name, what.options) for name in what.harness]
+
+
+def _evaluate(chosen: argparse.Namespace) -> None:
+    what = checked(chosen)
     if chosen.out is not None:
         chosen.out.mkdir(parents=True, exist_ok=True)
     # Here because torch and Megatron take seconds to import; a typing mistake need not wait.
     from megatron_carve.use.trained import trained_model
 
     with trained_model(chosen.run, device=chosen.device, step=chosen.step) as trained:
-        if trained.tokenizer is None:
-            raise ValueError(f"{chosen.run}: was trained on generated tokens, which are no text to evaluate with")
-        # What may be wrong with a task is found before the first one takes its time.
-        parts: list[Callable[[], dict[str, Any]]] = []
-        if "perplexity" in tasks:
-            parts.append(_perplexity(trained, texts["text"], chosen))
-        if hidden:
-            parts.append(_needles(trained, hidden, lengths, texts.get("haystack"), chosen))
-        parts += [partial(_harness, trained, name, chosen) for name in harness]
+        todo = parts(trained, what)  # which finds what may be wrong, before the first one takes its time
         results: dict[str, Any] = {"run": chosen.run, "step": trained.step}
         print(f"{chosen.run}, step {trained.step}", flush=True)
-        for part in parts:  # and what was found stays, whatever becomes of the next ones
+        for part in todo:  # and what was found stays, whatever becomes of the next ones
             found = part()
             print("\n".join(report(found)), flush=True)
             for name, value in found.items():  # of the harness's tasks there is a part each

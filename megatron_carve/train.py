@@ -11,6 +11,7 @@ from megatron_carve.recipe.reference import listing
 from megatron_carve.run.program import exit_status
 
 if TYPE_CHECKING:
+    from megatron_carve.evaluate import Chosen
     from megatron_carve.run.preflight import Plan
     from megatron_carve.run.speed import Gpus
 
@@ -39,17 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_status(lambda: _prepared(words), _train, log=sys.stdout)
 
 
-def _prepared(words: Sequence[str]) -> Plan:
+def _prepared(words: Sequence[str]) -> tuple[Plan, Chosen | None]:
     recipe = load_recipe(words[0], words[1:])
     # Here because torch and Megatron take seconds to import; a typing mistake need not wait.
     from megatron_carve.run.preflight import prepare
+    from megatron_carve.use import samples
 
-    return prepare(recipe)
+    tasks = samples.check(recipe) if samples.wanted(recipe) else None
+    return prepare(recipe), tasks
 
 
-def _train(plan: Plan) -> None:
+def _train(prepared: tuple[Plan, Chosen | None]) -> None:
+    plan, tasks = prepared
     from megatron_carve.run.pretraining import pretrain
     from megatron_carve.run.progress import Progress
+    from megatron_carve.use import samples
 
     recipe, start = plan.recipe, plan.start
     total = recipe.training.total_steps
@@ -64,7 +69,11 @@ def _train(plan: Plan) -> None:
         verb = "resuming" if start.resumes else "continuing another run"
         begin = f"{verb} at step {start.step}" if start.step else "starting"
         progress.begin(f"{recipe.run.name}: {recipe.model.pattern} on {plan.device}, {begin}, {total} steps")
-    parameters = pretrain(plan, progress)
+    if samples.wanted(recipe):
+        listener = samples.Samples(progress, plan, tasks)
+        parameters = pretrain(plan, listener, listener.take)
+    else:
+        parameters = pretrain(plan, progress)
     if progress.writes:
         progress.finish(parameters=parameters, device=plan.device, layers=plan.layers)
 

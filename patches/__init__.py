@@ -14,6 +14,7 @@ from megatron_carve.patches.mtp_stack import mtp_stack
 from megatron_carve.patches.muon_parameters import muon_parameters
 from megatron_carve.patches.offloaded_optimizer import offloaded_optimizer
 from megatron_carve.patches.patch import Patch, PatchError, Replacement, applied_patches
+from megatron_carve.patches.process_group_device import process_group_device
 from megatron_carve.patches.training_events import TrainingListener, training_events
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "mtp_stack",
     "muon_parameters",
     "offloaded_optimizer",
+    "process_group_device",
     "read_index",
     "training_events",
 ]

@@ -111,6 +111,7 @@ def owned_settings(
         "save_interval": ("checkpoint.interval", recipe.checkpoint.interval),
         "tensorboard_dir": ("run.folder", str(run / "tensorboard")),
         "log_interval": ("run.log_interval", r.log_interval),
+        **_wandb(recipe),
         # Decided by the keys named, so that these arguments stay as they are.
         "load": ("checkpoint.load", None),
         "finetune": ("checkpoint.weights_only", False),
@@ -125,6 +126,20 @@ def owned_settings(
         **dict.fromkeys(DATA_PATHS, ("data.indexed", None)),
         **dict.fromkeys(("tokenizer_model", "vocab_file", "merge_file"), ("data.tokenizer", None)),
     }
+
+
+def _wandb(recipe: Recipe) -> dict[str, tuple[str, Any]]:
+    """Megatron's arguments for Weights & Biases, which are free where the recipe has no run.wandb."""
+    if recipe.run.wandb is None:
+        return {}
+    entity, _, project = recipe.run.wandb.rpartition("/")
+    values = {
+        "wandb_project": project,
+        "wandb_entity": entity or None,
+        "wandb_exp_name": recipe.run.name,
+        "wandb_save_dir": str(recipe.run.path / "wandb"),
+    }
+    return {name: ("run.wandb", value) for name, value in values.items()}
 
 
 def default_settings(recipe: Recipe, *, layers: LayerImplementation, device: str) -> dict[str, Any]:
@@ -175,8 +190,8 @@ def check_extra(recipe: Recipe) -> None:
         raise RecipeError(f"megatron.num_workers: expected an integer of at least 0, got {workers}")
     if extra.get("use_persistent_ckpt_worker") and extra.get("async_strategy", "nvrx") == "nvrx" and not _found(NVRX):
         raise ImportError(f"megatron.use_persistent_ckpt_worker: needs {NVRX}, or megatron.async_strategy=mcore")
-    if extra.get("wandb_project"):
-        _require("wandb", "megatron.wandb_project", "wandb")
+    if project := "run.wandb" if recipe.run.wandb else "megatron.wandb_project" if extra.get("wandb_project") else None:
+        _require("wandb", project, "wandb")
     if extra.get("use_megatron_fsdp"):
         _require("einops", "megatron.use_megatron_fsdp", "einops")
 

@@ -6,6 +6,7 @@ Defaults are the training setup published for GDN-2's 1.3B models. The section `
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -349,11 +350,22 @@ class Run(_Checked):
     """auto: a GPU if there is one."""
     log_interval: int = 10
     """Steps between progress lines."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Texts to continue at every evaluation; what comes is printed, and kept in the run's samples.jsonl."""
+    sample_tokens: int = 64
+    """New tokens of each."""
+    evaluate: str | None = None
+    """What else to measure at every evaluation, as options of the program evaluate: --tasks NAME,NAME --limit N and
+    so on. Kept in the run's evaluations.jsonl. Like samples the work of one process, which holds the whole model."""
+    wandb: str | None = None
+    """A project of Weights & Biases, which gets what TensorBoard gets; as entity/project for another entity."""
     megatron_output: Literal["file", "console"] = "file"
     """Where Megatron's own prints go: one file per rank in the run's logs, or the console."""
 
     def check(self) -> None:
-        _at_least(self, 1, "log_interval")
+        _at_least(self, 1, "log_interval", "sample_tokens")
+        if self.wandb is not None and not re.fullmatch("[^/]+(/[^/]+)?", self.wandb):
+            raise ValueError(f"wandb: expected project or entity/project, got {self.wandb!r}")
         if self.name is not None and (self.name in ("", "..") or Path(self.name).name != self.name):
             raise ValueError(f"name: expected a file name without separators, got {self.name!r}")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import math
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +22,6 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from megatron_carve.notices import say_once
 from megatron_carve.patches import TrainingListener, applied_patches
 from megatron_carve.run.compiling import compile_kernels
 from megatron_carve.run.full_disk import full_disk
@@ -85,7 +86,7 @@ def _where_it_stands(plan: Plan, by: signal.Signals) -> str:
 def _pretrain(plan: Plan, listener: TrainingListener, on_models: Callable[[Sequence[torch.nn.Module]], None]) -> int:
     rule = plan.recipe.checkpoint
     patch_megatron(FiniteGradients(Retention(listener, rule, plan.folder, removes=plan.rank == 0)))
-    say_once(f"patches to Megatron-Core: {', '.join(applied_patches())}")
+    print(f"patches to Megatron-Core: {', '.join(applied_patches())}")
     with command_line(plan.argv):
         args = parse_and_validate_args()
     config = model_config(args, plan.recipe, plan.layers)
@@ -162,17 +163,17 @@ class FiniteGradients:
 
 @contextlib.contextmanager
 def _megatron_output(plan: Plan) -> Iterator[None]:
-    """Megatron prints hundreds of lines; unless asked otherwise they go to a file per rank."""
+    """Megatron and torch print hundreds of lines; unless asked otherwise they go to a file per rank."""
     if plan.recipe.run.megatron_output == "console":
         yield
         return
     plan.folder.logs.mkdir(parents=True, exist_ok=True)
     log = plan.folder.logs / f"rank{plan.rank}.log"
-    root = logging.getLogger()
+    console, root = sys.stderr, logging.getLogger()
     kept = root.handlers[:]
     file = log.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
-    with file, contextlib.redirect_stdout(file):
-        errors = logging.StreamHandler(sys.stderr)
+    with file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        errors = logging.StreamHandler(console)
         errors.setLevel(logging.ERROR)
         errors.addFilter(lambda record: record.name != WRITER)
         handlers: list[logging.Handler] = [LogHandler(file), errors]
@@ -183,7 +184,9 @@ def _megatron_output(plan: Plan) -> Iterator[None]:
         except BaseException as error:
             quiet = isinstance(error, KeyboardInterrupt) or full_disk(error)
             if not quiet and (not isinstance(error, SystemExit) or error.code):
-                print(f"rank {plan.rank} failed; what Megatron printed before is in {log}", file=sys.stderr)
+                print(f"rank {plan.rank} failed; what Megatron printed before is in {log}", file=console)
+                # torch complains of the groups that a failed rank leaves as they are, when the interpreter ends.
+                atexit.register(os.dup2, os.dup(file.fileno()), 2)
             raise
         finally:
             logging.captureWarnings(False)

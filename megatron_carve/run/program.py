@@ -127,3 +127,4 @@ def _configure_log(stream: TextIO) -> None:
     logger.propagate = False
     # It warns where a CUDA compiler is installed and no GPU is, which concerns nothing here.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of fonts, where Megatron lets INFO through

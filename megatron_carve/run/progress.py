@@ -96,9 +96,9 @@ class Progress:
         self.say(self._line(record))
 
     def on_save(self) -> None:
-        self._pause()
+        self.pause()
 
-    def _pause(self) -> None:
+    def pause(self) -> None:
         """The time since the last step was no training; it counts in what is left, and not in the speed."""
         now = time.monotonic()
         if self._since is not None:
@@ -106,7 +106,7 @@ class Progress:
             self._since = now
 
     def on_evaluation(self, losses: dict[str, Any]) -> None:
-        self._pause()
+        self.pause()
         self.writes = LOSS in losses and _is_last_process()  # there may have been no step: megatron.skip_train
         if not self.writes:
             return

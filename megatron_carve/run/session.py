@@ -85,6 +85,7 @@ def patch_megatron(listener: TrainingListener | None = None) -> None:
         patches.offloaded_optimizer,
         patches.layer_wise_optimizer,
         patches.forward_hooks,
+        patches.process_group_device,
         patches.mtp_stack(MixerStack),
         patches.flops(mixer_flops, MIXER_LETTERS),
         *([] if listener is None else [patches.training_events(listener)]),

@@ -165,7 +165,7 @@ def _for_one_process(recipe: Recipe, device: Any, layers: Any, backend: Any) -> 
         parallel=Parallel(),
         checkpoint=Checkpoint(),
         training=dataclasses.replace(recipe.training, global_batch_size=recipe.training.micro_batch_size),
-        run=dataclasses.replace(recipe.run, device=device),
+        run=dataclasses.replace(recipe.run, device=device, wandb=None),
         megatron=megatron,
     )
 

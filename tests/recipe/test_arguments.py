@@ -186,6 +186,17 @@ class TestParsedBack:
         assert {name: found[name] for name in expected} == expected
 
 
+def test_weights_and_biases(parser, load):
+    names = ("wandb_project", "wandb_entity", "wandb_exp_name", "wandb_save_dir")
+    found = parsed(parser, load("run.wandb=team/models", "run.name=it", "run.folder=there"))
+    assert [getattr(found, n) for n in names] == ["models", "team", "it", "there/it/wandb"]
+    assert parsed(parser, load("run.wandb=models")).wandb_project == "models"
+    with pytest.raises(RecipeError, match=r"wandb: expected project or entity/project, got 'a/b/c'"):
+        load("run.wandb=a/b/c")
+    with pytest.raises(RecipeError, match=r"megatron\.wandb_project: set run\.wandb instead"):
+        parsed(parser, load("run.wandb=models", "megatron.wandb_project=others"))
+
+
 class TestMegatronSection:
     @pytest.mark.parametrize(
         ("override", "expected"),

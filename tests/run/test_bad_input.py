@@ -197,6 +197,17 @@ CASES = {
     "wandb that is not installed": Case(
         "small.yaml megatron.wandb_project=x", ("megatron.wandb_project: the package wandb is not installed",)
     ),
+    "run.wandb without its package": Case("small.yaml run.wandb=x", ("run.wandb: the package wandb is not installed",)),
+    "samples of generated tokens": Case(
+        "small.yaml run.sample_prompts=[a]", ("run.sample_prompts: expected data of text, got generated tokens",)
+    ),
+    "samples of a model in parts": Case(
+        "small.yaml data.text=a.txt run.sample_prompts=[a] parallel.tensor=2",
+        ("run.sample_prompts: expected parallel.tensor=1, which leaves a process the whole model, got 2",),
+    ),
+    "tasks without a name": Case(
+        "small.yaml data.text=a.txt run.evaluate=--limit=3", ("run.evaluate: the following arguments are required",)
+    ),
     "saving beside training without NVIDIA's package": Case(
         "small.yaml megatron.async_save=true megatron.use_persistent_ckpt_worker=true",
         ("megatron.use_persistent_ckpt_worker: needs nvidia_resiliency_ext, or megatron.async_strategy=mcore",),

@@ -69,6 +69,22 @@ def test_a_run_on_text_learns_and_leaves_everything(folder, straight):
     assert "Warning" not in straight.stdout + straight.stderr
 
 
+@pytest.mark.slow
+def test_samples_and_tasks_at_every_evaluation_leave_the_run_as_it_is(folder, straight):
+    words = ["tiny.yaml", "run.name=samples", "data.text=cats.txt", "run.sample_prompts=[the cat, '']"]
+    tasks = "run.evaluate='--tasks perplexity,single_1 --text cats.txt --samples 1 --needle-lengths 200'"
+    out = train(folder, *words, "run.sample_tokens=5", tasks).stdout
+    assert losses(folder, "samples") == losses(folder, "straight")
+    lines = (folder / "runs/samples/samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert [(s["step"], s["prompt"]) for s in samples] == [(6, "the cat"), (6, ""), (12, "the cat"), (12, "")]
+    assert all(1 <= len(s["text"]) <= 5 for s in samples) and out.count('  sample at step 6: "the cat') == 1
+    results = [json.loads(x) for x in (folder / "runs/samples/evaluations.jsonl").read_text().splitlines()]
+    assert [(r["step"], *r) for r in results] == [(s, "step", n) for s in (6, 12) for n in ("perplexity", "needles")]
+    assert results[2]["perplexity"]["perplexity"] < results[0]["perplexity"]["perplexity"] < 257
+    assert out.count("  perplexity of cats.txt") == 2 and out.count("  single_1") == 2
+
+
 def test_old_checkpoints_go(folder):
     words = ["run.name=kept", "data.text=cats.txt", "checkpoint.interval=2", "training.eval_interval=4"]
     train(folder, "tiny.yaml", *words, "checkpoint.keep=2", "checkpoint.keep_every=6")

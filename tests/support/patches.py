@@ -21,6 +21,7 @@ def real_patches():
         "offloaded_optimizer": patches.offloaded_optimizer,
         "layer_wise_optimizer": patches.layer_wise_optimizer,
         "forward_hooks": patches.forward_hooks,
+        "process_group_device": patches.process_group_device,
         "cpu_mode": patches.cpu_mode,
         "flops": patches.flops(lambda args, letter: 0.0, "C2"),
         "mtp_stack": patches.mtp_stack(object),
