@@ -32,6 +32,13 @@ training: {steps: 12, seq_length: 96, micro_batch_size: 2, global_batch_size: 4,
 checkpoint: {interval: 4}
 run: {log_interval: 1}
 """  # tensor-parallel ranks need not divide attention heads where no layer has any
+# What a run says where all goes well.
+OWN_LINES = (
+    r"backend 'auto' on cpu: torch$|\r?tokenising cats\.txt: |straight: C-2- on cpu, starting, 12 steps$"
+    r"|layers: Megatron|the first step compiles kernels|set up and compiled in |step +\d+/12 \| loss "
+    r"|  validation at step (6|12): loss |trained [\d,]+ parameters to step 12; |validation loss \d"
+    r"|loss curve runs/straight/loss.png, summary "
+)
 TEXT = "".join(f"line {i}: the cat sat on the mat, and then it sat again. ünïcode\n" for i in range(400))
 
 
@@ -66,13 +73,14 @@ def test_a_run_on_text_learns_and_leaves_everything(folder, straight):
     assert (run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "12"
     for said in ("step 12/12", "tokens/s", "left", "validation loss", "next-token accuracy"):
         assert said in straight.stdout
-    assert "Warning" not in straight.stdout + straight.stderr
+    others = [line for line in (straight.stdout + straight.stderr).splitlines() if not re.match(OWN_LINES, line)]
+    assert not others
 
 
 @pytest.mark.slow
 def test_samples_and_tasks_at_every_evaluation_leave_the_run_as_it_is(folder, straight):
     words = ["tiny.yaml", "run.name=samples", "data.text=cats.txt", "run.sample_prompts=[the cat, '']"]
-    tasks = "run.evaluate='--tasks perplexity,single_1 --text cats.txt --samples 1 --needle-lengths 200'"
+    tasks = "run.evaluate='--tasks perplexity,single_1 --text cats.txt --samples 1 --needle-lengths 300'"
     out = train(folder, *words, "run.sample_tokens=5", tasks).stdout
     assert losses(folder, "samples") == losses(folder, "straight")
     lines = (folder / "runs/samples/samples.jsonl").read_text().splitlines()
