@@ -2,6 +2,7 @@
 
 import importlib.util
 import random
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -149,3 +150,26 @@ def test_optimizer_steps_of_a_full_size_recipe(tmp_path, recipe):
     curve = losses(tmp_path, "full")
     assert 9 < curve[1] < 12  # log(32000) = 10.4 for a model that knows nothing
     assert curve[2] < curve[1]
+
+
+OWN_LINES = (
+    r"backend 'auto' on cuda: triton$|said: C-\*-C- on cuda, starting, |layers: |conv|"
+    r"the first step compiles kernels \(the mixers' by Triton|set up and compiled in |step +\d+/\d+ \| loss |  validation at step \d+: loss |trained |"
+    r"validation loss |loss curve "
+)
+
+
+def test_a_run_prints_its_own_lines_alone(runs):
+    done = train(runs, *SHORT, "run.name=said")
+    assert [line for line in (done.stdout + done.stderr).splitlines() if not re.match(OWN_LINES, line)] == []
+    assert re.search(r"step +40/40 .* tokens/s, [\d.e+-]+ TFLOP/s", done.stdout)
+
+
+def test_samples_and_tasks_leave_a_run_as_it_is(runs):
+    (runs / "cats.txt").write_text("the cat sat on the mat, and then it sat again.\n" * 400)
+    words = [*SHORT, "data.text=cats.txt", "training.eval_interval=20", "megatron.deterministic_mode=true"]
+    train(runs, *words, "run.name=quiet")
+    tasks = "run.evaluate='--tasks perplexity,single_1 --text cats.txt --samples 2 --needle-lengths 300'"
+    out = train(runs, *words, "run.name=talks", "run.sample_prompts=[the cat]", tasks).stdout
+    assert "  sample at step 20: " in out and out.count("  perplexity of cats.txt") == 2
+    assert losses(runs, "talks") == losses(runs, "quiet")
