@@ -350,7 +350,10 @@ def _compare(
         if (files := checksums.read_list(folder)) is not None:
             checksums.check(folder, files, wanted, share)
         elif share[0] == 0:
-            say_once(f"{folder}: the checkpoint has no checksums, being of an earlier version or of Megatron-FSDP: damage may go unnoticed")
+            say_once(
+                f"{folder}: the checkpoint has no checksums, as of an earlier version or Megatron-FSDP; damage may go "
+                "unnoticed"
+            )
     except checksums.Damaged as error:
         raise CheckpointError(f"{folder}: the checkpoint is damaged: {error}; it was left as it is") from None
 
