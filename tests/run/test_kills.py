@@ -59,7 +59,9 @@ def losses(place):
 
 
 def names(place):
-    return sorted(str(p.relative_to(place)) for p in place.rglob("*") if "events.out" not in p.name)
+    """What there is, apart from TensorBoard's files, one a start, and Megatron's indices, named by the run's path."""
+    found = (str(p.relative_to(place)) for p in place.rglob("*"))
+    return sorted(name for name in found if "events.out" not in name and "data/index/" not in name)
 
 
 def contents(place):
@@ -95,8 +97,8 @@ def test_a_program_that_is_killed_and_repeated(folder, name):
             time.sleep(moments.uniform(0, seconds[name]))
             process.kill()
             process.communicate()
-            if process.returncode == 0:  # it was done before
-                break
+            if process.returncode == 0 or (name in ("export", "import") and names(place) == names(straight)):
+                break  # it was done before
         else:
             finish(run(folder, COMMANDS[name](place.name)))
         assert names(place) == names(straight), f"kill {kill}"
