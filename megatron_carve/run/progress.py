@@ -63,9 +63,8 @@ class Progress:
     def begin(self, line: str) -> None:
         """Say that training begins, and that the first step takes long."""
         self.say(line)
-        compilers = "torch's" if self.gpus is None else "the mixers' by Triton, Megatron's by torch"
         self._announced = True
-        self.say(f"the first step compiles kernels ({compilers}), but for those in the caches of earlier runs")
+        self.say("the first step compiles what torch fuses, but for what earlier runs have left in its cache")
 
     def on_step(self, iteration: int, losses: dict[str, Any], learning_rate: float | None, grad_norm: Any) -> None:
         self.step = iteration

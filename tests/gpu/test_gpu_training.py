@@ -154,7 +154,8 @@ def test_optimizer_steps_of_a_full_size_recipe(tmp_path, recipe):
 
 OWN_LINES = (
     r"backend 'auto' on cuda: triton$|said: C-\*-C- on cuda, starting, |layers: |conv|"
-    r"the first step compiles kernels \(the mixers' by Triton|set up and compiled in |step +\d+/\d+ \| loss |"
+    r"the first step compiles what torch fuses|compiling Triton kernels for |"
+    r"\d+ kernels compiled in |set up and compiled in |step +\d+/\d+ \| loss |"
     r"  validation at step \d+: loss |trained |validation loss |loss curve "
 )
 

@@ -106,7 +106,7 @@ class TestSteps:
         run = start(first_step=13)
         run.progress.begin("small: goes on")
         run.steps(13, 14, 47.0)
-        assert run.lines[0] == "small: goes on" and run.lines[1].startswith("the first step compiles kernels (torch's)")
+        assert run.lines[0] == "small: goes on" and run.lines[1].startswith("the first step compiles what torch fuses")
         assert run.lines[2:] == ["set up and compiled in 47s"]
 
     @pytest.mark.parametrize(

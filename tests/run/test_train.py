@@ -36,7 +36,7 @@ run: {log_interval: 1}
 # What a run says where all goes well.
 OWN_LINES = (
     r"backend 'auto' on cpu: torch$|\r?tokenising cats\.txt: |straight: C-2- on cpu, starting, 12 steps$"
-    r"|layers: Megatron|the first step compiles kernels|set up and compiled in |step +\d+/12 \| loss "
+    r"|layers: Megatron|the first step compiles what torch fuses|set up and compiled in |step +\d+/12 \| loss "
     r"|  validation at step (6|12): loss |trained [\d,]+ parameters to step 12; |validation loss \d"
     r"|loss curve runs/straight/loss.png, summary "
 )
