@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -65,8 +66,8 @@ def names(place):
 
 
 def contents(place):
-    files = (p for p in place.rglob("*") if p.is_file() and not any(part in p.name for part in OTHERS))
-    return {str(p.relative_to(place)): p.read_bytes() for p in files}
+    files = (place / name for name in names(place) if not any(part in Path(name).name for part in OTHERS))
+    return {str(p.relative_to(place)): p.read_bytes() for p in files if p.is_file()}
 
 
 @pytest.fixture(scope="module")
