@@ -61,3 +61,17 @@ def test_every_answer_of_a_training_document_is_in_it_before(needles_benchmark):
         assert len(answers) in (needles_benchmark.QUESTIONS, needles_benchmark.ANSWERS)
         assert all(codes[key] == answer for key, answer in answers)
         assert text.index(answers[0][1]) < text.index("the code of the")
+
+
+@pytest.mark.slow
+def test_preparing_by_number_of_workers(tmp_path):
+    (tmp_path / "words.txt").write_text("some words to draw from\nand others\n" * 50)
+    words = [tmp_path / "words.txt", "--megabytes", "3", "--workers", "1", "2", "--tokenizer", "bytes"]
+    subprocess.run(
+        [sys.executable, BENCHMARKS / "bench_prepare.py", tmp_path / "out", *words],
+        check=True, capture_output=True, timeout=200,
+    )  # fmt: skip
+    one, two = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (one["workers"], two["workers"]) == (1, 2)
+    assert 1 < one["peak_mib"] < two["peak_mib"] and one["tokens_per_second"] > 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.json"]

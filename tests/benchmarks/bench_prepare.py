@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_prepare.py OUT TEXT ... [--megabytes N] [--workers N ...] [--form FORM]
         [--tokenizer SPEC] [--repeats N]
 
-Documents of some kilobytes are drawn from the texts into one file of the size asked for; without --tokenizer, a BPE
+Documents of some kilobytes are drawn from the texts into one file, of so many megabytes for each worker, so that all
+work equally long and what it takes to start them weighs alike; without --tokenizer, a BPE
 tokenizer of 32,768 ids is trained on the texts. encode_batch is given the same documents a thousand at a time, on as
 many cores, and its time is that of the calls alone: it reads, checks, orders and writes nothing. A process is held to
 as many cores as there are workers, the reading one included. Tokens per second of CPU time tell the two apart where
@@ -164,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("texts", nargs="+", type=Path)
-    parser.add_argument("--megabytes", type=float, default=200)
+    parser.add_argument("--megabytes", type=float, default=100, help="for each worker (100)")
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--form", default="jsonl", choices=["jsonl", "jsonl.gz", "txt", "parquet"])
     parser.add_argument("--tokenizer")
@@ -175,9 +176,9 @@ def main() -> None:
     scratch.mkdir(exist_ok=True)
     try:
         tokenizer = chosen.tokenizer or train_tokenizer(chosen.texts, scratch / "tokenizer")
-        source = write_input(scratch, chosen.texts, chosen.form, int(chosen.megabytes * 1e6))
         results = []
         for workers in chosen.workers * chosen.repeats:
+            source = write_input(scratch, chosen.texts, chosen.form, int(chosen.megabytes * workers * 1e6))
             row: dict[str, float] = {"workers": workers, "load_before": os.getloadavg()[0]}
             row |= prepare(source, scratch / "out", tokenizer, workers)
             if chosen.form == "jsonl" and tokenizer.startswith("huggingface:"):
