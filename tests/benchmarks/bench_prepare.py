@@ -4,11 +4,11 @@
         [--tokenizer SPEC] [--repeats N]
 
 Documents of some kilobytes are drawn from the texts into one file, of so many megabytes for each worker, so that all
-work equally long and what it takes to start them weighs alike; without --tokenizer, a BPE
-tokenizer of 32,768 ids is trained on the texts. encode_batch is given the same documents a thousand at a time, on as
-many cores, and its time is that of the calls alone: it reads, checks, orders and writes nothing. A process is held to
-as many cores as there are workers, the reading one included. Tokens per second of CPU time tell the two apart where
-others use the cores too. OUT gets results.json; what was prepared is removed.
+work equally long and what it takes to start them weighs alike; without --tokenizer, a BPE tokenizer of 32,768 ids is
+trained on the texts. encode_batch is given the same documents, 4 MiB at a time, on as many cores, and its time is that
+of the calls alone: it reads, checks, orders and writes nothing. A process is held to as many cores as there are
+workers, the reading one included. Tokens per second of CPU time tell the two apart where others use the cores too. OUT
+gets results.json; what was prepared is removed.
 """
 
 import argparse
