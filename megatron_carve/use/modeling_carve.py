@@ -499,6 +499,8 @@ class CarvePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """As megatron_carve begins, but for matrices, whose spread there depends on the depth."""
         for name, parameter in module.named_parameters(recurse=False):
+            if getattr(parameter, "_is_hf_initialized", False):
+                continue  # loaded: some versions of transformers call this afterwards
             if name == "A_log":
                 parameter.data.uniform_(1.0, 16.0).log_()
             elif name == "dt_bias":  # softplus of it is log-uniform in [0.001, 0.1]

@@ -325,6 +325,17 @@ def test_a_new_model_begins_as_the_package_does():
     assert (small_model(erase_bias=-2.5).model.layers[0].mixer.erase_bias == -2.5).all()
 
 
+def test_what_was_loaded_is_not_begun_anew():
+    model = small_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # the mark of transformers, whose 5.0 asks for all of them
+    for module in model.modules():
+        model._init_weights(module)
+    for name, parameter in model.named_parameters():
+        assert parameter.equal(before[name]), name
+
+
 def test_generation_reads_every_token_once():
     """Whatever transformers calls the cache; and goes on from one that it returned."""
     model = small_model().eval()
