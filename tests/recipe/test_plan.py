@@ -119,6 +119,14 @@ def test_published_parameters_are_printed(recipe, capsys):
         assert part in said
 
 
+def test_muon_keeps_one_moment_of_what_is_in_layers():
+    adam, muon = (
+        estimate.memory(load_recipe("carve_1p3b_recurrent", words), 32000, 1)["optimizer"]
+        for words in ([], ["megatron.optimizer=muon"])
+    )
+    assert adam - muon == pytest.approx(4 * 1_360_825_344)
+
+
 def test_memory_falls_with_what_divides_it():
     def total(*changes: str, gpus: int = 8) -> float:
         return sum(estimate.memory(load_recipe("carve_1p3b_hybrid", changes), 32000, gpus).values())
