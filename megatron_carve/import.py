@@ -37,12 +37,12 @@ def _import(folder: Path, run: Path) -> None:
     config = hugging_face.read_json(origin)
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind == fla.MODEL_TYPE:
-        config = fla.configuration(config, str(origin))
+        config = fla.configuration(config, folder)
     elif kind != "megatron_carve" or not isinstance(config.get("recipe"), dict):
         raise ValueError(f"{folder}: expected a folder that megatron_carve.export wrote, got model_type {kind!r}")
     if is_earlier_carve(config["recipe"]):
         raise ValueError(f"{folder}: the model is {EARLIER_CARVE}")
-    _check_kept(config, str(folder / hugging_face.CONFIG))
+    _check_kept(config, str(origin))
     with new_folder(run) as partial:
         count = _write(folder, config, run, RunFolder(partial))
     print(f"{run}: {count:,} parameters")

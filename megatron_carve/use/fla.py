@@ -6,10 +6,13 @@ Its KDA layer is ours with a sigmoid output gate; a block of its is a mixer or a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_carve.use.hugging_face import CONFIG, TOKENIZER_FILES
 
 MODEL_TYPE = "kda"
 SOURCE = "flash-linear-attention's KDA model"
@@ -54,15 +57,16 @@ MIXER: dict[str, str | tuple[str, ...]] = {
 CONVOLUTION = {"mixer.conv_weight": tuple(f"attn.{name}_conv1d.weight" for name in "qkv")}
 
 
-def configuration(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
+def configuration(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Its config.json as one that megatron_carve.export wrote, as far as `import` reads that.
 
     Args:
-        origin: the file, for messages.
+        folder: with config.json in it, and perhaps a tokenizer.
 
     Raises:
         ValueError: what our layers cannot be; names the key.
     """
+    origin = str(folder / CONFIG)
     c = {**DEFAULTS, **{key: value for key, value in config.items() if value is not None or key not in DEFAULTS}}
     _require(c, ONLY, origin, "")
     heads = c["num_heads"]
@@ -94,7 +98,9 @@ def configuration(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     }  # fmt: skip
     precision = PRECISIONS.get(str(c.get("dtype", c.get("torch_dtype", "float32"))), "fp32")
     training = {"precision": precision, "seq_length": c["max_position_embeddings"]}
-    return {"model_type": MODEL_TYPE, "recipe": {"model": model, "mixer": mixer, "training": training, "data": {}}}
+    has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    data = {"text": SOURCE, "tokenizer": f"huggingface:{folder.resolve()}" if has_tokenizer else "bytes"}
+    return {"model_type": MODEL_TYPE, "recipe": {"model": model, "mixer": mixer, "training": training, "data": data}}
 
 
 def weights(theirs: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -250,7 +250,8 @@ def _data(recipe: Recipe) -> dict[str, Any]:
     d = recipe.data
     if d.source == "recall":
         return {"recall": asdict(d.recall)}
-    names = [Path(str(place)).name for place in ([d.text] if d.text is not None else d.indexed or [])]
+    places = [d.text] if isinstance(d.text, str) else d.text or d.indexed or []
+    names = [Path(str(place)).name for place in places]
     return {"tokenizer": d.tokenizer, "text": ", ".join(names)}
 
 

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from support.programs import assert_complaints, program
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from megatron_carve.use.trained import trained_model
 
@@ -106,11 +109,14 @@ def attention(w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
 def test_an_imported_model_computes_what_their_layers_do(tmp_path):
     w = their_weights()
     write(tmp_path / "theirs", CONFIG, w)
+    tokenizer = Tokenizer(WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(tmp_path / "theirs")
     done = program(tmp_path, "import", "theirs", "runs/theirs")
     assert f"{sum(x.numel() for x in w.values()):,} parameters" in done.stdout
     tokens = torch.randint(0, 260, (T,))
     with trained_model(tmp_path / "runs/theirs", device="cpu") as trained, torch.no_grad():
         ours = trained.model(tokens[None], torch.arange(T)[None], None)[0]
+        assert trained.tokenizer.encode("a").tolist() == [0]
     torch.testing.assert_close(ours, logits(w, tokens), rtol=1e-4, atol=1e-4)
 
 
