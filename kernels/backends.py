@@ -41,6 +41,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 HEAD_WIDTHS = (32, 64, 96, 128, 256)
 WIDEST_CONVOLUTION = 8
+HIGHEST_CONVOLUTION_RANK = 32
 
 
 def require_triton_support(
@@ -95,13 +96,24 @@ def require_triton_width(use: str, size: str, width: int, widest: int = HEAD_WID
         )
 
 
-def require_triton_convolution(width: int) -> None:
-    """Raise NotImplementedError for more taps than the short convolution's kernels hold in registers."""
-    if width > WIDEST_CONVOLUTION:
-        raise NotImplementedError(
-            f"backend 'triton': expected at most {WIDEST_CONVOLUTION} taps in the short convolution, got {width}; "
-            "use backend='torch'"
-        )
+def require_triton_convolution(width: int, rank: int = 0) -> None:
+    """Refuse what the short convolution's kernels cannot hold in registers.
+
+    Args:
+        width: taps.
+        rank: features that dynamic taps are made of.
+
+    Raises:
+        NotImplementedError: too many of either.
+    """
+    for number, largest, what in (
+        (width, WIDEST_CONVOLUTION, "taps in the short convolution"),
+        (rank, HIGHEST_CONVOLUTION_RANK, "features (convolution_rank) of dynamic taps"),
+    ):
+        if number > largest:
+            raise NotImplementedError(
+                f"backend 'triton': expected at most {largest} {what}, got {number}; use backend='torch'"
+            )
 
 
 def _name(dtype: torch.dtype) -> str:

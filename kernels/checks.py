@@ -143,6 +143,20 @@ def check_convolution(
     _check_cu_seqlens(cu_seqlens, x, like="x")
 
 
+def check_dynamic_convolution(
+    x: Tensor, features: Tensor, weight: Tensor, up: Tensor, bias: Tensor | None, *, key_channels: int,
+    key_head_dim: int, cu_seqlens: Tensor | None,
+) -> None:  # fmt: skip
+    """Check a call of dynamic_convolve_qkv, as check_convolution does that of convolve_qkv."""
+    check_convolution(x, weight, bias, key_channels=key_channels, key_head_dim=key_head_dim, cu_seqlens=cu_seqlens)
+    _check_tensor("up", up, x, like="x")
+    if up.ndim != 3 or up.shape[:2] != weight.shape or up.shape[2] < 1:
+        expected = f"[D, W, R] with D, W = {_show(weight.shape)} and R at least 1"
+        raise ValueError(f"up: expected shape {expected}, got {_show(up.shape)}")
+    _check_tensor("features", features, x, like="x", dtypes=(x.dtype,))
+    _check_shape("features", features, "[B, T, 3 R]", (*x.shape[:2], 3 * up.shape[2]))
+
+
 def check_gated_norm(x: Tensor, gate: Tensor | None, weight: Tensor, *, eps: float, activation: str) -> None:
     """Check a call of gated_head_norm."""
     _check_first("x", x, "[B, T, H, V]")

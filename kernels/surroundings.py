@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .backends import require_triton_convolution, require_triton_dtype, require_triton_width, resolve_backend
-from .checks import check_convolution, check_gated_norm
+from .checks import check_convolution, check_dynamic_convolution, check_gated_norm
 from .torch_backend import elementwise
 
 
@@ -58,7 +58,62 @@ def convolve_qkv(
         x = x if x.stride(-1) == 1 else x.contiguous()
         return ConvolveQKV.apply(x, weight, bias, cu_seqlens, key_channels, key_head_dim)
     mixed = elementwise.short_convolution(x, weight, bias, cu_seqlens=cu_seqlens).to(x.dtype)
-    q, k, v = mixed.split([key_channels, key_channels, x.shape[2] - 2 * key_channels], dim=-1)
+    return _with_unit_heads(mixed, key_channels, key_head_dim)
+
+
+def dynamic_convolve_qkv(
+    x: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    *,
+    key_channels: int,
+    key_head_dim: int,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """convolve_qkv with taps that depend on the token, beside the token itself (arXiv 2606.03825):
+
+        y_t[d] = x_t[d] + sum_i (weight[d, W - 1 - i] + up[d, W - 1 - i] . z_t) x_{t-i}[d] + bias[d]
+
+    with the features z_t of q, k or v, whichever d is of; then SiLU, and an L2 norm per head of q and k. Differentiable
+    in all of them. Triton forms the taps in registers and keeps nothing but the arguments for the backward, which
+    rounds the gradient of y to the dtype of x between its two kernels.
+
+    Args:
+        x, bias, key_channels, key_head_dim, cu_seqlens, backend: as in convolve_qkv.
+        features: [B, T, 3 * R], R of q, as many of k and of v, in the dtype of x. A slice need not be copied.
+        weight: [D, W], the part of the taps that all tokens share, oldest first.
+        up: [D, W, R].
+
+    Returns:
+        As convolve_qkv.
+
+    Raises:
+        ValueError, NotImplementedError: as convolve_qkv.
+    """
+    check_dynamic_convolution(
+        x, features, weight, up, bias, key_channels=key_channels, key_head_dim=key_head_dim, cu_seqlens=cu_seqlens
+    )  # fmt: skip
+    if resolve_backend(backend, x.device) == "triton":
+        require_triton_dtype(x.dtype)
+        require_triton_width("dynamic_convolve_qkv", "key_head_dim", key_head_dim)
+        require_triton_convolution(weight.shape[1], up.shape[2])
+        from .triton_backend.dynamic_convolution import DynamicConvolveQKV
+
+        x, features = (part if part.stride(-1) == 1 else part.contiguous() for part in (x, features))
+        return DynamicConvolveQKV.apply(x, features, weight, up, bias, cu_seqlens, key_channels, key_head_dim)
+    mixed = elementwise.dynamic_convolution(
+        x, features.chunk(3, -1), weight, up, bias,
+        channels=(key_channels, key_channels, x.shape[2] - 2 * key_channels), cu_seqlens=cu_seqlens,
+    ).to(x.dtype)  # fmt: skip
+    return _with_unit_heads(mixed, key_channels, key_head_dim)
+
+
+def _with_unit_heads(mixed: Tensor, key_channels: int, key_head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, T, D] divided into q, k and v, every head of q and k of norm 1."""
+    q, k, v = mixed.split([key_channels, key_channels, mixed.shape[2] - 2 * key_channels], dim=-1)
     q, k = (elementwise.l2_normalize(part.unflatten(-1, (-1, key_head_dim))).flatten(-2) for part in (q, k))
     return q, k, v
 

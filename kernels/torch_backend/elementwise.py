@@ -5,6 +5,8 @@ These are the references that fused kernels are measured against; they run on an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,16 +31,57 @@ def short_convolution(
     Returns:
         [B, T, D], dtype of x.
     """
-    length, width = x.shape[1], weight.shape[1]
+    width = weight.shape[1]
+    seen = _seen_by_taps(x, width, cu_seqlens)
+    out = x * weight[:, -1]
+    for tap in reversed(range(width - 1)):
+        out = out + seen[tap] * weight[:, tap]
+    return F.silu(out if bias is None else out + bias)
+
+
+def dynamic_convolution(
+    x: Tensor, features: Sequence[Tensor], weight: Tensor, up: Tensor, bias: Tensor | None = None, *,
+    channels: Sequence[int], cu_seqlens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Causal depthwise convolution whose taps depend on the token, beside the token itself, followed by SiLU.
+
+        y_t[d] = x_t[d] + sum_i (weight[d, W - 1 - i] + up[d, W - 1 - i] . features_t) x_{t-i}[d]
+
+    Args:
+        x: [B, T, D].
+        features: [B, T, R] for each section of the channels.
+        weight: [D, W], the part of the taps that all tokens share; the last tap multiplies the present token.
+        up: [D, W, R].
+        bias: [D] or None.
+        channels: of each section, D together.
+        cu_seqlens: as in short_convolution.
+
+    Returns:
+        [B, T, D], dtype of x.
+
+    Source: arXiv 2606.03825.
+    """
+    seen = _seen_by_taps(x, weight.shape[1], cu_seqlens)
+    out = x
+    for tap in reversed(range(weight.shape[1])):
+        of_sections = zip(features, up[:, tap].split(list(channels)), strict=True)
+        taps = torch.cat([z @ part.t().to(z.dtype) for z, part in of_sections], -1) + weight[:, tap]
+        out = out + seen[tap] * taps
+    return F.silu(out if bias is None else out + bias)
+
+
+def _seen_by_taps(x: Tensor, width: int, cu_seqlens: Tensor | None) -> list[Tensor]:
+    """What each tap multiplies, oldest first: x of as many tokens before, zero beyond the beginning of a sequence."""
+    length = x.shape[1]
     padded = F.pad(x, (0, 0, width - 1, 0))
     age = None if cu_seqlens is None else _position_in_sequence(cu_seqlens, length).unsqueeze(-1)
-    out = x * weight[:, -1]
-    for back in range(1, width):
-        earlier = padded[:, width - 1 - back : width - 1 - back + length]
-        if age is not None:
-            earlier = earlier * (age >= back).to(x.dtype)
-        out = out + earlier * weight[:, width - 1 - back]
-    return F.silu(out if bias is None else out + bias)
+    seen = []
+    for tap in range(width):
+        earlier = padded[:, tap : tap + length]
+        if age is not None and tap < width - 1:
+            earlier = earlier * (age >= width - 1 - tap).to(x.dtype)
+        seen.append(earlier)
+    return seen
 
 
 def _position_in_sequence(cu_seqlens: Tensor, length: int) -> Tensor:

@@ -1,7 +1,18 @@
 """Products of tiles, the triangular inverse, and tanh."""
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+
+
+def arithmetic_of(dtype: torch.dtype) -> dict[str, Any]:
+    """For inputs of a dtype the dtype CT of the products' operands, and how float32 ones are multiplied."""
+    if dtype == torch.bfloat16:
+        return {"CT": tl.bfloat16, "PRECISION": "tf32"}
+    # tf32 keeps as many bits as float16, and float32's range
+    return {"CT": tl.float32, "PRECISION": "tf32" if dtype == torch.float16 else "tf32x3"}
 
 
 @triton.jit

@@ -49,7 +49,7 @@ class ConvolveQKV(torch.autograd.Function):
         v = x.new_empty(B, T, value_channels)
         BD = triton.next_power_of_2(key_head_dim)
         BT = TILE_NUMBERS // BD
-        blocks = _channel_blocks(key_channels, key_head_dim, value_channels, BD)
+        blocks = channel_blocks(key_channels, key_head_dim, value_channels, BD)
         with torch.cuda.device_of(x):
             forward_kernel[(blocks * triton.cdiv(T, BT) * B,)](
                 x, weight.t().contiguous(), bias, token_age(cu_seqlens, T), q, k, v,
@@ -69,7 +69,7 @@ class ConvolveQKV(torch.autograd.Function):
         value_channels = D - 2 * key_channels
         BD = triton.next_power_of_2(key_head_dim)
         BT = RUN_NUMBERS // BD
-        blocks = _channel_blocks(key_channels, key_head_dim, value_channels, BD)
+        blocks = channel_blocks(key_channels, key_head_dim, value_channels, BD)
         token_blocks = triton.cdiv(T, BT * RUN) * B
         dx = x.new_empty(B, T, D)
         d_parameters = x.new_empty(token_blocks, W + (bias is not None), D, dtype=torch.float32)
@@ -102,7 +102,8 @@ def token_age(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
     return age
 
 
-def _channel_blocks(key_channels: int, key_head_dim: int, value_channels: int, BD: int) -> int:
+def channel_blocks(key_channels: int, key_head_dim: int, value_channels: int, BD: int) -> int:
+    """Blocks of at most BD channels: the heads of q, those of k, then v."""
     return 2 * key_channels // key_head_dim + triton.cdiv(value_channels, BD)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .chunks import Chunks
 from .gates import GATE_CONTENT, GATE_SCALAR, GATE_SCALAR_LOGITS
+from .products import arithmetic_of
 
 SEES_CONTENT = GATE_CONTENT.value
 # Values wider than this count as several heads of this width wherever columns of values do not depend on each other.
@@ -160,10 +161,7 @@ class Call:
     @property
     def arithmetic(self) -> dict[str, Any]:
         """Dtype of the products' operands, and how float32 ones are multiplied."""
-        if self.dtype == torch.bfloat16:
-            return {"CT": triton.language.bfloat16, "PRECISION": "tf32"}
-        # tf32 keeps as many bits as float16, and float32's range
-        return {"CT": triton.language.float32, "PRECISION": "tf32" if self.dtype == torch.float16 else "tf32x3"}
+        return arithmetic_of(self.dtype)
 
     @property
     def tile_dtype(self) -> torch.dtype:

@@ -40,8 +40,11 @@ class MixerOptions:
     """hidden -> value head dim -> HV*V with a bias (low_rank), or hidden -> HV*V (full_rank)."""
     output_gate_activation: Literal["silu", "sigmoid", "none"] = "silu"
     """Activation of the gate that multiplies the normalised output; none: no gate."""
-    short_convolution: Literal["static", "none"] = "static"
-    """Convolution of queries, keys and values before their SiLU: of fixed taps (conv_width of them), or none."""
+    short_convolution: Literal["static", "dynamic", "none"] = "static"
+    """Convolution of queries, keys and values before their SiLU: of fixed taps (conv_width of them), of taps that
+    depend on the token, beside the token itself (arXiv 2606.03825), or none."""
+    convolution_rank: int = 16
+    """Features of a token that the dynamic taps of its queries are made of; as many for keys and for values."""
     conv_bias: bool = False
     """A bias in the short convolution."""
     negative_eigenvalues: bool = False
@@ -63,6 +66,7 @@ class MixerOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
+        _require(self.convolution_rank >= 1, "convolution_rank", "a positive integer", self.convolution_rank)
         _require(self.content_rank >= 0, "content_rank", "an integer of at least 0", self.content_rank)
         if self.erase_bias is not None:
             _require(math.isfinite(self.erase_bias), "erase_bias", "a finite number", self.erase_bias)
@@ -145,6 +149,8 @@ class MixerConfig(MixerOptions):
         if self.has_output_gate:
             gate = low_rank if self.output_gate_projection == "low_rank" else self.value_dim
             sections.append(Section("gate", gate))
+        if self.short_convolution == "dynamic":
+            sections.append(Section("taps", 3 * self.convolution_rank))
         return tuple(sections)
 
     @property
@@ -158,7 +164,7 @@ class MixerConfig(MixerOptions):
     @property
     def taps(self) -> int:
         """Tokens that a convolved one is made of."""
-        return self.conv_width if self.short_convolution == "static" else 1
+        return 1 if self.short_convolution == "none" else self.conv_width
 
     def check_kind(self, kind: MixerKind) -> None:
         """Raise ValueError for options that do not fit this kind of mixer."""
@@ -178,11 +184,15 @@ class MixerConfig(MixerOptions):
         whole = [self.num_key_heads]  # num_value_heads is a multiple of it
         if self.decay_projection == "low_rank" or self.has_low_rank_gate:
             whole.append(self.value_head_dim)
+        rank = ""
+        if self.short_convolution == "dynamic":
+            whole.append(self.convolution_rank)
+            rank = f" and convolution_rank={self.convolution_rank}"
         if any(n % tensor for n in whole):
             legal = [n for n in range(1, self.num_key_heads + 1) if all(m % n == 0 for m in whole)]
             raise ValueError(
                 f"tensor parallel size {tensor} does not divide num_key_heads={self.num_key_heads} and "
-                f"value_head_dim={self.value_head_dim}; legal sizes: {', '.join(map(str, legal))}"
+                f"value_head_dim={self.value_head_dim}{rank}; legal sizes: {', '.join(map(str, legal))}"
             )
         heads = self.num_key_heads // tensor
         if heads % context:
@@ -216,8 +226,9 @@ class MixerConfig(MixerOptions):
     def parameter_count(self, kind: MixerKind, hidden_size: int) -> int:
         """Parameters of one mixer layer, its input norm included."""
         count = hidden_size * sum(s.size for s in self.projection_sections(kind))
-        if self.short_convolution == "static":
-            count += (2 * self.key_dim + self.value_dim) * (self.conv_width + int(self.conv_bias))
+        if self.short_convolution != "none":
+            of_tap = 1 if self.short_convolution == "static" else 1 + self.convolution_rank
+            count += (2 * self.key_dim + self.value_dim) * (self.conv_width * of_tap + int(self.conv_bias))
         count += self.num_key_heads + self.key_dim  # A_log, dt_bias
         if VARIANTS[kind].sees_state:  # A_log is one of every channel; bias of the erase logits, D and U of all heads
             count += self.key_dim - self.num_key_heads + self.key_dim

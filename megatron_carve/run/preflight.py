@@ -122,7 +122,8 @@ def check_backend(recipe: Recipe, device: str) -> None:
                         erase=m.erase,
                         content=m.content_rank > 0,
                     )
-                    require_triton_convolution(m.taps)
+                    dynamic = m.short_convolution == "dynamic"
+                    require_triton_convolution(m.taps, m.convolution_rank if dynamic else 0)
     except NotImplementedError as error:
         raise NotImplementedError(f"model.mixer_backend: {error}") from None
 

@@ -101,8 +101,10 @@ def _mixer(recipe: Recipe, kind: MixerKind) -> list[Link]:
     sections = c.projection_sections(kind)
     names = tuple(f"mixer.{s.name}_proj.weight" for s in sections)
     same = {"decay.A_log": "A_log", "decay.dt_bias": "dt_bias"}
-    if c.short_convolution == "static":
+    if c.short_convolution != "none":
         same |= {"conv.weight": "conv_weight"} | ({"conv.bias": "conv_bias"} if c.conv_bias else {})
+    if c.short_convolution == "dynamic":
+        same["conv.up"] = "conv_up"
     if c.decay_projection == "low_rank":
         same["decay_up.weight"] = "decay_up.weight"
     if c.has_low_rank_gate:

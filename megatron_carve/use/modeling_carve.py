@@ -44,7 +44,7 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 DEFAULT_MIXER: dict[str, Any] = {
     "num_key_heads": 2, "num_value_heads": 2, "key_head_dim": 32, "value_head_dim": 32, "conv_width": 4,
     "decay_projection": "low_rank", "output_gate_projection": "low_rank", "output_gate_activation": "silu",
-    "short_convolution": "static", "conv_bias": False, "negative_eigenvalues": False, "erase": "diagonal",
+    "short_convolution": "static", "convolution_rank": 16, "conv_bias": False, "negative_eigenvalues": False, "erase": "diagonal",
     "prediction": "previous", "erase_bias": None, "content_rank": 16, "content_chunk": 64, "content_grad": "full",
 }  # fmt: skip
 
@@ -238,11 +238,15 @@ class Mixer(nn.Module):
         has_erase = self.variant["erase"] != "none"
         self.erase_proj = nn.Linear(h, H * K, bias=False) if has_erase else None
         self.gate_proj = nn.Linear(h, V if low_rank_gate else HV * V, bias=False) if gated else None
-        self.taps = m["conv_width"] if m["short_convolution"] == "static" else 1
-        if m["short_convolution"] == "static":
+        self.taps = 1 if m["short_convolution"] == "none" else m["conv_width"]
+        self.taps_proj = None
+        if m["short_convolution"] != "none":
             channels = 2 * H * K + HV * V
             self.conv_weight = nn.Parameter(torch.empty(channels, self.taps))
             self.conv_bias = nn.Parameter(torch.empty(channels)) if m["conv_bias"] else None
+            if m["short_convolution"] == "dynamic":
+                self.taps_proj = nn.Linear(h, 3 * m["convolution_rank"], bias=False)
+                self.conv_up = nn.Parameter(torch.empty(channels, self.taps, m["convolution_rank"]))
         self.A_log = nn.Parameter(torch.empty(H * K if self.variant["sees_state"] else H, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(H * K, dtype=torch.float32))
         self.decay_up = nn.Linear(V, H * K, bias=False) if m["decay_projection"] == "low_rank" else None
@@ -263,7 +267,7 @@ class Mixer(nn.Module):
         convolved = torch.cat([self.query_proj(x), self.key_proj(x), self.value_proj(x)], -1)
         if real is not None:  # what is before a sequence's first token is zero
             convolved = convolved * real[..., None]
-        q, k, v = self._convolve(convolved, memory)
+        q, k, v = self._convolve(convolved, None if self.taps_proj is None else self.taps_proj(x), memory)
         q, k = (part.unflatten(-1, (-1, K)) for part in (q, k))
         decay = self.decay_proj(x)
         decay = decay if self.decay_up is None else self.decay_up(decay)
@@ -314,9 +318,16 @@ class Mixer(nn.Module):
         S, mean, partial = (v.new_zeros(B, HV, *size, dtype=torch.float32) for size in ((K, V), (V,), (V,)))
         return S, mean, partial, -(~real).sum(1) % self.m["content_chunk"]
 
-    def _convolve(self, x: Tensor, memory: Memory | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Causal depthwise convolution if there is one, SiLU, and the L2 norm of every head of queries and keys."""
-        m, before = self.m, self.taps - 1
+    def _convolve(
+        self, x: Tensor, features: Tensor | None, memory: Memory | None
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Causal depthwise convolution if there is one, SiLU, and the L2 norm of every head of queries and keys.
+
+        Of features, [B, T, 3 * rank] of queries, keys and values, taps are made that depend on the token.
+        """
+        m, before, T = self.m, self.taps - 1, x.shape[1]
+        keys = m["num_key_heads"] * m["key_head_dim"]
+        sections = [keys, keys, x.shape[2] - 2 * keys]
         if before:
             earlier = None if memory is None else memory.parts.get("tokens")
             wide = F.pad(x, (0, 0, before, 0)) if earlier is None else torch.cat([earlier, x], 1)
@@ -327,9 +338,15 @@ class Mixer(nn.Module):
             x = F.conv1d(
                 x.transpose(1, 2), self.conv_weight[:, None], self.conv_bias, groups=x.shape[2]
             ).transpose(1, 2)  # fmt: skip
-        x = F.silu(x)
-        keys = m["num_key_heads"] * m["key_head_dim"]
-        q, k, v = x.split([keys, keys, x.shape[2] - 2 * keys], -1)
+        elif features is not None:
+            # one product for each tap and section: all at once would be as many numbers as taps for every channel
+            y = x[:, before:] if self.conv_bias is None else x[:, before:] + self.conv_bias
+            for tap in range(self.taps):
+                parts = zip(features.chunk(3, -1), self.conv_up[:, tap].split(sections), strict=True)
+                taps = torch.cat([F.linear(z, up) for z, up in parts], -1) + self.conv_weight[:, tap]
+                y = y + taps * x[:, tap : tap + T]
+            x = y
+        q, k, v = F.silu(x).split(sections, -1)
         return unit_heads(q, m["key_head_dim"]), unit_heads(k, m["key_head_dim"]), v
 
     def _recurrence(
@@ -512,7 +529,7 @@ class CarvePreTrainedModel(PreTrainedModel):
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
             elif name == "conv_weight":
                 nn.init.uniform_(parameter, -(parameter.shape[1] ** -0.5), parameter.shape[1] ** -0.5)
-            elif name in ("content_up", "conv_bias", "bias"):
+            elif name in ("content_up", "conv_up", "conv_bias", "bias"):
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 1:
                 nn.init.ones_(parameter)

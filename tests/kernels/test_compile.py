@@ -22,6 +22,7 @@ KERNELS = {
     | {"content_terms", "content_gradient", "erasing_decay", "erasing_decay_gradient", "carve_token"},
     "delta": CHUNK | {"delta_operands", "delta_state", "delta_state_gradient", "carve_token"},
 }
+DYNAMIC = {"dynamic_forward", "dynamic_taps_gradient", "dynamic_tokens_gradient"}
 ERASE = {"gdn2": "gdn2", "previous": "diagonal", "decayed": "diagonal", "delta": "delta"}
 RECIPES = [("gdn2", "bfloat16", 128), ("previous", "bfloat16", 128), ("previous", "bfloat16", 64)]
 OTHERS = [
@@ -52,7 +53,7 @@ def test_kernels_fit_a_hopper_gpu(form: str, dtype: str, width: int, tmp_path: P
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert {row["kernel"].removesuffix("_kernel") for row in rows} == KERNELS[ERASE[form]]
     assert all(row["shared"] <= SHARED_MEMORY for row in rows), rows
-    if (form, dtype, width) in RECIPES:  # larger tiles have too few registers
+    if (form, dtype, width) in RECIPES and form != "dynamic":  # larger tiles have too few registers
         loops = [row for row in rows if "_state" in row["kernel"] or row["kernel"].startswith("content_")]
         assert len(loops) == {"gdn2": 2, "diagonal": 3}[ERASE[form]] and all(row["products"] for row in loops), rows
         # a compiler that finds sums touched while a product runs makes all products of a kernel wait for each other

@@ -9,7 +9,7 @@ from support.interpreter import DEVICE
 from support.surroundings import Convolution, Norm
 from support.tolerances import TOLERANCES, error
 
-from megatron_carve.kernels.surroundings import convolve_qkv, gated_head_norm
+from megatron_carve.kernels.surroundings import convolve_qkv, dynamic_convolve_qkv, gated_head_norm
 from megatron_carve.kernels.torch_backend.elementwise import _position_in_sequence
 from megatron_carve.kernels.triton_backend.short_convolution import token_age
 
@@ -27,6 +27,13 @@ CASES: dict[str, Convolution | Norm] = {
     "few values": Convolution(T=9, H=1, K=64, V=3),
     "256 channels, several programs": Convolution(T=300, K=256, V=256, extra=0),
     "runs of several programs": Convolution(T=2100, V=3),
+    "dynamic": Convolution(B=2, T=40, H=2, R=16, bias=True),
+    "dynamic, one tap, one feature": Convolution(B=2, T=5, W=1, R=1),
+    "dynamic, eight taps, 32 features": Convolution(T=40, W=8, V=40, R=32, bias=True),
+    "dynamic, fewer tokens than taps": Convolution(B=2, T=3, W=8, R=4),
+    "dynamic, packed": Convolution(lengths=(1, 70, 0, 1, 2, 0, 3, 64, 5), R=5, bias=True),
+    "dynamic, 96 channels, values that fill no block": Convolution(B=2, T=9, H=2, K=96, V=200, R=16),
+    "dynamic, several programs": Convolution(T=520, V=3, R=15, extra=0),
     "norm": Norm(B=2, T=70, H=3),
     "norm, sigmoid": Norm(B=2, T=9, H=2, activation="sigmoid"),
     "norm, no gate": Norm(B=2, T=70, H=2, V=96, activation="none", x="time first"),
@@ -44,12 +51,31 @@ def test_values_and_gradients(case: str) -> None:
     compare(found, truth, "float32")
 
 
-@pytest.mark.parametrize("case", ["two batch entries, bias", "packed", "norm, sigmoid"])
+@pytest.mark.parametrize("case", ["two batch entries, bias", "packed", "dynamic", "norm, sigmoid"])
 def test_float16_values(case: str) -> None:
     found = CASES[case].run(torch.float16, torch.float16, DEVICE, "triton")
     truth = CASES[case].run(torch.float16, torch.float64, "cpu", "torch")
     assert all(x.dtype == torch.float16 for x in found.values())
     compare(found, truth, "float16")
+
+
+@pytest.mark.parametrize("lengths", [None, (1, 9, 0, 2, 3, 5)])
+def test_dynamic_taps_are_what_a_loop_over_tokens_finds(lengths: tuple[int, ...] | None) -> None:
+    case = Convolution(B=1 if lengths else 2, T=12, H=2, K=3, V=5, R=3, bias=True, lengths=lengths or ())
+    found = case.run(torch.float64, torch.float64, "cpu", "torch")
+    truth = case.run(torch.float64, torch.float64, "cpu", "oracle")
+    compare(found, truth, "float64")
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("torch", torch.float64), ("triton", torch.float32)])
+def test_dynamic_taps_of_no_features_are_static_beside_the_token(backend: str, dtype: torch.dtype) -> None:
+    x, weight, features = (torch.randn(shape, dtype=dtype) for shape in ((2, 9, 96), (96, 4), (2, 9, 15)))
+    folded = weight + torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=dtype)
+    options: dict[str, Any] = {"key_channels": 32, "key_head_dim": 32, "backend": backend}
+    moved = [part.to(DEVICE) for part in (x, features, weight, torch.zeros(96, 4, 5, dtype=dtype), folded)]
+    found = dynamic_convolve_qkv(*moved[:4], **options)
+    for ours, static in zip(found, convolve_qkv(moved[0], moved[4], **options), strict=True):
+        torch.testing.assert_close(ours, static)
 
 
 def compare(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor], tolerance: str) -> None:
@@ -172,6 +198,22 @@ def test_convolution_refuses_wrong_arguments(changes: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"up": X(96, 4)}, r"up: expected shape \[D, W, R\] with D, W = \[96, 4\] and R at least 1, got \[96, 4\]"),
+        ({"up": X(96, 3, 5)}, r"up: expected shape .* got \[96, 3, 5\]"),
+        ({"up": X(96, 4, 5).half()}, "up: expected dtype float32, got float16"),
+        ({"features": X(2, 5, 14)}, r"features: expected shape \[B, T, 3 R\] = \[2, 5, 15\], got \[2, 5, 14\]"),
+        ({"features": X(2, 5, 15).double()}, "features: expected dtype float32, got float64"),
+        ({"weight": X(95, 4)}, r"weight: expected shape \[D, W\] with D = 96"),
+    ],
+)
+def test_dynamic_convolution_refuses_wrong_arguments(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dynamic_convolve_qkv(**{**CONVOLUTION, "features": X(2, 5, 15), "up": X(96, 4, 5), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"x": X(5, 3, 32)}, r"x: expected shape \[B, T, H, V\], every size at least 1, got \[5, 3, 32\]"),
         ({"gate": X(2, 5, 1, 32)}, r"gate: expected shape \[B, T, H, V\] = \[2, 5, 3, 32\], got \[2, 5, 1, 32\]"),
         ({"gate": X(2, 5, 3, 32).double()}, "gate: expected dtype float32, got float64"),
@@ -194,6 +236,7 @@ def test_norm_refuses_wrong_arguments(changes: dict[str, Any], message: str) -> 
         (Convolution(T=5), torch.float64, "backend 'triton': no float64"),
         (Convolution(T=5, K=48), torch.float32, "key_head_dim of 32, 64, 96, 128, 256 for convolve_qkv, got 48"),
         (Convolution(T=5, W=9), torch.float32, "expected at most 8 taps in the short convolution, got 9"),
+        (Convolution(T=5, R=33), torch.float32, r"at most 32 features \(convolution_rank\) of dynamic taps, got 33"),
         (Norm(T=5), torch.float64, "backend 'triton': no float64"),
         (Norm(T=5, V=512), torch.float32, "expected V of 32, 64, 96, 128, 256 for gated_head_norm, got 512"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.parallel import run_ranks
@@ -12,7 +13,8 @@ CONTENT_RANK = 16
 
 
 def documented(
-    kind: str, *, tp: int, sp: bool, cp: int, method: str, hidden: int, heads: int, width: int, tokens: int, rank: int
+    kind: str, *, tp: int, sp: bool, cp: int, method: str, options: dict[str, Any], hidden: int, heads: int, width: int,
+    tokens: int, rank: int,
 ) -> dict[str, dict[str, list[int]]]:
     """The table of docs/parallelism.md with K = V = width, a batch of one and as many value heads as key heads.
 
@@ -27,9 +29,13 @@ def documented(
 
     n = tokens // cp
     channels = heads * width // tp
+    taps = 3 * options.get("convolution_rank", 0)
     if tp > 1:
         add(forward, "all-gather", 2, n * 2 * width // tp)
         add(backward, "reduce-scatter", 2, n * 2 * width)
+        if taps:
+            add(forward, "all-gather", 1, n * taps // tp)
+            add(backward, "reduce-scatter", 1, n * taps)
         if sp:
             add(forward, "all-gather", 1, n * hidden // tp)
             add(forward, "reduce-scatter", 1, n * hidden)
@@ -43,7 +49,8 @@ def documented(
     if cp > 1:
         erase_and_write = {"gdn2": 2 * channels, "carve": channels + heads // tp, "kda": heads // tp}[kind]
         for where in (forward, backward):
-            add(where, "all-to-all", 2, n * (5 * channels + erase_and_write))
+            everywhere = taps * (1 if method == "sequence" else cp)  # every share of the heads needs all features
+            add(where, "all-to-all", 2, n * (5 * channels + erase_and_write + everywhere))
     if cp > 1 and method == "sequence":
         border = 3 * 3 * channels
         add(forward, "all-to-all", 1, border * (rank < cp - 1))
@@ -72,11 +79,15 @@ def documented(
         ("gdn2", 2, True, 2, "auto"),
         ("kda", 2, True, 2, "auto"),
         ("kda", 1, False, 2, "sequence"),
+        ("kda with dynamic taps", 2, True, 2, "heads"),
+        ("kda with dynamic taps", 2, False, 2, "sequence"),
     ],
 )
 def test_collectives_of_a_layer(kind, tp, sp, cp, method, tmp_path):
+    kind, _, dynamic = kind.partition(" with ")
+    options = {"short_convolution": "dynamic", "convolution_rank": 4} if dynamic else {}
     sizes = {"hidden": 32, "heads": 4, "width": 8, "tokens": 128}
-    layout = {"kind": kind, "tp": tp, "sp": sp, "cp": cp, "method": method}
+    layout = {"kind": kind, "tp": tp, "sp": sp, "cp": cp, "method": method, "options": options}
     run_ranks(tp * cp, WORKER, {**layout, **sizes, "out": str(tmp_path / "found")})
     found = json.loads((tmp_path / "found").read_text())
     for rank, counts in enumerate(found):

@@ -22,6 +22,8 @@ COMMON = (
     + 7  # input norm
 )  # fmt: skip
 CONV, CONV_BIAS = 32 * 3, 32
+# of rank 2: features of queries, keys and values, and a map up of two numbers for every tap
+DYNAMIC = 7 * 3 * 2 + 32 * 3 * 2
 WRITE = {"carve": 7 * 4, "gdn2": 7 * 20, "kda": 7 * 2 - 7 * 6}  # KDA has no erase gate
 LOW_DECAY, FULL_DECAY = 7 * 5 + 5 * 6, 7 * 6
 LOW_GATE, FULL_GATE = 7 * 5 + 5 * 20 + 20, 7 * 20
@@ -38,7 +40,9 @@ class TestRefusals:
             ("decay_projection", None, "one of low_rank, full_rank"),
             ("output_gate_projection", "lowrank", "one of low_rank, full_rank"),
             ("output_gate_activation", "gelu", "one of silu, sigmoid, none"),
-            ("short_convolution", "dynamic", "one of static, none"),
+            ("short_convolution", "fixed", "one of static, dynamic, none"),
+            ("convolution_rank", 0, "a positive integer"),
+            ("convolution_rank", None, "an integer"),
             ("erase", "full", "one of diagonal, delta"),
             ("prediction", "next", "one of previous, decayed"),
             ("erase_bias", "low", "a number or null"),
@@ -104,6 +108,7 @@ class TestSizes:
             "output_gate_projection": "low_rank",
             "output_gate_activation": "silu",
             "short_convolution": "static",
+            "convolution_rank": 16,
             "conv_bias": True,
             "negative_eigenvalues": False,
             "erase": "diagonal",
@@ -122,6 +127,11 @@ class TestSizes:
             ("carve", {"decay_projection": "full_rank"}, {"write": 4, "decay": 6, "gate": 5}),
             ("kda", {}, {"write": 2, "decay": 5, "gate": 5}),
             ("gdn2", {"output_gate_projection": "full_rank"}, {"write": 20, "decay": 5, "gate": 20}),
+            (
+                "gdn2",
+                {"short_convolution": "dynamic", "convolution_rank": 2},
+                {"write": 20, "decay": 5, "gate": 5, "taps": 6},
+            ),
             (
                 "gdn2",
                 {"decay_projection": "full_rank", "output_gate_projection": "full_rank"},
@@ -156,6 +166,14 @@ class TestSizes:
             ("carve", {"short_convolution": "none", "conv_bias": True}, COMMON + LOW_DECAY + LOW_GATE + CONTENT),
             ("gdn2", {"short_convolution": "none", "output_gate_activation": "none"}, COMMON + LOW_DECAY),
             ("kda", {}, COMMON + CONV + LOW_DECAY + LOW_GATE),
+            *(
+                (
+                    kind,
+                    {"short_convolution": "dynamic", "convolution_rank": 2, "conv_bias": True},
+                    COMMON + CONV + CONV_BIAS + DYNAMIC + LOW_DECAY + LOW_GATE,
+                )
+                for kind in ("gdn2", "kda")
+            ),
         ],
     )
     def test_parameter_count_is_the_sum_of_the_tensors(self, kind, options, expected):
@@ -212,6 +230,14 @@ class TestTensorParallel:
             (
                 {"num_key_heads": 6, "num_value_heads": 6, "value_head_dim": 5, "decay_projection": "full_rank"},
                 {1},
+            ),
+            # The features that dynamic taps are made of are divided too.
+            (
+                {
+                    "num_key_heads": 8, "num_value_heads": 8, "value_head_dim": 8, "short_convolution": "dynamic",
+                    "convolution_rank": 6,
+                },
+                {1, 2},
             ),
             # Without any, heads alone decide.
             (

@@ -25,6 +25,8 @@ LAYERS = [
     ("carve", True, "sequence", {"conv_bias": True, "content_grad": "detached", "prediction": "decayed"}),
     ("gdn2", True, "sequence", {"conv_bias": True}),
     ("kda", True, "document", {"negative_eigenvalues": True}),
+    ("carve", False, "document", {"short_convolution": "dynamic", "convolution_rank": 3}),
+    ("gdn2", True, "sequence", {"short_convolution": "dynamic", "convolution_rank": 3, "conv_bias": True}),
 ]
 
 

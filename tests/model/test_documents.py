@@ -17,6 +17,7 @@ from megatron_carve.recipe import RecipeError, load_recipe
 
 ROWS = [[1, 37, 70, 20], [128], [64, 64]]
 T = 128
+DYNAMIC = {"short_convolution": "dynamic", "convolution_rank": 4}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,7 +39,7 @@ def logits_and_gradient(model, tokens: torch.Tensor, weight: torch.Tensor, packe
     return out, torch.autograd.grad((out * weight).sum(), [p for p in model.parameters() if p.requires_grad])
 
 
-@pytest.mark.parametrize("options", [{"window_size": (15, 0)}, {"num_query_groups": 2, "mixer": {"content_rank": 4}}])
+@pytest.mark.parametrize("options", [{"window_size": (15, 0)}, {"num_query_groups": 2, "mixer": {"content_rank": 4, **DYNAMIC}}])
 def test_each_document_gives_what_it_gives_alone(options):
     model = hybrid_model("C-*-2-K-", length=len(ROWS) * T, **options)
     with torch.no_grad():

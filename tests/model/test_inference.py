@@ -57,6 +57,7 @@ PATTERNS = {
     "decayed": ("C2", {"mixer": {"prediction": "decayed", "content_rank": 0}}),
     "least": ("C2", {"mixer": {"short_convolution": "none", "output_gate_activation": "none"}}),
     "window of one": ("*-", {"window_size": (0, 0)}),
+    "dynamic": ("C2K", {"mixer": {"conv_bias": True, "short_convolution": "dynamic", "convolution_rank": 4}}),
     "short convolution": ("2C", {"linear_conv_kernel_dim": 1}),
 }
 

@@ -14,6 +14,8 @@ from megatron_carve.model.variants import VARIANTS
 from megatron_carve.recipe import load_recipe
 
 HIDDEN, LENGTH, BATCH = 32, 150, 2
+DYNAMIC = {"short_convolution": "dynamic", "convolution_rank": 4}
+WITH_DYNAMIC = [*((kind, {}) for kind in VARIANTS), ("gdn2", DYNAMIC)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,6 +71,7 @@ def test_built_models_have_the_number_of_parameters_that_their_recipes_say(recip
         {"output_gate_projection": "full_rank"},
         {"conv_bias": True, "content_rank": 3},
         {"short_convolution": "none", "output_gate_activation": "none"},
+        {"short_convolution": "dynamic", "convolution_rank": 3, "conv_bias": True},
         {"erase": "delta", "content_rank": 0, "output_gate_activation": "none", "output_gate_projection": "full_rank"},
     ],
     ids=str,
@@ -158,9 +161,9 @@ def test_the_erase_bias_starts_as_told_and_is_learned_by_channel(options, initia
     assert (bias.grad != 0).all()
 
 
-@pytest.mark.parametrize("kind", VARIANTS)
-def test_later_tokens_do_not_change_earlier_outputs(kind):
-    mixer = perturbed(build(kind))
+@pytest.mark.parametrize(("kind", "options"), WITH_DYNAMIC, ids=str)
+def test_later_tokens_do_not_change_earlier_outputs(kind, options):
+    mixer = perturbed(build(kind, options=options))
     x = hidden_states()
     y = x.clone()
     y[101:] = 10 * torch.randn_like(y[101:])
@@ -168,9 +171,25 @@ def test_later_tokens_do_not_change_earlier_outputs(kind):
     assert not torch.equal(mixer(x)[0][101:], mixer(y)[0][101:])
 
 
-@pytest.mark.parametrize("kind", VARIANTS)
-def test_packed_documents_equal_the_documents_alone(kind):
-    mixer = perturbed(build(kind))
+def test_dynamic_taps_start_as_static_ones_beside_the_token():
+    dynamic, static = build("gdn2", options=DYNAMIC), build("gdn2")
+    own = dict(dynamic.named_parameters())
+    with torch.no_grad():
+        for name, parameter in static.named_parameters():
+            if name == "in_proj.weight":
+                parameter.copy_(own[name][: len(parameter)])
+            else:
+                parameter.copy_(own[name])
+        static.conv.weight[:, -1] += 1
+    x = hidden_states()
+    torch.testing.assert_close(dynamic(x)[0], static(x)[0], rtol=1e-5, atol=1e-6)
+    perturbed(dynamic.conv)
+    assert (dynamic(x)[0] != static(x)[0]).all()
+
+
+@pytest.mark.parametrize(("kind", "options"), WITH_DYNAMIC, ids=str)
+def test_packed_documents_equal_the_documents_alone(kind, options):
+    mixer = perturbed(build(kind, options=options))
     lengths = [1, 70, 3, 130]
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     x = hidden_states(sum(lengths))[:, :1]
@@ -202,9 +221,9 @@ def test_a_rehearsal_calls_the_op_as_a_step_does_and_leaves_nothing_behind(kind,
     assert rehearsed == real
 
 
-@pytest.mark.parametrize("kind", VARIANTS)
-def test_recomputation_changes_no_bit_and_keeps_less(kind):
-    mixer = perturbed(build(kind))
+@pytest.mark.parametrize(("kind", "options"), WITH_DYNAMIC, ids=str)
+def test_recomputation_changes_no_bit_and_keeps_less(kind, options):
+    mixer = perturbed(build(kind, options=options))
     hidden = hidden_states()
 
     def run(recompute: bool) -> tuple[list[torch.Tensor], int]:
@@ -304,6 +323,7 @@ def perturbed(module: torch.nn.Module) -> torch.nn.Module:
     ("kind", "options"),
     [
         ("gdn2", {"conv_bias": True}),
+        ("gdn2", {"conv_bias": True, **DYNAMIC}),
         pytest.param("carve", {"conv_bias": True}, marks=pytest.mark.slow),
         ("carve", {"prediction": "decayed", "short_convolution": "none", "output_gate_activation": "none"}),
         pytest.param("carve", {"erase": "delta"}, marks=pytest.mark.slow),

@@ -55,7 +55,7 @@ def main(job: dict) -> None:
         tensor_model_parallel_size=job["tp"], context_parallel_size=job["cp"]
     )  # fmt: skip
     model_parallel_cuda_manual_seed(7)
-    spec = mixer_layer_spec(job["kind"], "local").submodules.self_attention
+    spec = mixer_layer_spec(job["kind"], "local", options=job["options"]).submodules.self_attention
     settings = config(
         hidden_size=job["hidden"], linear_num_key_heads=job["heads"], linear_num_value_heads=job["heads"],
         linear_key_head_dim=job["width"], linear_value_head_dim=job["width"],

@@ -1,9 +1,9 @@
 """Compile the kernels of the ops for a Hopper GPU, on any machine: Triton needs a GPU to launch, not to compile.
 
-    python tests/support/compile_for_hopper.py gdn2|previous|decayed|delta DTYPE WIDTH
+    python tests/support/compile_for_hopper.py gdn2|previous|decayed|delta|dynamic DTYPE WIDTH
 
-calls the chunk op, forward and backward with what a mixer gives it, and one step of decoding, with launches replaced by
-compilation; prints a line of JSON for each kernel: its name, its shared memory in bytes, the registers of a thread, the
+calls the chunk op, forward and backward with what a mixer gives it, and one step of decoding (of "dynamic" the dynamic
+convolution, forward and backward), with launches replaced by compilation; prints a line of JSON for each kernel: its name, its shared memory in bytes, the registers of a thread, the
 bytes that it spills, and how many of Hopper's instructions multiply tiles and how many wait for them. A script of its
 own: what it changes in Triton stays for the life of a process.
 """
@@ -22,6 +22,7 @@ from triton.runtime import driver
 
 from megatron_carve import kernels
 from megatron_carve.kernels import backends
+from megatron_carve.kernels.surroundings import dynamic_convolve_qkv
 from megatron_carve.kernels.triton_backend import content
 from megatron_carve.kernels.triton_backend.compiling import compiling
 
@@ -85,7 +86,16 @@ def main(form: str, dtype: torch.dtype, width: int) -> None:
 
     op = "gdn2" if form == "gdn2" else "carve"
 
+    def convolve() -> None:
+        channels = HEADS * width
+        given = [leaf(1, T, 3 * channels), leaf(1, T, 3 * RANK), leaf(3 * channels, 4), leaf(3 * channels, 4, RANK)]
+        out = dynamic_convolve_qkv(*given, key_channels=channels, key_head_dim=width, backend="triton")
+        torch.autograd.grad(out, given, [torch.zeros_like(part) for part in out])
+
     def call() -> None:
+        if form == "dynamic":
+            convolve()
+            return
         given, options = inputs(T)
         o, _ = getattr(kernels, f"chunk_{op}")(*given, **options)
         torch.autograd.grad(o, given, torch.zeros_like(o), allow_unused=True)

@@ -13,6 +13,28 @@ class OracleState(NamedTuple):
     count: list[int]  # type: ignore[assignment]  # hides tuple.count
 
 
+def oracle_dynamic_convolution(
+    x: Tensor, features: Tensor, weight: Tensor, up: Tensor, bias: Tensor | None, *, key_channels: int,
+    key_head_dim: int, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k and v; arguments as those of dynamic_convolve_qkv."""
+    x, features, weight, up = (part.double() for part in (x, features, weight, up))
+    W, R = up.shape[1:]
+    section = torch.arange(x.shape[2]).div(key_channels, rounding_mode="floor").clamp(max=2)
+    rows = []
+    for row, start, end in _sequences(x, cu_seqlens):
+        for t in range(start, end):
+            z = features[row, t].view(3, R)[section]
+            y = x[row, t] + (0 if bias is None else bias.double())
+            for i in range(min(W, t - start + 1)):
+                y = y + (weight[:, W - 1 - i] + (up[:, W - 1 - i] * z).sum(-1)) * x[row, t - i]
+            rows.append(y / (1 + torch.exp(-y)))
+    out = torch.stack(rows).view(x.shape)
+    q, k = (part.unflatten(-1, (-1, key_head_dim)) for part in out[..., : 2 * key_channels].chunk(2, -1))
+    q, k = (part / (part.square().sum(-1, keepdim=True) + 1e-6).sqrt() for part in (q, k))
+    return q.flatten(-2), k.flatten(-2), out[..., 2 * key_channels :]
+
+
 def oracle_gdn2(
     q: Tensor,
     k: Tensor,

@@ -5,21 +5,24 @@ Values are drawn in float64 and rounded to the dtype under test, so that all run
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
+from support.oracle import oracle_dynamic_convolution
 from torch import Tensor
 
-from megatron_carve.kernels.surroundings import convolve_qkv, gated_head_norm
+from megatron_carve.kernels.surroundings import convolve_qkv, dynamic_convolve_qkv, gated_head_norm
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """A call of convolve_qkv on the first channels of a projection [T, B, F].
+    """A call of convolve_qkv, or with R of dynamic_convolve_qkv, on the first channels of a projection [T, B, F].
 
     Attributes:
         B, T: batch and tokens; lengths of packed sequences replace them.
         H, K: heads of q and k and their channels; V: all channels of v.
         W: taps.
+        R: features that they are made of; 0 for taps that do not depend on the token.
         extra: channels of the projection beside those of q, k and v.
     """
 
@@ -29,12 +32,13 @@ class Convolution:
     K: int = 32
     V: int = 32
     W: int = 4
+    R: int = 0
     bias: bool = False
     lengths: tuple[int, ...] = ()
     extra: int = 5
 
     def run(self, dtype: torch.dtype, compute: torch.dtype, device: str, backend: str) -> dict[str, Tensor]:
-        """The call with values of `dtype` held in `compute`."""
+        """The call with values of `dtype` held in `compute`; the backend may also be "oracle", with R."""
         draw = Draw(dtype, compute, device)
         T = sum(self.lengths) or self.T
         D = 2 * self.H * self.K + self.V
@@ -42,11 +46,21 @@ class Convolution:
         if self.bias:
             leaves["bias"] = draw(D)
         ends = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=device)
-        q, k, v = convolve_qkv(
-            leaves["projected"].transpose(0, 1)[..., :D], leaves["weight"], leaves.get("bias"),
-            key_channels=self.H * self.K, key_head_dim=self.K, cu_seqlens=ends if self.lengths else None,
-            backend=backend,
-        )  # fmt: skip
+        x = leaves["projected"].transpose(0, 1)[..., :D]
+        options: dict[str, Any] = {
+            "key_channels": self.H * self.K, "key_head_dim": self.K, "cu_seqlens": ends if self.lengths else None,
+            "backend": backend,
+        }  # fmt: skip
+        if self.R:
+            leaves |= {"features": draw(T, self.B, 3 * self.R + self.extra), "up": draw(D, self.W, self.R)}
+            features = leaves["features"].transpose(0, 1)[..., : 3 * self.R]
+            op: Any = dynamic_convolve_qkv
+            if backend == "oracle":
+                del options["backend"]
+                op = oracle_dynamic_convolution
+            q, k, v = op(x, features, leaves["weight"], leaves["up"], leaves.get("bias"), **options)
+        else:
+            q, k, v = convolve_qkv(x, leaves["weight"], leaves.get("bias"), **options)
         return with_gradients({"q": q, "k": k, "v": v}, leaves, draw)
 
 

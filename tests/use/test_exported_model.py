@@ -13,6 +13,7 @@ FORMS = {
     "diagonal": {},
     "decayed": {"prediction": "decayed", "conv_bias": True},
     "delta": {"erase": "delta", "content_chunk": 128},
+    "dynamic": {"short_convolution": "dynamic", "convolution_rank": 5, "conv_bias": True},
     "without": {"content_rank": 0, "short_convolution": "none"},
 }
 PAD = 0

@@ -32,6 +32,7 @@ OTHER = [
     "model.tie_embeddings=true", "model.position_embedding=none", "model.attention_window=null", "mixer.conv_bias=true",
     "mixer.decay_projection=full_rank", "mixer.output_gate_projection=full_rank", "mixer.negative_eigenvalues=true",
     "mixer.output_gate_activation=sigmoid", "mixer.content_chunk=128", "mixer.conv_width=2", "mixer.erase=delta",
+    "mixer.short_convolution=dynamic", "mixer.convolution_rank=3",
 ]  # fmt: skip
 LEAST = [
     "mixer.prediction=decayed", "mixer.content_rank=0", "mixer.short_convolution=none",

@@ -24,6 +24,7 @@ from megatron_carve.model.context.exchange import PackedOrder, Span, context_exc
 from megatron_carve.model.context.state_passing import chunk_on_span
 from megatron_carve.model.mixer_cache import MixerCache, mixer_cache
 from megatron_carve.model.mixers.parts import (
+    DynamicConvolution,
     GatedHeadNorm,
     HeadParallelLinear,
     LogDecay,
@@ -138,11 +139,13 @@ class LinearAttentionMixer(MegatronModule):
         c, tp = self.mixer, self.tp_size
         key_channels = self.local_sizes["key"]
         self.conv: ShortConvolution | PlainActivation = PlainActivation(key_channels, key_head_dim=c.key_head_dim)
-        if c.short_convolution == "static":
-            self.conv = ShortConvolution(
-                self.config, key_channels, self.local_sizes["value"],
-                key_head_dim=c.key_head_dim, width=c.conv_width, bias=c.conv_bias,
-            )  # fmt: skip
+        if c.short_convolution != "none":
+            sizes = {"key_head_dim": c.key_head_dim, "width": c.conv_width, "bias": c.conv_bias}
+            channels = key_channels, self.local_sizes["value"]
+            if c.short_convolution == "dynamic":
+                self.conv = DynamicConvolution(self.config, *channels, rank=c.convolution_rank, **sizes)
+            else:
+                self.conv = ShortConvolution(self.config, *channels, **sizes)
         by_channel = VARIANTS[self.kind].sees_state
         self.decay = LogDecay(self.config, c.num_key_heads // tp, c.key_head_dim, by_channel=by_channel)
         if c.decay_projection == "low_rank":
@@ -233,8 +236,16 @@ class LinearAttentionMixer(MegatronModule):
         part = dict(zip(others, rest, strict=True))
         decay, gate = self._raw_decay_and_gate(part["decay"], part.get("gate"))
         erase = [part["erase"]] if "erase" in part else []
-        by_token = [(x, [x.shape[-1]]) for x in (decay, *erase, part["write"])]
+        by_token = [(x, [x.shape[-1]]) for x in (decay, *erase, part["write"], *self._features(part.get("taps")))]
         return [(first, convolved), *by_token], gate
+
+    def _features(self, features: Tensor | None) -> list[Tensor]:
+        """Those that dynamic taps are made of, [T, B, 3 * rank], once for each share of the heads: every one needs
+        all."""
+        if features is None:
+            return []
+        features = all_gather_last_dim_from_tensor_parallel_region(features, group=self.tp_group)
+        return [features.repeat(1, 1, self.exchange.shares) if self.exchange.shares > 1 else features]
 
     def _recurrence(self, span: Span, *pieces: Tensor) -> Tensor:
         """From exchanged pieces to the op's output, [B, T, HV, V]; what recomputation computes twice."""
@@ -265,8 +276,10 @@ class LinearAttentionMixer(MegatronModule):
 
     def _op_inputs(self, pieces: Sequence[Tensor], span: Span, tokens_before: Tensor | None = None) -> MixerInputs:
         """Exchanged pieces, [T, B, channels], as the op takes them; tokens_before: see ShortConvolution.forward."""
-        convolved, decay, *erase, write = (x.transpose(0, 1) for x in pieces)
-        q, k, v = self.conv(convolved, self.exchange, span, self.backend, tokens_before)
+        convolved, decay, *gates = (x.transpose(0, 1) for x in pieces)
+        features = [gates.pop()] if self.mixer.short_convolution == "dynamic" else []
+        *erase, write = gates
+        q, k, v = self.conv(convolved, self.exchange, span, self.backend, tokens_before, *features)
         by_key = (-1, self.mixer.key_head_dim)
         return MixerInputs(
             q=q.unflatten(-1, by_key),
@@ -312,8 +325,9 @@ class LinearAttentionMixer(MegatronModule):
             tp_group=self.tp_group,
             split={
                 "in_proj.weight": self.local_sizes,
-                "conv.weight": {n: self.local_sizes[n] for n in CONVOLVED},
-                "conv.bias": {n: self.local_sizes[n] for n in CONVOLVED},
+                **dict.fromkeys(
+                    ("conv.weight", "conv.bias", "conv.up"), {n: self.local_sizes[n] for n in CONVOLVED}
+                ),
             },
         )  # fmt: skip
 

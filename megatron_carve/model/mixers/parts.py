@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_carve.kernels.surroundings import convolve_qkv, gated_head_norm
+from megatron_carve.kernels.surroundings import convolve_qkv, dynamic_convolve_qkv, gated_head_norm
 from megatron_carve.model.context.exchange import Exchange, Span
 from megatron_carve.model.context.state_passing import with_tokens_before
 from megatron_carve.patches.muon_parameters import BY_ELEMENT
@@ -71,17 +71,16 @@ class ShortConvolution(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(
-        self, x: Tensor, exchange: Exchange, span: Span, backend: str, tokens_before: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, x: Tensor, exchange: Exchange, span: Span, backend: str, tokens_before: Tensor | None = None,
+        *features: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """x holds the tokens and the heads' channels that the exchange gave to this context-parallel rank.
 
         Args:
+            features: of a DynamicConvolution, [B, T, 3 * rank].
             tokens_before: [B, width - 1, D] the tokens that x continues, or None where it begins, or where a shard of
                 the span's group continues another's.
         """
-        weight, bias = self._share(self.weight, exchange), None
-        if self.bias is not None:
-            bias = self._share(self.bias, exchange)
         cu_seqlens, before = span.cu_seqlens, 0
         if tokens_before is not None:
             before = tokens_before.shape[1]
@@ -89,18 +88,44 @@ class ShortConvolution(nn.Module):
         elif span.group is not None:
             before = self.weight.shape[1] - 1
             x, cu_seqlens = with_tokens_before(x, span, before)
-        mixed = convolve_qkv(
-            x, weight, bias, key_channels=self.key_channels // exchange.shares, key_head_dim=self.key_head_dim,
-            cu_seqlens=cu_seqlens, backend=backend,
-        )  # fmt: skip
+        if before:  # those tokens give no output
+            features = tuple(F.pad(part, (0, 0, before, 0)) for part in features)
+        mixed = self._convolve(
+            x, exchange, *features, bias=None if self.bias is None else self._share(self.bias, exchange),
+            key_channels=self.key_channels // exchange.shares, key_head_dim=self.key_head_dim, cu_seqlens=cu_seqlens,
+            backend=backend,
+        )
         q, k, v = (part[:, before:] for part in mixed)
         return q, k, v
+
+    def _convolve(self, x: Tensor, exchange: Exchange, *features: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        return convolve_qkv(x, self._share(self.weight, exchange), **options)
 
     def _share(self, parameter: Tensor, exchange: Exchange) -> Tensor:
         if exchange.shares == 1:
             return parameter
         sections = parameter.split([self.key_channels, self.key_channels, self.channels - 2 * self.key_channels])
         return torch.cat([exchange.share(section) for section in sections])
+
+
+class DynamicConvolution(ShortConvolution):
+    """ShortConvolution whose taps depend on the token, beside the token itself; source: arXiv 2606.03825.
+
+    Of the features of queries, keys and values, `rank` each, `up` makes what is added to the taps of every channel.
+    """
+
+    def __init__(self, config: TransformerConfig, key_channels: int, value_channels: int, *, rank: int, **sizes: Any):
+        super().__init__(config, key_channels, value_channels, **sizes)
+        self.up = tensor_parallel_parameter(config, *self.weight.shape, rank)
+
+    def reset_parameters(self) -> None:
+        """As ShortConvolution; no token has taps of its own yet."""
+        super().reset_parameters()
+        nn.init.zeros_(self.up)
+
+    def _convolve(self, x: Tensor, exchange: Exchange, *features: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        weight, up = (self._share(parameter, exchange) for parameter in (self.weight, self.up))
+        return dynamic_convolve_qkv(x, *features, weight, up, **options)
 
 
 class PlainActivation(nn.Module):

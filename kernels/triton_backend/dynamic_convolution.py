@@ -1,0 +1,322 @@
+"""Short convolution whose taps depend on the token, in Triton; SiLU and norms as in short_convolution.
+
+The taps of a tile of tokens are products of its features and a table, formed where they are used and never written.
+Blocks of channels as in short_convolution.
+
+- dynamic_forward_kernel: tiles of tokens one after another, each read once per tap.
+- dynamic_taps_gradient_kernel: the same once more, then the gradients of y, which it writes, and of what taps are made
+  of: sums over its tokens for the parameters, over its channels for the features. The host adds them up in one order.
+- dynamic_tokens_gradient_kernel: dx from the gradients of y of a token and those that follow.
+"""
+# mypy: disable-error-code="assignment, misc"
+# Tuples that a kernel builds up change their type.
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .products import arithmetic_of, matmul
+from .short_convolution import (
+    EPSILON,
+    channel_blocks,
+    activation_gradient,
+    load_age,
+    load_bias,
+    load_channels,
+    load_tokens,
+    store_tokens,
+    token_age,
+)
+
+# Rows of a tile. With fewer than 64 no product is one of a warp group's, whose narrow ones Triton has got wrong.
+TILE = 32
+NUM_WARPS = 8
+# Tiles of a program: tables are loaded once for them, and in the backward there is a set of sums for each program.
+FORWARD_TILES = 4
+GRADIENT_TILES = 16
+# Fewest rows of a product: the tap's gradients and the bias's share one.
+FEWEST_ROWS = tl.constexpr(16)
+
+
+class DynamicConvolveQKV(torch.autograd.Function):
+    """x, features, weight, up, bias, cu_seqlens, then the sizes -> q, k, v."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, features: Tensor, weight: Tensor, up: Tensor, bias: Tensor | None,
+        cu_seqlens: Tensor | None, key_channels: int, key_head_dim: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        (B, T, D), value_channels = x.shape, x.shape[2] - 2 * key_channels
+        q, k = (x.new_empty(B, T, key_channels) for _ in range(2))
+        v = x.new_empty(B, T, value_channels)
+        launch = _Launch.of(x, weight, up, key_channels, key_head_dim)
+        with torch.cuda.device_of(x):
+            dynamic_forward_kernel[launch.grid(T, FORWARD_TILES, B)](
+                x, features, *_tables(weight, up), bias, token_age(cu_seqlens, T), q, k, v,
+                *x.stride()[:2], *features.stride()[:2], *launch.sizes, TILES=FORWARD_TILES, **launch.options,
+            )  # fmt: skip
+        ctx.sizes = key_channels, key_head_dim
+        ctx.save_for_backward(x, features, weight, up, bias, cu_seqlens)
+        return q, k, v
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        x, features, weight, up, bias, cu_seqlens = ctx.saved_tensors
+        key_channels, key_head_dim = ctx.sizes
+        (B, T, D), (_, W, R) = x.shape, up.shape
+        launch = _Launch.of(x, weight, up, key_channels, key_head_dim)
+        strides = *x.stride()[:2], *features.stride()[:2]
+        tables, age = _tables(weight, up), token_age(cu_seqlens, T)
+        programs = launch.grid(T, GRADIENT_TILES, B)[0] // launch.blocks
+        dy, dx = (x.new_empty(B, T, D) for _ in range(2))
+        d_features = x.new_empty(launch.blocks, B, T, R, dtype=torch.float32)
+        d_up = x.new_empty(programs, W, R, D, dtype=torch.float32)
+        d_shared = x.new_empty(programs, W + (bias is not None), D, dtype=torch.float32)
+        with torch.cuda.device_of(x):
+            dynamic_taps_gradient_kernel[launch.grid(T, GRADIENT_TILES, B)](
+                x, features, *tables, bias, age, dq.contiguous(), dk.contiguous(), dv.contiguous(),
+                dy, d_features, d_up, d_shared, *strides, B, *launch.sizes, TILES=GRADIENT_TILES, **launch.options,
+            )  # fmt: skip
+            dynamic_tokens_gradient_kernel[launch.grid(T, FORWARD_TILES, B)](
+                features, *tables, age, dy, dx, *strides[2:], *launch.sizes, TILES=FORWARD_TILES, **launch.options,
+            )  # fmt: skip
+        heads = key_channels // key_head_dim
+        of_sections = d_features.split([heads, heads, launch.blocks - 2 * heads])
+        d_shared = d_shared.sum(0)
+        return (
+            dx,
+            torch.cat([part.sum(0) for part in of_sections], -1).to(features.dtype),
+            d_shared[:W].t().contiguous().to(weight.dtype),
+            d_up.sum(0).permute(2, 0, 1).contiguous().to(up.dtype),
+            None if bias is None else d_shared[W].to(bias.dtype),
+            None, None, None,
+        )  # fmt: skip
+
+
+class _Launch(NamedTuple):
+    """What the kernels of a call have in common."""
+
+    blocks: int
+    sizes: tuple[int, ...]
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, up: Tensor, key_channels: int, key_head_dim: int) -> "_Launch":
+        T, value_channels, (_, W, R) = x.shape[1], x.shape[2] - 2 * key_channels, up.shape
+        BD = triton.next_power_of_2(key_head_dim)
+        blocks = channel_blocks(key_channels, key_head_dim, value_channels, BD)
+        # Several stages of larger tiles exceed a Hopper SM's shared memory.
+        num_stages = 2 if x.dtype == torch.bfloat16 and BD <= 128 else 1
+        options = {
+            "K": key_head_dim, "W": W, "RP": max(16, triton.next_power_of_2(R)), "BT": TILE, "BD": BD,
+            **arithmetic_of(x.dtype), "num_warps": NUM_WARPS, "num_stages": num_stages,
+        }  # fmt: skip
+        return cls(blocks, (T, R, key_channels, value_channels, blocks), options)
+
+    def grid(self, T: int, tiles: int, B: int) -> tuple[int]:
+        """Of programs that take so many tiles each."""
+        return (self.blocks * triton.cdiv(T, TILE * tiles) * B,)
+
+
+def _tables(weight: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The taps that all tokens share, [W, D], and what features add, [W, R, D]."""
+    return weight.t().contiguous(), up.permute(1, 2, 0).contiguous()
+
+
+@triton.jit
+def dynamic_forward_kernel(
+    x, features, taps, up, bias, age, q, k, v, x_batch, x_token, z_batch, z_token, T, R, key_channels, value_channels,
+    blocks, K: tl.constexpr, W: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, CT: tl.constexpr,
+    PRECISION: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """One program per TILES tiles of BT tokens of a batch entry and block of channels.
+
+    x: [B, T, D] with strides x_batch and x_token; features: [B, T, 3 R] with strides z_batch and z_token; taps: [W, D];
+    up: [W, R, D]; bias: [D]; age: [T]; q, k: [B, T, key_channels]; v: [B, T, value_channels].
+    """
+    i_d, i_bt = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    spans = tl.cdiv(T, BT * TILES)
+    i_b, i_t = (i_bt // spans).to(tl.int64), i_bt % spans
+    x += i_b * x_batch
+    features += i_b * z_batch
+    D = 2 * key_channels + value_channels
+    heads = key_channels // K
+    if i_d < 2 * heads:
+        out = tl.where(i_d < heads, q, k) + i_b * T * key_channels + i_d % heads * K
+        dynamic_convolve(
+            x, features + i_d // heads * R, taps, up, bias, age, out, x_token, z_token, D, key_channels, T, R, i_d * K,
+            K, i_t * BT * TILES, W, RP, BT, BD, CT, PRECISION, TILES, True,
+        )  # fmt: skip
+    else:
+        i_v = (i_d - 2 * heads) * BD
+        out = v + i_b * T * value_channels + i_v
+        dynamic_convolve(
+            x, features + 2 * R, taps, up, bias, age, out, x_token, z_token, D, value_channels, T, R,
+            2 * key_channels + i_v, value_channels - i_v, i_t * BT * TILES, W, RP, BT, BD, CT, PRECISION, TILES, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def dynamic_convolve(
+    x, features, taps, up, bias, age, out, x_token, z_token, D, out_token, T, R, first, channels, start,
+    W: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Channels `first` to `first + channels` of the tokens of TILES tiles from `start` on, written to `out`."""
+    o_d, o_r = tl.arange(0, BD), tl.arange(0, RP)
+    m_d, m_r = o_d < channels, o_r < R
+    b_taps, b_up = load_tables(taps + first, up + first, D, R, o_d, m_d, o_r, m_r, W, CT)
+    for i in range(tl.minimum(TILES, tl.cdiv(T - start, BT))):
+        o_t = start + i * BT + tl.arange(0, BT)
+        m_t = o_t < T
+        b_age = load_age(age, o_t, m_t)
+        b_z = load_tokens(features, z_token, o_t, m_t, o_r, m_r)
+        b_y = load_tokens(x + first, x_token, o_t, m_t, o_d, m_d).to(tl.float32)
+        b_y += load_bias(bias, first, o_d, m_d, BT, BD)
+        for j in tl.static_range(W):
+            b_x = load_tokens(x + first, x_token, o_t - (W - 1) + j, m_t & (b_age >= W - 1 - j), o_d, m_d)
+            b_y += (matmul(b_z, b_up[j], CT, PRECISION) + b_taps[j]) * b_x.to(tl.float32)
+        b_out = b_y * tl.sigmoid(b_y)
+        if NORM:
+            b_out *= tl.rsqrt(tl.sum(b_out * b_out, 1) + EPSILON)[:, None]
+        store_tokens(out, out_token, o_t, m_t, o_d, m_d, b_out)
+
+
+@triton.jit
+def dynamic_taps_gradient_kernel(
+    x, features, taps, up, bias, age, dq, dk, dv, dy, d_features, d_up, d_shared, x_batch, x_token, z_batch, z_token, B,
+    T, R, key_channels, value_channels, blocks,
+    K: tl.constexpr, W: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, CT: tl.constexpr,
+    PRECISION: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """One program per TILES tiles of BT tokens of a batch entry and block of channels.
+
+    The tensors of the forward; dy: [B, T, D], the gradient before the activation; float32 sums: d_features
+    [blocks, B, T, R] over a block's channels, d_up [programs, W, R, D] and d_shared [programs, W, D], or W + 1 with a
+    bias, whose gradient comes last, over the tokens of the programs of a block.
+    """
+    i_d, i_bt = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    spans = tl.cdiv(T, BT * TILES)
+    i_b, i_t = (i_bt // spans).to(tl.int64), i_bt % spans
+    x += i_b * x_batch
+    features += i_b * z_batch
+    D = 2 * key_channels + value_channels
+    dy += i_b * T * D
+    d_features += (i_d.to(tl.int64) * B + i_b) * T * R
+    d_up += i_bt.to(tl.int64) * W * R * D
+    d_shared += i_bt.to(tl.int64) * (W if bias is None else W + 1) * D
+    heads = key_channels // K
+    if i_d < 2 * heads:
+        d_out = tl.where(i_d < heads, dq, dk) + i_b * T * key_channels + i_d % heads * K
+        taps_gradient(
+            x, features + i_d // heads * R, taps, up, bias, age, d_out, dy, d_features, d_up, d_shared, x_token,
+            z_token, D, key_channels, T, R, i_d * K, K, i_t * BT * TILES, W, RP, BT, BD, CT, PRECISION, TILES, True,
+        )  # fmt: skip
+    else:
+        i_v = (i_d - 2 * heads) * BD
+        d_out = dv + i_b * T * value_channels + i_v
+        taps_gradient(
+            x, features + 2 * R, taps, up, bias, age, d_out, dy, d_features, d_up, d_shared, x_token, z_token, D,
+            value_channels, T, R, 2 * key_channels + i_v, value_channels - i_v, i_t * BT * TILES,
+            W, RP, BT, BD, CT, PRECISION, TILES, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def taps_gradient(
+    x, features, taps, up, bias, age, d_out, dy, d_features, d_up, d_shared, x_token, z_token, D, out_token, T, R,
+    first, channels, start,
+    W: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """The gradients of `dynamic_convolve` but for that of x."""
+    o_d, o_r, o_row = tl.arange(0, BD), tl.arange(0, RP), tl.arange(0, FEWEST_ROWS)
+    m_d, m_r = o_d < channels, o_r < R
+    b_taps, b_up = load_tables(taps + first, up + first, D, R, o_d, m_d, o_r, m_r, W, CT)
+    b_d_shared = tl.zeros([FEWEST_ROWS, BD], tl.float32)
+    b_d_up = ()
+    for _ in tl.static_range(W):
+        b_d_up += (tl.zeros([RP, BD], tl.float32),)
+    for i in range(tl.minimum(TILES, tl.cdiv(T - start, BT))):
+        o_t = start + i * BT + tl.arange(0, BT)
+        m_t = o_t < T
+        b_age = load_age(age, o_t, m_t)
+        b_z = load_tokens(features, z_token, o_t, m_t, o_r, m_r)
+        b_y = load_tokens(x + first, x_token, o_t, m_t, o_d, m_d).to(tl.float32)
+        b_y += load_bias(bias, first, o_d, m_d, BT, BD)
+        b_x = ()
+        for j in tl.static_range(W):
+            b_x += (load_tokens(x + first, x_token, o_t - (W - 1) + j, m_t & (b_age >= W - 1 - j), o_d, m_d),)
+            b_y += (matmul(b_z, b_up[j], CT, PRECISION) + b_taps[j]) * b_x[j].to(tl.float32)
+        b_d_out = load_tokens(d_out, out_token, o_t, m_t, o_d, m_d).to(tl.float32)
+        b_dy = activation_gradient(b_y, b_d_out, NORM)
+        store_tokens(dy + first, D, o_t, m_t, o_d, m_d, b_dy)
+        b_dz = tl.zeros([BT, RP], tl.float32)
+        b_more_d_up = ()
+        for j in tl.static_range(W):
+            b_d_taps = (b_dy * b_x[j].to(tl.float32)).to(CT)
+            b_dz += matmul(b_d_taps, tl.trans(b_up[j]), CT, PRECISION)
+            b_more_d_up += (b_d_up[j] + matmul(tl.trans(b_z), b_d_taps, CT, PRECISION),)
+            b_d_shared += matmul(sums_into_row(o_row, j, BT), b_d_taps, CT, PRECISION)
+        if bias is not None:
+            b_d_shared += matmul(sums_into_row(o_row, W, BT), b_dy, CT, PRECISION)
+        b_d_up = b_more_d_up
+        store_tokens(d_features, R, o_t, m_t, o_r, m_r, b_dz)
+    for j in tl.static_range(W):
+        store_tokens(d_up + j * R * D + first, D, o_r, m_r, o_d, m_d, b_d_up[j])
+    store_tokens(d_shared + first, D, o_row, o_row < (W if bias is None else W + 1), o_d, m_d, b_d_shared)
+
+
+@triton.jit
+def dynamic_tokens_gradient_kernel(
+    features, taps, up, age, dy, dx, z_batch, z_token, T, R, key_channels, value_channels, blocks,
+    K: tl.constexpr, W: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, CT: tl.constexpr,
+    PRECISION: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """One program per TILES tiles of BT tokens of a batch entry and block of channels; dy, dx: [B, T, D]."""
+    i_d, i_bt = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    spans = tl.cdiv(T, BT * TILES)
+    i_b, i_t = (i_bt // spans).to(tl.int64), i_bt % spans
+    start = i_t * BT * TILES
+    D = 2 * key_channels + value_channels
+    heads = key_channels // K
+    of_keys = i_d < 2 * heads
+    i_v = (i_d - 2 * heads) * BD
+    first = tl.where(of_keys, i_d * K, 2 * key_channels + i_v)
+    o_d, o_r = tl.arange(0, BD), tl.arange(0, RP)
+    m_d, m_r = o_d < tl.where(of_keys, K, value_channels - i_v), o_r < R
+    features += i_b * z_batch + tl.minimum(i_d // heads, 2) * R
+    dy += i_b * T * D + first
+    dx += i_b * T * D + first
+    b_taps, b_up = load_tables(taps + first, up + first, D, R, o_d, m_d, o_r, m_r, W, CT)
+    for i in range(tl.minimum(TILES, tl.cdiv(T - start, BT))):
+        o_t = start + i * BT + tl.arange(0, BT)
+        b_dx = load_tokens(dy, D, o_t, o_t < T, o_d, m_d).to(tl.float32)
+        for j in tl.static_range(W):
+            o_later = o_t + (W - 1 - j)
+            m_t = o_later < T
+            m_t = m_t & (load_age(age, o_later, m_t) >= W - 1 - j)
+            b_z = load_tokens(features, z_token, o_later, m_t, o_r, m_r)
+            b_dy = load_tokens(dy, D, o_later, m_t, o_d, m_d)
+            b_dx += (matmul(b_z, b_up[j], CT, PRECISION) + b_taps[j]) * b_dy.to(tl.float32)
+        store_tokens(dx, D, o_t, o_t < T, o_d, m_d, b_dx)
+
+
+@triton.jit
+def load_tables(taps, up, D, R, o_d, m_d, o_r, m_r, W: tl.constexpr, CT: tl.constexpr):
+    """Tuples over the taps: what all tokens share, [1, BD] float32, and what features add, [RP, BD] in the dtype CT."""
+    b_taps, b_up = (), ()
+    for j in tl.static_range(W):
+        b_taps += (load_channels(taps + j * D, o_d, m_d),)
+        b_up += (load_tokens(up + j * R * D, D, o_r, m_r, o_d, m_d).to(CT),)
+    return b_taps, b_up
+
+
+@triton.jit
+def sums_into_row(o_row, row: tl.constexpr, BT: tl.constexpr):
+    """What a tile of BT tokens is multiplied by for their sum in one row, [rows, BT] float32."""
+    return tl.zeros([o_row.shape[0], BT], tl.float32) + tl.where(o_row == row, 1.0, 0.0)[:, None]
