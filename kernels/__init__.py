@@ -20,7 +20,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .backends import require_triton_convolution, require_triton_support, resolve_backend
+from .backends import (
+    require_triton_convolution,
+    require_triton_dynamic_taps,
+    require_triton_support,
+    resolve_backend,
+)
 from .call import OpCall
 from .checks import check_call
 from .state import CarveState, state_shapes
@@ -34,6 +39,7 @@ __all__ = [
     "recurrent_carve",
     "recurrent_gdn2",
     "require_triton_convolution",
+    "require_triton_dynamic_taps",
     "require_triton_support",
     "resolve_backend",
     "run_chunk",

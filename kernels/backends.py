@@ -41,7 +41,8 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 HEAD_WIDTHS = (32, 64, 96, 128, 256)
 WIDEST_CONVOLUTION = 8
-HIGHEST_CONVOLUTION_RANK = 32
+# Bytes. In the gradient's kernel its operands take six times as much of shared memory.
+LARGEST_TAPS_TABLE = 32 * 1024
 
 
 def require_triton_support(
@@ -96,24 +97,25 @@ def require_triton_width(use: str, size: str, width: int, widest: int = HEAD_WID
         )
 
 
-def require_triton_convolution(width: int, rank: int = 0) -> None:
-    """Refuse what the short convolution's kernels cannot hold in registers.
+def require_triton_convolution(width: int) -> None:
+    """Raise NotImplementedError for more taps than the short convolution's kernels hold in registers."""
+    if width > WIDEST_CONVOLUTION:
+        raise NotImplementedError(
+            f"backend 'triton': expected at most {WIDEST_CONVOLUTION} taps in the short convolution, got {width}; "
+            "use backend='torch'"
+        )
 
-    Args:
-        width: taps.
-        rank: features that dynamic taps are made of.
 
-    Raises:
-        NotImplementedError: too many of either.
-    """
-    for number, largest, what in (
-        (width, WIDEST_CONVOLUTION, "taps in the short convolution"),
-        (rank, HIGHEST_CONVOLUTION_RANK, "features (convolution_rank) of dynamic taps"),
-    ):
-        if number > largest:
-            raise NotImplementedError(
-                f"backend 'triton': expected at most {largest} {what}, got {number}; use backend='torch'"
-            )
+def require_triton_dynamic_taps(dtype: torch.dtype, key_head_dim: int, width: int, rank: int) -> None:
+    """Raise NotImplementedError for more features than the kernels' programs hold the table of, which makes taps of
+    them for a head's channels; both count as powers of two, features from 16 on."""
+    number = LARGEST_TAPS_TABLE // (2 if dtype == torch.bfloat16 else 4) // (width << (key_head_dim - 1).bit_length())
+    highest = 0 if number < 16 else 1 << number.bit_length() - 1
+    if rank > highest:
+        raise NotImplementedError(
+            f"backend 'triton': expected at most {highest} features (convolution_rank) of dynamic taps, {width} of "
+            f"them with key_head_dim {key_head_dim} in {_name(dtype)}, got {rank}; use backend='torch'"
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

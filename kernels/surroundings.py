@@ -9,7 +9,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .backends import require_triton_convolution, require_triton_dtype, require_triton_width, resolve_backend
+from .backends import (
+    require_triton_convolution,
+    require_triton_dtype,
+    require_triton_dynamic_taps,
+    require_triton_width,
+    resolve_backend,
+)
 from .checks import check_convolution, check_dynamic_convolution, check_gated_norm
 from .torch_backend import elementwise
 
@@ -99,7 +105,8 @@ def dynamic_convolve_qkv(
     if resolve_backend(backend, x.device) == "triton":
         require_triton_dtype(x.dtype)
         require_triton_width("dynamic_convolve_qkv", "key_head_dim", key_head_dim)
-        require_triton_convolution(weight.shape[1], up.shape[2])
+        require_triton_convolution(weight.shape[1])
+        require_triton_dynamic_taps(x.dtype, key_head_dim, *up.shape[1:])
         from .triton_backend.dynamic_convolution import DynamicConvolveQKV
 
         x, features = (part if part.stride(-1) == 1 else part.contiguous() for part in (x, features))

@@ -21,8 +21,8 @@ from torch import Tensor
 from .products import arithmetic_of, matmul
 from .short_convolution import (
     EPSILON,
-    channel_blocks,
     activation_gradient,
+    channel_blocks,
     load_age,
     load_bias,
     load_channels,
@@ -31,7 +31,7 @@ from .short_convolution import (
     token_age,
 )
 
-# Rows of a tile. With fewer than 64 no product is one of a warp group's, whose narrow ones Triton has got wrong.
+# Rows of a tile. With fewer than 64 no product is a warp group's, whose narrow ones Triton has got wrong.
 TILE = 32
 NUM_WARPS = 8
 # Tiles of a program: tables are loaded once for them, and in the backward there is a set of sums for each program.
@@ -49,7 +49,7 @@ class DynamicConvolveQKV(torch.autograd.Function):
         ctx: Any, x: Tensor, features: Tensor, weight: Tensor, up: Tensor, bias: Tensor | None,
         cu_seqlens: Tensor | None, key_channels: int, key_head_dim: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        (B, T, D), value_channels = x.shape, x.shape[2] - 2 * key_channels
+        B, T, value_channels = *x.shape[:2], x.shape[2] - 2 * key_channels
         q, k = (x.new_empty(B, T, key_channels) for _ in range(2))
         v = x.new_empty(B, T, value_channels)
         launch = _Launch.of(x, weight, up, key_channels, key_head_dim)

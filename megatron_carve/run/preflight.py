@@ -18,7 +18,12 @@ from torch.distributed import Store
 
 from megatron_carve.data.blend import Blend, contents, require_known_ids
 from megatron_carve.data.tokenizer import load_tokenizer
-from megatron_carve.kernels import require_triton_convolution, require_triton_support, resolve_backend
+from megatron_carve.kernels import (
+    require_triton_convolution,
+    require_triton_dynamic_taps,
+    require_triton_support,
+    resolve_backend,
+)
 from megatron_carve.model.config import LayerImplementation
 from megatron_carve.model.variants import MIXER_LETTERS, VARIANTS
 from megatron_carve.notices import say_once
@@ -122,8 +127,9 @@ def check_backend(recipe: Recipe, device: str) -> None:
                         erase=m.erase,
                         content=m.content_rank > 0,
                     )
-                    dynamic = m.short_convolution == "dynamic"
-                    require_triton_convolution(m.taps, m.convolution_rank if dynamic else 0)
+                    require_triton_convolution(m.taps)
+                    if m.short_convolution == "dynamic":
+                        require_triton_dynamic_taps(dtype, m.key_head_dim, m.conv_width, m.convolution_rank)
     except NotImplementedError as error:
         raise NotImplementedError(f"model.mixer_backend: {error}") from None
 

@@ -44,8 +44,9 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 DEFAULT_MIXER: dict[str, Any] = {
     "num_key_heads": 2, "num_value_heads": 2, "key_head_dim": 32, "value_head_dim": 32, "conv_width": 4,
     "decay_projection": "low_rank", "output_gate_projection": "low_rank", "output_gate_activation": "silu",
-    "short_convolution": "static", "convolution_rank": 16, "conv_bias": False, "negative_eigenvalues": False, "erase": "diagonal",
-    "prediction": "previous", "erase_bias": None, "content_rank": 16, "content_chunk": 64, "content_grad": "full",
+    "short_convolution": "static", "convolution_rank": 16, "conv_bias": False, "negative_eigenvalues": False,
+    "erase": "diagonal", "prediction": "previous", "erase_bias": None, "content_rank": 16, "content_chunk": 64,
+    "content_grad": "full",
 }  # fmt: skip
 
 CHUNK = 64

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/bench_surroundings.py [--json FILE]
 
-Inputs: bfloat16, heads of 128 channels, four taps; x and gate are slices of a projection [T, B, F], as in a mixer.
+Inputs: bfloat16, heads of 128 channels, four taps (dynamic ones of 16 features); x, features and gate are slices of a
+projection [T, B, F], as in a mixer.
 Times are medians of triton.testing.do_bench. The minimum traffic is every input and output once in the forward; in the
 backward the inputs, the gradients of the outputs and those of the inputs.
 """
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from megatron_carve.kernels.surroundings import convolve_qkv, gated_head_norm
+from megatron_carve.kernels.surroundings import convolve_qkv, dynamic_convolve_qkv, gated_head_norm
 
 # (B, T, heads)
 SIZES = [(4, 4096, 16), (1, 16384, 16), (1, 2048, 16)]
-WIDTH = 128
+WIDTH, RANK = 128, 16
 Outputs = tuple[Tensor, ...]
 Case = tuple[Callable[[str], Outputs], list[Tensor]]
 
@@ -32,17 +33,23 @@ def projection(B: int, T: int, channels: int) -> Tensor:
     return wide.transpose(0, 1)[..., :channels].requires_grad_()
 
 
-def convolution(B: int, T: int, H: int, *, packed: bool = False) -> Case:
+def convolution(B: int, T: int, H: int, *, packed: bool = False, rank: int = 0) -> Case:
     if packed:
         B, T = 1, B * T
     x = projection(B, T, 3 * H * WIDTH)
     weight = torch.randn(x.shape[2], 4, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     ends = torch.arange(0, T + 1, T // 8, device="cuda", dtype=torch.int32) if packed else None
+    op: Callable[..., Outputs] = convolve_qkv
+    leaves = [x, weight]
+    if rank:
+        op = dynamic_convolve_qkv
+        up = torch.randn(*weight.shape, rank, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        leaves = [x, projection(B, T, 3 * rank), weight, up]
 
     def run(backend: str) -> Outputs:
-        return convolve_qkv(x, weight, key_channels=H * WIDTH, key_head_dim=WIDTH, cu_seqlens=ends, backend=backend)
+        return op(*leaves, key_channels=H * WIDTH, key_head_dim=WIDTH, cu_seqlens=ends, backend=backend)
 
-    return run, [x, weight]
+    return run, leaves
 
 
 def norm(B: int, T: int, H: int) -> Case:
@@ -60,6 +67,8 @@ def norm(B: int, T: int, H: int) -> Case:
 CASES: dict[str, Callable[[int, int, int], Case]] = {
     "convolve_qkv": convolution,
     "convolve_qkv, 8 packed": lambda B, T, H: convolution(B, T, H, packed=True),
+    "dynamic_convolve_qkv": lambda B, T, H: convolution(B, T, H, rank=RANK),
+    "dynamic_convolve_qkv, 8 packed": lambda B, T, H: convolution(B, T, H, packed=True, rank=RANK),
     "gated_head_norm": norm,
 }
 

@@ -4,6 +4,8 @@ An error is the largest difference from float64 over the largest value. It may b
 same dtype (three times for gradients) plus one rounding: of bfloat16, or of the GPU's float32 exp and 1/sqrt.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from support.gpu import assert_no_host_synchronisation, memory_of_nan
@@ -11,7 +13,7 @@ from support.interpreter import DEVICE
 from support.surroundings import Convolution, Norm
 from support.tolerances import error
 
-from megatron_carve.kernels.surroundings import convolve_qkv
+from megatron_carve.kernels.surroundings import convolve_qkv, dynamic_convolve_qkv
 
 pytestmark = pytest.mark.gpu
 
@@ -24,6 +26,13 @@ CASES: dict[str, Convolution | Norm] = {
     "convolution, eight taps": Convolution(lengths=(1, 700, 0, 64), H=4, K=96, V=500, W=8, bias=True),
     "convolution, narrow heads": Convolution(B=2, T=3000, H=4, K=32, V=256),
     "convolution, wide heads": Convolution(B=2, T=1000, H=4, K=256, V=1024),
+    "dynamic": Convolution(B=2, T=1000, H=16, K=128, V=2048, R=16, bias=True, extra=2064),
+    "dynamic, unaligned": Convolution(B=2, T=1000, H=16, K=128, V=2048, R=15, extra=3),
+    "dynamic, packed": Convolution(lengths=(1, 700, 0, 64, 65, 3, 500), H=16, K=128, V=2048, R=16, bias=True),
+    "dynamic, 96 channels": Convolution(B=2, T=1000, H=4, K=96, V=500, R=4),
+    "dynamic, eight taps": Convolution(lengths=(1, 700, 0, 64), H=4, K=64, V=500, W=8, R=16, bias=True),
+    "dynamic, narrow heads, 64 features": Convolution(B=2, T=3000, H=4, K=32, V=256, R=64),
+    "dynamic, wide heads": Convolution(B=2, T=1000, H=4, K=256, V=1024, W=2, R=16),
     "norm": Norm(B=2, T=1000, H=16, V=128),
     "norm, sigmoid": Norm(B=2, T=1000, H=16, V=128, activation="sigmoid", gate="whole"),
     "norm, 96 channels": Norm(B=2, T=1000, H=16, V=96, gate="heads", x="heads"),
@@ -52,7 +61,7 @@ def test_values_and_gradients(case: str, dtype: str) -> None:
     assert not failures, "; ".join(failures)
 
 
-@pytest.mark.parametrize("case", ["convolution", "convolution, packed", "norm"])
+@pytest.mark.parametrize("case", ["convolution", "convolution, packed", "dynamic", "dynamic, packed", "norm"])
 def test_two_runs_are_equal_in_every_bit(case: str) -> None:
     first, second = (CASES[case].run(torch.bfloat16, torch.bfloat16, DEVICE, "triton") for _ in range(2))
     for name, x in first.items():
@@ -65,16 +74,20 @@ def test_auto_is_triton() -> None:
 
 
 def test_no_host_synchronisation() -> None:
-    case = CASES["convolution, packed"]
+    case = CASES["dynamic, packed"]
     D = 2 * case.H * case.K + case.V
     x = torch.randn(1, sum(case.lengths), D, device=DEVICE, requires_grad=True)
     weight = torch.randn(D, case.W, device=DEVICE, requires_grad=True)
+    features = torch.randn(1, x.shape[1], 3 * case.R, device=DEVICE, requires_grad=True)
+    up = torch.randn(D, case.W, case.R, device=DEVICE, requires_grad=True)
     ends = torch.tensor([0, 1, sum(case.lengths)], device=DEVICE)
+    options: dict[str, Any] = {
+        "key_channels": case.H * case.K, "key_head_dim": case.K, "cu_seqlens": ends, "backend": "triton",
+    }  # fmt: skip
 
     def step() -> None:
-        q, k, v = convolve_qkv(
-            x, weight, key_channels=case.H * case.K, key_head_dim=case.K, cu_seqlens=ends, backend="triton"
-        )
-        torch.autograd.grad([q, k, v], [x, weight], [torch.ones_like(part) for part in (q, k, v)])
+        for op, leaves in ((convolve_qkv, [x, weight]), (dynamic_convolve_qkv, [x, features, weight, up])):
+            out = op(*leaves, **options)
+            torch.autograd.grad(out, leaves, [torch.ones_like(part) for part in out])
 
     assert_no_host_synchronisation(step)

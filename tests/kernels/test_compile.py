@@ -21,20 +21,23 @@ KERNELS = {
     "diagonal": PARALLEL_CHUNK
     | {"content_terms", "content_gradient", "erasing_decay", "erasing_decay_gradient", "carve_token"},
     "delta": CHUNK | {"delta_operands", "delta_state", "delta_state_gradient", "carve_token"},
+    "dynamic": {"dynamic_forward", "dynamic_taps_gradient", "dynamic_tokens_gradient"},
 }
-DYNAMIC = {"dynamic_forward", "dynamic_taps_gradient", "dynamic_tokens_gradient"}
-ERASE = {"gdn2": "gdn2", "previous": "diagonal", "decayed": "diagonal", "delta": "delta"}
-RECIPES = [("gdn2", "bfloat16", 128), ("previous", "bfloat16", 128), ("previous", "bfloat16", 64)]
+ERASE = {"gdn2": "gdn2", "previous": "diagonal", "decayed": "diagonal", "delta": "delta", "dynamic": "dynamic"}
+RECIPES = [
+    ("gdn2", "bfloat16", 128), ("previous", "bfloat16", 128), ("previous", "bfloat16", 64), ("dynamic", "bfloat16", 128)
+]  # fmt: skip
 OTHERS = [
     ("gdn2", "bfloat16", 256), ("gdn2", "float16", 256), ("gdn2", "float32", 256), ("gdn2", "float32", 32),
     ("decayed", "bfloat16", 128), ("decayed", "float16", 64), ("previous", "float32", 64), ("previous", "float32", 32),
     ("delta", "bfloat16", 128), ("delta", "bfloat16", 256), ("delta", "float16", 128), ("delta", "float32", 128),
     ("delta", "bfloat16", 32),
+    ("dynamic", "bfloat16", 256), ("dynamic", "float16", 128), ("dynamic", "float32", 128),
 ]  # fmt: skip
 # Bytes that a thread of a sequential loop may spill: beside so much shared memory an SM's cache has room for little.
 # The content stages rebuild the decays, scores and writes of a chunk in one program, and hold a state meanwhile: more
 # than fits; with fewer registers they are slower yet.
-SPILLED = {"gdn2": 0, "diagonal": 2304, "delta": 700}
+SPILLED = {"gdn2": 0, "diagonal": 2304, "delta": 700, "dynamic": 0}
 
 
 @pytest.mark.parametrize(
@@ -53,7 +56,10 @@ def test_kernels_fit_a_hopper_gpu(form: str, dtype: str, width: int, tmp_path: P
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert {row["kernel"].removesuffix("_kernel") for row in rows} == KERNELS[ERASE[form]]
     assert all(row["shared"] <= SHARED_MEMORY for row in rows), rows
-    if (form, dtype, width) in RECIPES and form != "dynamic":  # larger tiles have too few registers
+    if (form, dtype, width) in RECIPES:  # larger tiles have too few registers
+        if form == "dynamic":  # every kernel is a loop; its products are too narrow for warp groups
+            assert all(row["spilled"] <= SPILLED[form] and not row["products"] for row in rows), rows
+            return
         loops = [row for row in rows if "_state" in row["kernel"] or row["kernel"].startswith("content_")]
         assert len(loops) == {"gdn2": 2, "diagonal": 3}[ERASE[form]] and all(row["products"] for row in loops), rows
         # a compiler that finds sums touched while a product runs makes all products of a kernel wait for each other

@@ -15,7 +15,7 @@ CONTENT_RANK = 16
 def documented(
     kind: str, *, tp: int, sp: bool, cp: int, method: str, options: dict[str, Any], hidden: int, heads: int, width: int,
     tokens: int, rank: int,
-) -> dict[str, dict[str, list[int]]]:
+) -> dict[str, dict[str, list[int]]]:  # fmt: skip
     """The table of docs/parallelism.md with K = V = width, a batch of one and as many value heads as key heads.
 
     rank: within the context-parallel group.

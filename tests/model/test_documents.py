@@ -39,7 +39,9 @@ def logits_and_gradient(model, tokens: torch.Tensor, weight: torch.Tensor, packe
     return out, torch.autograd.grad((out * weight).sum(), [p for p in model.parameters() if p.requires_grad])
 
 
-@pytest.mark.parametrize("options", [{"window_size": (15, 0)}, {"num_query_groups": 2, "mixer": {"content_rank": 4, **DYNAMIC}}])
+@pytest.mark.parametrize(
+    "options", [{"window_size": (15, 0)}, {"num_query_groups": 2, "mixer": {"content_rank": 4, **DYNAMIC}}]
+)
 def test_each_document_gives_what_it_gives_alone(options):
     model = hybrid_model("C-*-2-K-", length=len(ROWS) * T, **options)
     with torch.no_grad():

@@ -56,8 +56,11 @@ def test_parameters_are_those_of_the_built_model(pattern):
 
 @pytest.mark.parametrize(
     ("letter", "options"),
-    [*((letter, []) for letter in MIXER_LETTERS), ("C", ["mixer.erase=delta", "mixer.content_rank=0"]),
-     ("2", ["mixer.short_convolution=dynamic", "mixer.convolution_rank=4"])],
+    [
+        *((letter, []) for letter in MIXER_LETTERS),
+        ("C", ["mixer.erase=delta", "mixer.content_rank=0"]),
+        ("2", ["mixer.short_convolution=dynamic", "mixer.convolution_rank=4"]),
+    ],
 )
 @pytest.mark.parametrize("recompute", ["false", "true"])
 @pytest.mark.parametrize("projections", ["low_rank", "full_rank"])

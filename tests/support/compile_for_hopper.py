@@ -3,9 +3,10 @@
     python tests/support/compile_for_hopper.py gdn2|previous|decayed|delta|dynamic DTYPE WIDTH
 
 calls the chunk op, forward and backward with what a mixer gives it, and one step of decoding (of "dynamic" the dynamic
-convolution, forward and backward), with launches replaced by compilation; prints a line of JSON for each kernel: its name, its shared memory in bytes, the registers of a thread, the
-bytes that it spills, and how many of Hopper's instructions multiply tiles and how many wait for them. A script of its
-own: what it changes in Triton stays for the life of a process.
+convolution, forward and backward), with launches replaced by compilation; prints a line of JSON for each kernel: its
+name, its shared memory in bytes, the registers of a thread, the bytes that it spills, and how many of Hopper's
+instructions multiply tiles and how many wait for them. A script of its own: what it changes in Triton stays for the
+life of a process.
 """
 
 import json

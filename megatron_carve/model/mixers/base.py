@@ -140,7 +140,7 @@ class LinearAttentionMixer(MegatronModule):
         key_channels = self.local_sizes["key"]
         self.conv: ShortConvolution | PlainActivation = PlainActivation(key_channels, key_head_dim=c.key_head_dim)
         if c.short_convolution != "none":
-            sizes = {"key_head_dim": c.key_head_dim, "width": c.conv_width, "bias": c.conv_bias}
+            sizes: dict[str, Any] = {"key_head_dim": c.key_head_dim, "width": c.conv_width, "bias": c.conv_bias}
             channels = key_channels, self.local_sizes["value"]
             if c.short_convolution == "dynamic":
                 self.conv = DynamicConvolution(self.config, *channels, rank=c.convolution_rank, **sizes)
@@ -320,14 +320,13 @@ class LinearAttentionMixer(MegatronModule):
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, tp_group=None):
         """Megatron's distributed-checkpoint description; fused tensors are stored by named section."""
+        convolved = {name: self.local_sizes[name] for name in CONVOLVED}
         return sharded_mixer_state(
             self, prefix, sharded_offsets, metadata,
             tp_group=self.tp_group,
             split={
                 "in_proj.weight": self.local_sizes,
-                **dict.fromkeys(
-                    ("conv.weight", "conv.bias", "conv.up"), {n: self.local_sizes[n] for n in CONVOLVED}
-                ),
+                **{f"conv.{name}": convolved for name in ("weight", "bias", "up")},
             },
         )  # fmt: skip
 

@@ -94,7 +94,7 @@ class ShortConvolution(nn.Module):
             x, exchange, *features, bias=None if self.bias is None else self._share(self.bias, exchange),
             key_channels=self.key_channels // exchange.shares, key_head_dim=self.key_head_dim, cu_seqlens=cu_seqlens,
             backend=backend,
-        )
+        )  # fmt: skip
         q, k, v = (part[:, before:] for part in mixed)
         return q, k, v
 
@@ -125,7 +125,7 @@ class DynamicConvolution(ShortConvolution):
 
     def _convolve(self, x: Tensor, exchange: Exchange, *features: Tensor, **options: Any) -> tuple[Tensor, ...]:
         weight, up = (self._share(parameter, exchange) for parameter in (self.weight, self.up))
-        return dynamic_convolve_qkv(x, *features, weight, up, **options)
+        return dynamic_convolve_qkv(x, features[0], weight, up, **options)
 
 
 class PlainActivation(nn.Module):
