@@ -77,10 +77,8 @@ def documented(
         ("carve", 1, False, 2, "sequence"),
         ("gdn2", 1, False, 2, "sequence"),
         ("gdn2", 2, True, 2, "auto"),
-        ("kda", 2, True, 2, "auto"),
-        ("kda", 1, False, 2, "sequence"),
-        ("kda with dynamic taps", 2, True, 2, "heads"),
-        ("kda with dynamic taps", 2, False, 2, "sequence"),
+        ("kda with dynamic taps", 2, True, 2, "auto"),
+        ("kda with dynamic taps", 1, False, 2, "sequence"),
     ],
 )
 def test_collectives_of_a_layer(kind, tp, sp, cp, method, tmp_path):

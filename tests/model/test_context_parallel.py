@@ -15,6 +15,7 @@ from megatron_carve.model.context.exchange import HeadExchange
 WORKER = Path(__file__).parents[1] / "support" / "context_worker.py"
 
 
+DYNAMIC = {"short_convolution": "dynamic", "convolution_rank": 3}
 # Kind of mixer, whether documents are packed, the order in which they were divided, options.
 LAYERS = [
     ("carve", False, "document", {}),
@@ -23,10 +24,8 @@ LAYERS = [
     ("carve", True, "document", {"erase": "delta", "output_gate_activation": "none"}),
     ("gdn2", True, "document", {"short_convolution": "none"}),
     ("carve", True, "sequence", {"conv_bias": True, "content_grad": "detached", "prediction": "decayed"}),
-    ("gdn2", True, "sequence", {"conv_bias": True}),
-    ("kda", True, "document", {"negative_eigenvalues": True}),
-    ("carve", False, "document", {"short_convolution": "dynamic", "convolution_rank": 3}),
-    ("gdn2", True, "sequence", {"short_convolution": "dynamic", "convolution_rank": 3, "conv_bias": True}),
+    ("gdn2", True, "sequence", {"conv_bias": True, **DYNAMIC}),
+    ("kda", True, "document", {"negative_eigenvalues": True, **DYNAMIC}),
 ]
 
 

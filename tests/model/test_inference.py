@@ -46,7 +46,10 @@ SPLITS = [[LENGTH], [1] * 20, [70, 1, 1, 1], [3, 64, 5, 1, 20, 1, 56], [140, *[1
 PATTERNS = {
     "carve": ("C-C-", {}),
     "gdn2": ("2-2-", {}),
-    "kda": ("KK", {"mixer": {"negative_eigenvalues": True}}),
+    "kda, dynamic taps": (
+        "KK",
+        {"mixer": {"negative_eigenvalues": True, "short_convolution": "dynamic", "convolution_rank": 4}},
+    ),
     "attention": ("*-*-", {"num_query_groups": 2}),
     "window": ("*-*-", {"window_size": (16, 0)}),
     "hybrid": ("C-2*-", {"window_size": (16, 0), "num_query_groups": 2}),
@@ -57,7 +60,6 @@ PATTERNS = {
     "decayed": ("C2", {"mixer": {"prediction": "decayed", "content_rank": 0}}),
     "least": ("C2", {"mixer": {"short_convolution": "none", "output_gate_activation": "none"}}),
     "window of one": ("*-", {"window_size": (0, 0)}),
-    "dynamic": ("C2K", {"mixer": {"conv_bias": True, "short_convolution": "dynamic", "convolution_rank": 4}}),
     "short convolution": ("2C", {"linear_conv_kernel_dim": 1}),
 }
 

@@ -9,9 +9,9 @@ LOSS_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 2e-4
 
 HYBRID, CARVE, GDN2 = {"pattern": "C-2-*-"}, {"pattern": "C-C-"}, {"pattern": "2-2-"}
-KDA = {"pattern": "K-K-"}
-DELTA = {"pattern": "C-C-", "mixer": {"content_rank": 4, "erase": "delta"}}
-DYNAMIC = {"pattern": "C-2-", "mixer": {"short_convolution": "dynamic", "convolution_rank": 4}, "steps": 2}
+DYNAMIC = {"short_convolution": "dynamic", "convolution_rank": 4}
+KDA = {"pattern": "K-K-", "mixer": DYNAMIC}
+DELTA = {"pattern": "C-C-", "mixer": {"content_rank": 4, "erase": "delta", **DYNAMIC}}
 # Documents of random lengths that 2 * cp divides, packed into one sequence. Local attention does not take them.
 PACKED = {"pattern": "C-2-", "documents": [24, 80, 8, 72], "seq_length": 184, "steps": 2}
 # Documents of any lengths in the rows of a batch, kept apart.
@@ -66,8 +66,6 @@ def single(tmp_path_factory):
         pytest.param(KDA, {"tp": 4}, marks=pytest.mark.long),
         pytest.param(GDN2, {"cp": 2, **FULL}, marks=pytest.mark.long),
         pytest.param(GDN2, {"recompute": "selective", "recompute_modules": ["mlp"], "tp": 2}, marks=pytest.mark.slow),
-        pytest.param(DYNAMIC, {"tp": 2, "sp": True, "cp": 2}, marks=pytest.mark.slow),
-        pytest.param(DYNAMIC, {"tp": 2, "cp": 2, **SEQUENCE, "mixer_recompute": True}, marks=pytest.mark.slow),
         pytest.param(PACKED, {"cp": 2}, marks=pytest.mark.long),
         pytest.param(PACKED, {"cp": 4, **SEQUENCE}, marks=pytest.mark.slow),
         pytest.param(PACKED, {"tp": 2, "sp": True, "cp": 2, "mixer_recompute": True}, marks=pytest.mark.slow),

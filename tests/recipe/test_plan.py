@@ -58,8 +58,15 @@ def test_parameters_are_those_of_the_built_model(pattern):
     ("letter", "options"),
     [
         *((letter, []) for letter in MIXER_LETTERS),
-        ("C", ["mixer.erase=delta", "mixer.content_rank=0"]),
-        ("2", ["mixer.short_convolution=dynamic", "mixer.convolution_rank=4"]),
+        (
+            "C",
+            [
+                "mixer.erase=delta",
+                "mixer.content_rank=0",
+                "mixer.short_convolution=dynamic",
+                "mixer.convolution_rank=4",
+            ],
+        ),
     ],
 )
 @pytest.mark.parametrize("recompute", ["false", "true"])

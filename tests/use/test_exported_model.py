@@ -11,9 +11,8 @@ from megatron_carve.use import modeling_carve
 SIZES = {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 16, "value_head_dim": 16, "content_rank": 4}
 FORMS = {
     "diagonal": {},
-    "decayed": {"prediction": "decayed", "conv_bias": True},
+    "decayed": {"prediction": "decayed", "conv_bias": True, "short_convolution": "dynamic", "convolution_rank": 5},
     "delta": {"erase": "delta", "content_chunk": 128},
-    "dynamic": {"short_convolution": "dynamic", "convolution_rank": 5, "conv_bias": True},
     "without": {"content_rank": 0, "short_convolution": "none"},
 }
 PAD = 0
