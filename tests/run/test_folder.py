@@ -156,6 +156,14 @@ class TestRecipe:
         folder.recipe.write_text(folder.recipe.read_text().replace("C-*-2-*-", "2-*-2-*-"))
         assert folder.saved_recipe().model.pattern == "2-*-2-*-"
 
+    def test_without_a_key_that_came_later_is_of_its_default(self, folder):
+        lines = folder.recipe.read_text().splitlines(keepends=True)
+        folder.recipe.write_text("".join(line for line in lines if "convolution_rank" not in line))
+        assert folder.recipe.read_text().count("\n") == len(lines) - 1
+        folder.check_same_model(recipe())
+        found = refusal(folder, lambda: folder.check_same_model(recipe("mixer.short_convolution=dynamic")))
+        assert "mixer.short_convolution" in found
+
     def test_is_utf8_whatever_the_locale(self, folder, monkeypatch):
         seen = []
         write = type(folder.recipe).write_text
