@@ -10,14 +10,15 @@ VOCAB, LENGTH = 64, 400
 SIZES = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_value_heads": 2}
 
 
-@pytest.fixture(scope="module")
-def models():
+@pytest.fixture(scope="module", params=["static", "dynamic"])
+def models(request):
     """One model in float32 and in bfloat16, with the same weights."""
     with one_process("cuda"):
         made = {}
         for dtype, options in (torch.bfloat16, {"bf16": True, "params_dtype": torch.bfloat16}), (torch.float32, {}):
             made[dtype] = hybrid_model(
-                "C-2*-", vocab_size=VOCAB, length=LENGTH, window_size=(16, 0), **options, **SIZES
+                "C-2*-", vocab_size=VOCAB, length=LENGTH, window_size=(16, 0),
+                mixer={"short_convolution": request.param}, **options, **SIZES,
             ).cuda().eval()  # fmt: skip
         with torch.no_grad():
             for rounded, exact in zip(made[torch.bfloat16].parameters(), made[torch.float32].parameters(), strict=True):
