@@ -13,7 +13,7 @@ LINEAR_MAPS = {
 LINEAR_MAPS |= {"2": LINEAR_MAPS["C"], "K": LINEAR_MAPS["C"]}
 OTHERS = {
     "C": {
-        "conv.weight", "conv.bias", "decay.A_log", "decay.dt_bias", "gate_up.bias", "out_norm.weight",
+        "conv.weight", "conv.up", "conv.bias", "decay.A_log", "decay.dt_bias", "gate_up.bias", "out_norm.weight",
         "erase_bias.bias", "content_down", "content_up",
     },
     "*": set(), "-": set(),
@@ -30,7 +30,7 @@ def megatron():
 
 @pytest.fixture(scope="module")
 def model():
-    return hybrid_model(PATTERN, mixer={"content_rank": 4, "conv_bias": True})
+    return hybrid_model(PATTERN, mixer={"content_rank": 4, "conv_bias": True, "short_convolution": "dynamic"})
 
 
 @pytest.fixture(scope="module")
