@@ -69,7 +69,7 @@ def single(tmp_path_factory):
         pytest.param(PACKED, {"cp": 2}, marks=pytest.mark.long),
         pytest.param(PACKED, {"cp": 4, **SEQUENCE}, marks=pytest.mark.slow),
         pytest.param(PACKED, {"tp": 2, "sp": True, "cp": 2, "mixer_recompute": True}, marks=pytest.mark.slow),
-        (APART_HYBRID, {"tp": 2, "sp": True, "pp": 2}),
+        pytest.param(APART_HYBRID, {"tp": 2, "sp": True, "pp": 2}, marks=pytest.mark.slow),
         pytest.param(APART_HYBRID, {"tp": 2, "dp": 2, **FULL}, marks=pytest.mark.long),
         pytest.param(APART_HYBRID, {"pp": 4, "pattern": "C-|2|-|*-"}, marks=pytest.mark.long),
         pytest.param(APART, {"tp": 2, "sp": True, "cp": 2}, marks=pytest.mark.slow),

@@ -24,6 +24,12 @@ def megatron():
         yield
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(11)
+
+
 def build(kind: str, *, options=None, **changes):
     from megatron.core.transformer.spec_utils import build_module
 
@@ -184,7 +190,7 @@ def test_dynamic_taps_start_as_static_ones_beside_the_token():
     x = hidden_states()
     torch.testing.assert_close(dynamic(x)[0], static(x)[0], rtol=1e-5, atol=1e-6)
     perturbed(dynamic.conv)
-    assert (dynamic(x)[0] != static(x)[0]).all()
+    assert (dynamic(x)[0] != static(x)[0]).float().mean() > 0.99
 
 
 @pytest.mark.parametrize(("kind", "options"), WITH_DYNAMIC, ids=str)
@@ -331,22 +337,33 @@ def perturbed(module: torch.nn.Module) -> torch.nn.Module:
     ids=str,
 )
 def test_both_backends_agree(kind, options):
-    """Outputs and all gradients, through projections' slices as the kernels meet them in a model; recomputed too."""
+    """Outputs and all gradients, through projections' slices as the kernels meet them in a model; recomputed too.
+
+    A gradient of few numbers may be a sum that cancels, of which rounding is a larger part; how much, the distance of
+    the torch path from float64 tells.
+    """
     from support import interpreter
 
     sizes = {"linear_num_value_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
     mixer = perturbed(build(kind, options=options, **sizes))
     hidden = torch.randn(80, 1, HIDDEN, device=interpreter.DEVICE)
+    exact = build(kind, options=options, **sizes)
+    exact.load_state_dict(mixer.state_dict())
+    for parameter in exact.parameters():  # some of which refuse to be cast with their module
+        parameter.data = parameter.data.double()
     found = []
-    for backend, recompute in (("torch", False), ("triton", False), ("triton", True)):
-        mixer.backend, mixer.recompute = backend, recompute
-        x = hidden.clone().requires_grad_()
-        out = mixer(x)[0]
-        names, parameters = zip(*mixer.named_parameters(), strict=True)
+    for model, backend, recompute in (
+        (mixer, "torch", False), (mixer, "triton", False), (mixer, "triton", True), (exact, "torch", False),
+    ):  # fmt: skip
+        model.backend, model.recompute = backend, recompute
+        x = hidden.to(next(model.out_proj.parameters()).dtype, copy=True).requires_grad_()
+        out = model(x)[0]
+        names, parameters = zip(*model.named_parameters(), strict=True)
         gradients = torch.autograd.grad((out * out.detach().cos()).sum(), [x, *parameters])
         found.append({"out": out} | dict(zip(["x", *names], gradients, strict=True)))
     for name, expected in found[0].items():
         assert expected.norm() > 0, f"{name} is zero, so comparing it shows nothing"
-        error = ((found[1][name] - expected).norm() / expected.norm()).item()
-        assert error < 2e-5, f"{name}: relative error {error:.1e}"
+        truth = found[3][name]
+        plain, error = (((x - truth).norm() / truth.norm()).item() for x in (expected, found[1][name]))
+        assert error < max(2e-5, 3 * plain), f"{name}: relative error {error:.1e}, of the torch path {plain:.1e}"
         assert found[2][name].equal(found[1][name]), f"{name} differs when it is recomputed"

@@ -11,6 +11,8 @@ from support.train import train, train_ranks
 from megatron_carve import checksums
 from megatron_carve.run.full_disk import full_disk
 
+pytestmark = pytest.mark.slow
+
 TINY = """
 inherit: debug
 model: {pattern: C-, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 1}

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -13,6 +14,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from megatron_carve.use.trained import trained_model
+
+pytestmark = pytest.mark.slow
 
 CONFIG = {
     "model_type": "kda", "architectures": ["KDAForCausalLM"], "hidden_size": 32, "num_hidden_layers": 3, "num_heads": 2,
