@@ -43,7 +43,7 @@ SPILLED = {"gdn2": 0, "diagonal": 2304, "delta": 700, "dynamic": 0}
 @pytest.mark.parametrize(
     ("form", "dtype", "width"),
     [
-        *(pytest.param(*case, marks=[] if case == RECIPES[1] else pytest.mark.slow) for case in RECIPES),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in RECIPES),
         *(pytest.param(*case, marks=pytest.mark.long) for case in OTHERS),
     ],
 )

@@ -51,7 +51,7 @@ def single(tmp_path_factory):
         pytest.param(HYBRID, {"cp": 2}, marks=pytest.mark.slow),
         pytest.param(HYBRID, {"cp": 2, "dp": 2}, marks=pytest.mark.long),
         pytest.param(HYBRID, {"cp": 2, "pp": 2}, marks=pytest.mark.slow),
-        (HYBRID, {"cp": 4, **SEQUENCE}),
+        pytest.param(HYBRID, {"cp": 4, **SEQUENCE}, marks=pytest.mark.slow),
         (HYBRID, {"tp": 2, "sp": True, "cp": 2}),
         pytest.param(HYBRID, FULL, marks=pytest.mark.slow),
         pytest.param(CARVE, {"tp": 4, "sp": True}, marks=pytest.mark.long),

@@ -331,7 +331,11 @@ def perturbed(module: torch.nn.Module) -> torch.nn.Module:
         ("gdn2", {"conv_bias": True}),
         ("gdn2", {"conv_bias": True, **DYNAMIC}),
         pytest.param("carve", {"conv_bias": True}, marks=pytest.mark.slow),
-        ("carve", {"prediction": "decayed", "short_convolution": "none", "output_gate_activation": "none"}),
+        pytest.param(
+            "carve",
+            {"prediction": "decayed", "short_convolution": "none", "output_gate_activation": "none"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param("carve", {"erase": "delta"}, marks=pytest.mark.slow),
     ],
     ids=str,

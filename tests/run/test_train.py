@@ -95,6 +95,7 @@ def test_samples_and_tasks_at_every_evaluation_leave_the_run_as_it_is(folder, st
     assert out.count("  perplexity of cats.txt") == 2 and out.count("  single_1") == 2
 
 
+@pytest.mark.slow
 def test_old_checkpoints_go(folder):
     words = ["run.name=kept", "data.text=cats.txt", "checkpoint.interval=2", "training.eval_interval=4"]
     train(folder, "tiny.yaml", *words, "checkpoint.keep=2", "checkpoint.keep_every=6")
@@ -279,6 +280,7 @@ def test_a_walk_over_layouts_trains_as_one_process(folder, unmoved, seed):
         assert actual[step] == pytest.approx(loss, rel=2e-5), f"step {step} of {walk}"
 
 
+@pytest.mark.slow
 def test_attention_over_spread_tokens_needs_transformer_engine(folder):
     words = ["tiny.yaml", "run.name=refused", "model.pattern=C-*-", "parallel.context=2"]
     with pytest.raises(AssertionError, match=r"parallel\.context: attention without .* expected 1"):
@@ -338,6 +340,7 @@ def test_the_recall_task_and_multi_token_prediction(folder):
     assert summary["accuracy_name"] == "recall accuracy"
 
 
+@pytest.mark.slow
 def test_json_lines_and_indexed_datasets(folder):
     documents = [{"body": f"document {i} " * 30} for i in range(60)]
     (folder / "docs.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
@@ -453,6 +456,7 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_failure_ends_the_program_although_data_workers_run(folder):
     run = subprocess.run(
         [sys.executable, "-c", FAILS_IN_STEP_TWO, "tiny.yaml", "run.name=fails", "megatron.num_workers=2"],

@@ -373,6 +373,7 @@ def test_a_mistake_in_a_later_task_is_found_before_the_first_one_begins(folder):
     assert "perplexity" not in done.stdout and "tokens, depth" not in done.stderr
 
 
+@pytest.mark.slow
 def test_mistakes_end_in_one_line(folder):
     cats, single = "runs/cats", ["--tasks", "single_1"]
     cases = [
