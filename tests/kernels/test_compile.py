@@ -43,7 +43,10 @@ SPILLED = {"gdn2": 0, "diagonal": 2304, "delta": 700, "dynamic": 0}
 @pytest.mark.parametrize(
     ("form", "dtype", "width"),
     [
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in RECIPES),
+        *(
+            pytest.param(*case, marks=pytest.mark.long if "previous" in case and 64 in case else pytest.mark.slow)
+            for case in RECIPES
+        ),
         *(pytest.param(*case, marks=pytest.mark.long) for case in OTHERS),
     ],
 )

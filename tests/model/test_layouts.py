@@ -72,7 +72,7 @@ def single(tmp_path_factory):
         pytest.param(APART_HYBRID, {"tp": 2, "sp": True, "pp": 2}, marks=pytest.mark.slow),
         pytest.param(APART_HYBRID, {"tp": 2, "dp": 2, **FULL}, marks=pytest.mark.long),
         pytest.param(APART_HYBRID, {"pp": 4, "pattern": "C-|2|-|*-"}, marks=pytest.mark.long),
-        pytest.param(APART, {"tp": 2, "sp": True, "cp": 2}, marks=pytest.mark.slow),
+        pytest.param(APART, {"tp": 2, "sp": True, "cp": 2}, marks=pytest.mark.long),
         pytest.param(APART, {"cp": 4, **SEQUENCE, "mixer_recompute": True}, marks=pytest.mark.slow),
         pytest.param(APART, {"cp": 2, "pp": 2, **SEQUENCE}, marks=pytest.mark.long),
         pytest.param(MULTI_TOKEN, {"pp": 2}, marks=pytest.mark.long),

@@ -92,6 +92,7 @@ def test_programs_that_use_a_run_see_it_too(folder):
     assert done.returncode == 2 and "__0_0.distcp is damaged: its checksum" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_a_checkpoint_without_checksums_and_one_that_the_tracker_passes_over_are_said(folder):
     run = folder / "runs" / "earlier"
     shutil.copytree(folder / "runs/whole", run)
@@ -145,7 +146,7 @@ def test_a_full_disk_is_found_among_what_an_error_came_of():
     assert full_disk(raised(ValueError("x"), OSError(errno.EACCES, "no"))) is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_write_and_check_their_parts(folder):
     """Saved beside training, by two processes; then one byte of each one's file is another."""
     words = [*WORDS, "run.name=two", "megatron.async_save=true", "megatron.async_strategy=mcore"]

@@ -20,7 +20,7 @@ SAME_CURVE = {"fp32": 1e-5, "bf16": 5e-4}
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "layout"),
-    [("fp32", "parallel.tensor=2"), ("bf16", "parallel.tensor=1")],
+    [pytest.param("fp32", "parallel.tensor=2", marks=pytest.mark.long), ("bf16", "parallel.tensor=1")],
     ids=["float32, then divided", "bfloat16, then spread over two replicas"],
 )
 def test_a_resumed_run_goes_on_as_a_straight_one(tmp_path, precision, layout):

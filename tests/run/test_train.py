@@ -79,7 +79,7 @@ def test_a_run_on_text_learns_and_leaves_everything(folder, straight):
     assert [line for line in said if not re.match(OWN_LINES, line)] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_samples_and_tasks_at_every_evaluation_leave_the_run_as_it_is(folder, straight):
     words = ["tiny.yaml", "run.name=samples", "data.text=cats.txt", "run.sample_prompts=[the cat, '']"]
     tasks = "run.evaluate='--tasks perplexity,single_1 --text cats.txt --samples 1 --needle-lengths 300'"
@@ -109,7 +109,7 @@ def test_every_evaluation_sees_the_same_text(folder, straight):
     assert len(said) == 2 and said[0] == said[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_other_data_than_the_checkpoints_are_said(folder):
     (folder / "changing.txt").write_text(TEXT)
     words = ["tiny.yaml", "run.name=changing", "data.text=changing.txt"]
@@ -252,7 +252,7 @@ LAYOUTS = [
     (4, ("parallel.context=2", "parallel.pipeline=2")),
     (2, ("parallel.context=2", "parallel.context_method=sequence", "model.mixer_recompute=true")),
 ]
-WALKS = [pytest.param(seed, marks=[pytest.mark.long] if seed > 0 else []) for seed in range(10)]
+WALKS = range(10)
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def unmoved(folder):
     return words
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", WALKS)
 def test_a_walk_over_layouts_trains_as_one_process(folder, unmoved, seed):
     """Every three steps the run is resumed at another layout, parameters and optimizer with it."""

@@ -180,7 +180,7 @@ def test_a_bfloat16_run_keeps_decay_and_erase_bias_in_float32(folder):
     assert (theirs - ours).norm() < 0.02 * ours.norm()  # two orders of rounding
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_hugging_face_tokenizer_goes_along(folder):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
