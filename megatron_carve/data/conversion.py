@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_carve.data.blocks import Place, read_blocks
-from megatron_carve.data.encoding import Encoder, encoding
+from megatron_carve.data.blocks import Block, Place, read_blocks
+from megatron_carve.data.encoding import Encoder, Tokens, encoding
 from megatron_carve.data.indexed import IndexedWriter, Written
 from megatron_carve.data.inputs import Input, InputError, title
 from megatron_carve.data.tokenizer import Tokenizer
@@ -79,16 +79,7 @@ def convert(
                 inputs, place, text_key=text_key, validation_fraction=validation_fraction, examples=examples
             )
             for block, tokens in encode(blocks):
-                for writer, found, validation in zip(writers, tokens, (False, True), strict=False):
-                    if block.form == "piece":
-                        if validation == block.validation:
-                            writer.add_piece(found.ids, found.text_bytes, ends=block.ends)
-                    else:
-                        writer.add(
-                            found.ids, found.lengths, text_bytes=found.text_bytes, empty=found.empty,
-                            last_bytes=found.last_bytes,
-                            learned=found.learned,
-                        )  # fmt: skip
+                _write(block, tokens, writers)
                 now = time.monotonic()
                 speed = (sum(w.written.tokens for w in writers) - begun[1]) / max(now - begun[0], 1e-9)
                 bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
@@ -112,6 +103,17 @@ def convert(
     finally:
         for writer in writers:
             writer.close()
+
+
+def _write(block: Block, tokens: tuple[Tokens, Tokens], writers: Sequence[IndexedWriter]) -> None:
+    for writer, found, validation in zip(writers, tokens, (False, True), strict=False):
+        if block.form != "piece":
+            writer.add(
+                found.ids, found.lengths, text_bytes=found.text_bytes, empty=found.empty, last_bytes=found.last_bytes,
+                learned=found.learned,
+            )  # fmt: skip
+        elif validation == block.validation:
+            writer.add_piece(found.ids, found.text_bytes, ends=block.ends)
 
 
 def _hold_out_one(aside: Path, writers: Sequence[IndexedWriter], end: Place, on_disk: int) -> None:

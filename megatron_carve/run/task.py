@@ -66,6 +66,11 @@ class Task:
     blend: Blend | None = None
     """None for the generated task."""
 
+    @property
+    def apart(self) -> bool:
+        """Whether documents of a sequence do not see each other."""
+        return self.recipe.data.documents == "apart"
+
     def datasets(self, num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
         """(train, validation, test) for this rank, as pretrain() asks for them."""
         args = get_args()
@@ -97,13 +102,13 @@ class Task:
             eod=self.eod,
             vocab_size=self.vocab_size,
             cache_path=get_args().data_cache_path,
-            is_built_on_rank=partial(_reads_data, vp_stage, documents=recipe.data.documents == "apart"),
-            documents_apart=recipe.data.documents == "apart",
+            is_built_on_rank=partial(_reads_data, vp_stage, documents=self.apart),
+            documents_apart=self.apart,
         )
 
     def _packed(self, for_training: int, for_validation: int, vp_stage: int | None) -> tuple[Any, Any]:
-        blend, training, apart = self.blend, self.recipe.training, self.recipe.data.documents == "apart"
-        if blend is None or not _reads_data(vp_stage, documents=apart):
+        blend, training = self.blend, self.recipe.training
+        if blend is None or not _reads_data(vp_stage, documents=self.apart):
             return None, None
         train, validation = (
             PackedExamples(
@@ -113,7 +118,7 @@ class Task:
                 seed=training.seed,
                 eod=self.eod,
                 split=split,
-                documents_apart=apart,
+                documents_apart=self.apart,
             )
             for parts, count, split in (
                 (blend.train, for_training, "train"),
@@ -128,8 +133,7 @@ class Task:
         While evaluating, the model returns logits instead of losses, so that accuracy is measured too.
         """
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
-        apart = self.recipe.data.documents == "apart"
-        batch = next_batch(data_iterator, vp_stage, documents=apart)
+        batch = next_batch(data_iterator, vp_stage, documents=self.apart)
         evaluating = not model.training
         output = model(
             batch["tokens"], batch["position_ids"], None,

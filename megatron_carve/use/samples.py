@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_carve import evaluate
 from megatron_carve.model.variants import MIXER_LETTERS
 from megatron_carve.recipe import Recipe
+from megatron_carve.run.data import run_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
+    from megatron_carve.data.tokenizer import Tokenizer
     from megatron_carve.run.preflight import Plan
     from megatron_carve.run.progress import Progress
     from megatron_carve.use.trained import Trained
@@ -82,19 +85,21 @@ class Samples:
             self._all(step)
             self.progress.pause()
 
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return run_tokenizer(self.plan.recipe)
+
     def _all(self, step: int) -> None:
         import torch
         from megatron.core.utils import unwrap_model
 
-        from megatron_carve.run.data import run_tokenizer
         from megatron_carve.use.trained import Trained
 
         model = unwrap_model(list(self._models))[0]
         training = model.training
         recipe, start = self.plan.recipe, self.plan.start
-        tokenizer = run_tokenizer(recipe)
         device = torch.device(self.plan.device)
-        trained = Trained(model.eval(), recipe, step, start.vocab_size, device, tokenizer)
+        trained = Trained(model.eval(), recipe, step, start.vocab_size, device, self._tokenizer)
         try:
             with torch.no_grad():
                 self._samples(trained)

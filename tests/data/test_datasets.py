@@ -10,26 +10,10 @@ from megatron_carve.data import blend as blends
 from megatron_carve.data import blocks
 from megatron_carve.data.blend import Part, indexed_blend, require_known_ids, text_blend
 from megatron_carve.data.datasets import SameSamples, build_gpt_datasets
-from megatron_carve.data.text import prepare_folder, prepare_text
+from megatron_carve.data.text import prepare_folder
 from megatron_carve.data.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
-LINES = "".join(f"line {i}: naïve — 日本語 🙂 {'x' * (i % 7)}\n" for i in range(200))
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    path = tmp_path / "corpus.txt"
-    path.write_bytes(LINES.encode())
-    return path
-
-
-@pytest.fixture
-def prepare(tmp_path):
-    def call(path, **options):
-        return prepare_text(path, BYTES, tmp_path / "cache", progress=False, **options)
-
-    return call
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from support.texts import LINES
 
 from megatron_carve.data import blocks, conversion, indexed, inputs
 from megatron_carve.data.text import prepare_text, read_text, require_tokens
 from megatron_carve.data.tokenizer import Tokenizer, load_tokenizer
 
 BYTES = load_tokenizer("bytes")
-LINES = "".join(f"line {i}: naïve — 日本語 🙂 {'x' * (i % 7)}\n" for i in range(200))
 
 
 class Spy(Tokenizer):
@@ -48,21 +48,6 @@ class Words(Spy):
 
     def encode(self, text):
         return np.arange(len(text.split()), dtype=np.int32)
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    path = tmp_path / "corpus.txt"
-    path.write_bytes(LINES.encode())
-    return path
-
-
-@pytest.fixture
-def prepare(tmp_path):
-    def call(path, tokenizer=BYTES, **options):
-        return prepare_text(path, tokenizer, tmp_path / "cache", **({"progress": False} | options))
-
-    return call
 
 
 def write(path, content):
