@@ -15,6 +15,7 @@ from megatron_carve.patches.muon_parameters import muon_parameters
 from megatron_carve.patches.offloaded_optimizer import offloaded_optimizer
 from megatron_carve.patches.patch import Patch, PatchError, Replacement, applied_patches
 from megatron_carve.patches.process_group_device import process_group_device
+from megatron_carve.patches.saving_processes import saving_processes
 from megatron_carve.patches.training_events import TrainingListener, training_events
 
 __all__ = [
@@ -39,5 +40,6 @@ __all__ = [
     "offloaded_optimizer",
     "process_group_device",
     "read_index",
+    "saving_processes",
     "training_events",
 ]

@@ -6,7 +6,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,6 +22,7 @@ from megatron_carve.data.examples import Example, example
 from megatron_carve.data.inputs import InputError
 from megatron_carve.data.records import json_record, json_text, utf8
 from megatron_carve.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_carve.processes import end_with_parent
 
 # Blocks that are read ahead of the one that is written, for each process.
 _AHEAD = 4
@@ -238,18 +238,10 @@ _encoder: Encoder | None = None  # of a process that tokenises
 
 def _begin_worker(encoder: Encoder) -> None:
     global _encoder
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a key on the terminal interrupts this process through its parent
     _encoder = encoder
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed has told nobody, and this process would wait for blocks for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _encode(block: Block) -> tuple[Tokens, Tokens]:

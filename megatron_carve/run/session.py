@@ -80,6 +80,7 @@ def patch_megatron(listener: TrainingListener | None = None) -> None:
         patches.adam_resume,
         patches.checkpoint_index,
         patches.checkpoint_checksums,
+        patches.saving_processes,
         patches.mixed_precision_groups,
         patches.muon_parameters,
         patches.offloaded_optimizer,

@@ -16,6 +16,7 @@ def real_patches():
         "adam_resume": patches.adam_resume,
         "checkpoint_index": patches.checkpoint_index,
         "checkpoint_checksums": patches.checkpoint_checksums,
+        "saving_processes": patches.saving_processes,
         "mixed_precision_groups": patches.mixed_precision_groups,
         "muon_parameters": patches.muon_parameters,
         "offloaded_optimizer": patches.offloaded_optimizer,
