@@ -57,23 +57,22 @@ def cores() -> int:
 
 
 def _prepare(chosen: argparse.Namespace) -> None:
-    from megatron_carve.data.text import prepare_folder
+    from megatron_carve.data.text import Texts, prepare_folder
     from megatron_carve.data.tokenizer import load_tokenizer
 
     if chosen.workers < 1:
         raise ValueError(f"--workers: expected at least 1, got {chosen.workers}")
     if not 0 <= chosen.validation_fraction < 1:
         raise ValueError(f"--validation-fraction: expected at least 0 and below 1, got {chosen.validation_fraction}")
-    found = prepare_folder(
-        chosen.out,
+    texts = Texts(
         chosen.inputs,
         load_tokenizer(chosen.tokenizer),
         text_key=chosen.text_key,
         validation_fraction=chosen.validation_fraction,
         examples=chosen.loss_on == "completion",
-        workers=chosen.workers,
         argument="INPUT",
     )
+    found = prepare_folder(chosen.out, texts, workers=chosen.workers)
     print("\n".join(report(found)))
 
 

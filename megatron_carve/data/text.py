@@ -69,24 +69,55 @@ class PreparedText:
         return (self.train_tokens + self.validation_tokens) / (self.train_bytes + self.validation_bytes)
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Files to convert, and how.
+
+    Attributes:
+        given: a file, a folder, a glob, or a list of them; UTF-8. What files there may be: see `find_inputs`.
+        tokenizer: see `load_tokenizer`.
+        text_key: key of the document in a JSON line, or name of the column.
+        validation_fraction: in [0, 1); share of documents, or of bytes of a plain text; 0 keeps nothing.
+        examples: the lines are examples instead of documents, see `examples.example`; train.mask and validation.mask
+            then tell which tokens are learned.
+        argument: what messages call `given`.
+    """
+
+    given: Given
+    tokenizer: Tokenizer
+    text_key: str = "text"
+    validation_fraction: float = 0.05
+    examples: bool = False
+    argument: str = "data.text"
+
+    def identity(self, inputs: Sequence[Input]) -> dict[str, Any]:
+        """What a cached conversion must agree on to be used again."""
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"data.validation_fraction must be at least 0 and below 1, got {self.validation_fraction}")
+        together = hashlib.sha256()
+        for source in inputs:
+            together.update(json.dumps(source.identity()).encode())
+        return {
+            "format": _FORMAT,
+            "files": len(inputs),
+            "files_sha256": together.hexdigest(),
+            "tokenizer": self.tokenizer.spec,
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
+            "text_key": self.text_key,
+            "validation_fraction": self.validation_fraction,
+            "examples": self.examples,
+        }
+
+
 def prepare_text(
-    given: Given,
-    tokenizer: Tokenizer,
-    cache_dir: str | os.PathLike[str],
-    *,
-    text_key: str = "text",
-    validation_fraction: float = 0.05,
-    examples: bool = False,
-    workers: int = 1,
-    progress: bool = True,
-    argument: str = "data.text",
+    texts: Texts, cache_dir: str | os.PathLike[str], *, workers: int = 1, progress: bool = True
 ) -> PreparedText:
     """Tokenise texts once into a train and a validation set in Megatron's indexed format.
 
-    What files there may be: see `find_inputs`. One JSON object a line (.jsonl, .json, .ndjson) holds a document under
-    `text_key`, blank lines are skipped; so does a row of a .parquet file. Any other file is one document of plain text;
-    a byte-order mark that begins it is left out. Plain text and JSON lines may be compressed (.gz, .zst). The order of
-    documents is that of the files, whatever the number of workers.
+    One JSON object a line (.jsonl, .json, .ndjson) holds a document under `text_key`, blank lines are skipped; so does
+    a row of a .parquet file. Any other file is one document of plain text; a byte-order mark that begins it is left
+    out. Plain text and JSON lines may be compressed (.gz, .zst). The order of documents is that of the files, whatever
+    the number of workers.
 
     Validation documents lie evenly among the others, every 20th at 0.05; of fewer, the last one is. A file of plain
     text that is alone, or of 1 MiB or more, is two documents: its end is for validation, cut at a line where that
@@ -102,16 +133,9 @@ def prepare_text(
     arguments goes on from it on the same machine, and waits for it while it is under way.
 
     Args:
-        given: a file, a folder, a glob, or a list of them; UTF-8.
-        tokenizer: see `load_tokenizer`.
         cache_dir: created if missing.
-        text_key: key of the document in a JSON line, or name of the column.
-        validation_fraction: in [0, 1); share of documents, or of bytes of a plain text; 0 keeps nothing.
-        examples: the lines are examples instead of documents, see `examples.example`; train.mask and validation.mask
-            then tell which tokens are learned.
         workers: processes that tokenise. More than one load the tokenizer by its spec.
         progress: show a progress bar in bytes on stderr.
-        argument: what messages call `given`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -119,38 +143,20 @@ def prepare_text(
         ImportError: a file needs pyarrow, which is not installed.
         ChildProcessError: a worker was killed.
     """
-    with _named(argument):
-        inputs, identity, directory = _in_cache(given, tokenizer, cache_dir, text_key, validation_fraction, examples)
-        return _prepared(inputs, tokenizer, directory, identity, workers, progress)
+    with _named(texts.argument):
+        inputs = find_inputs(texts.given)
+        return _prepared(texts, inputs, _in_cache(texts, inputs, cache_dir), workers, progress)
 
 
-def find_prepared(
-    given: Given,
-    tokenizer: Tokenizer,
-    cache_dir: str | os.PathLike[str],
-    *,
-    text_key: str = "text",
-    validation_fraction: float = 0.05,
-    examples: bool = False,
-    argument: str = "data.text",
-) -> PreparedText | None:
+def find_prepared(texts: Texts, cache_dir: str | os.PathLike[str]) -> PreparedText | None:
     """What `prepare_text` has left of the same arguments, or None; nothing is tokenised. Errors as there."""
-    with _named(argument):
-        directory = _in_cache(given, tokenizer, cache_dir, text_key, validation_fraction, examples)[2]
+    with _named(texts.argument):
+        directory = _in_cache(texts, find_inputs(texts.given), cache_dir)
         return load_prepared(directory) if directory.exists() else None
 
 
 def prepare_folder(
-    out: str | os.PathLike[str],
-    given: Given,
-    tokenizer: Tokenizer,
-    *,
-    text_key: str = "text",
-    validation_fraction: float = 0.05,
-    examples: bool = False,
-    workers: int = 1,
-    progress: bool = True,
-    argument: str = "data.text",
+    out: str | os.PathLike[str], texts: Texts, *, workers: int = 1, progress: bool = True
 ) -> PreparedText:
     """`prepare_text` with a result in the folder `out`: train.bin, train.idx, validation.bin, validation.idx.
 
@@ -162,15 +168,14 @@ def prepare_folder(
         if not directory.is_dir() or any(directory.iterdir()):
             raise FileExistsError(f"{directory}: expected a new or empty folder")
         directory.rmdir()
-    with _named(argument):
-        for entry in [given] if isinstance(given, str | os.PathLike) else given:
+    with _named(texts.argument):
+        for entry in [texts.given] if isinstance(texts.given, str | os.PathLike) else texts.given:
             if directory.is_relative_to(Path(entry).expanduser().absolute()):
                 raise FileExistsError(f"{directory}: lies in {entry}, whose files are read; choose another folder")
-        inputs = find_inputs(given)
-        identity = _identity(inputs, tokenizer, text_key, validation_fraction, examples)
-        if directory.exists() and _manifest(directory)["identity"] != identity:
+        inputs = find_inputs(texts.given)
+        if directory.exists() and _manifest(directory)["identity"] != texts.identity(inputs):
             raise FileExistsError(f"{directory}: holds other texts, or the same prepared in another way")
-        return _prepared(inputs, tokenizer, directory, identity, workers, progress)
+        return _prepared(texts, inputs, directory, workers, progress)
 
 
 def load_prepared(folder: str | os.PathLike[str]) -> PreparedText:
@@ -247,62 +252,26 @@ def _named(argument: str) -> Iterator[None]:
         raise type(error)(f"{argument}: {error}") from error
 
 
-def _identity(
-    inputs: Sequence[Input], tokenizer: Tokenizer, text_key: str, fraction: float, examples: bool
-) -> dict[str, Any]:
-    """What a cached conversion must agree on to be used again."""
-    if not 0 <= fraction < 1:
-        raise ValueError(f"data.validation_fraction must be at least 0 and below 1, got {fraction}")
-    together = hashlib.sha256()
-    for source in inputs:
-        together.update(json.dumps(source.identity()).encode())
-    return {
-        "format": _FORMAT,
-        "files": len(inputs),
-        "files_sha256": together.hexdigest(),
-        "tokenizer": tokenizer.spec,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "text_key": text_key,
-        "validation_fraction": fraction,
-        "examples": examples,
-    }
-
-
-def _in_cache(
-    given: Given,
-    tokenizer: Tokenizer,
-    cache_dir: str | os.PathLike[str],
-    text_key: str,
-    fraction: float,
-    examples: bool,
-) -> tuple[list[Input], dict[str, Any], Path]:
-    """The inputs, their identity, and the directory for what is made of them."""
-    inputs = find_inputs(given)
-    identity = _identity(inputs, tokenizer, text_key, fraction, examples)
+def _in_cache(texts: Texts, inputs: Sequence[Input], cache_dir: str | os.PathLike[str]) -> Path:
+    """The directory for what is made of the inputs."""
     stem = plain_stem(inputs[0].path.name) + (f"-and-{len(inputs) - 1}-more" if len(inputs) > 1 else "")
-    return inputs, identity, Path(cache_dir).expanduser().absolute() / f"{stem}-{_key(identity)}"
+    return Path(cache_dir).expanduser().absolute() / f"{stem}-{_key(texts.identity(inputs))}"
 
 
 def _key(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _prepared(
-    inputs: Sequence[Input],
-    tokenizer: Tokenizer,
-    directory: Path,
-    identity: dict[str, Any],
-    workers: int,
-    progress: bool,
-) -> PreparedText:
+def _prepared(texts: Texts, inputs: Sequence[Input], directory: Path, workers: int, progress: bool) -> PreparedText:
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
+    identity = texts.identity(inputs)
     if not directory.exists():
         _remove_abandoned(directory, _key(identity))
         partial, lock = _begin(directory, _key(identity))
         try:
             if not directory.exists():  # nobody else finished it meanwhile
-                _fill(partial, inputs, tokenizer, identity, workers, progress)
+                _fill(partial, texts, inputs, identity, workers, progress)
                 _publish(partial / _DONE, directory)
             shutil.rmtree(partial, ignore_errors=True)
         except ValueError:  # of these texts nothing can be made, whereas an interrupted conversion can go on
@@ -316,31 +285,25 @@ def _prepared(
 
 
 def _fill(
-    partial: Path,
-    inputs: Sequence[Input],
-    tokenizer: Tokenizer,
-    identity: dict[str, Any],
-    workers: int,
-    progress: bool,
+    partial: Path, texts: Texts, inputs: Sequence[Input], identity: dict[str, Any], workers: int, progress: bool
 ) -> None:
     done = partial / _DONE
     done.mkdir(exist_ok=True)
     splits = convert(
         inputs,
-        tokenizer,
+        texts.tokenizer,
         done,
         partial,
-        text_key=identity["text_key"],
-        validation_fraction=identity["validation_fraction"],
-        examples=identity["examples"],
+        text_key=texts.text_key,
+        validation_fraction=texts.validation_fraction,
+        examples=texts.examples,
         workers=min(workers, 1 + sum(source.size for source in inputs) // _BYTES_PER_WORKER),
         progress=progress,
     )
     for source in inputs:
         if not source.path.is_file() or source.path.stat().st_size != source.size:
             raise InputError(f"{source.path} changed while it was being read; run again")
-    chosen = (identity["text_key"], identity["validation_fraction"], identity["examples"])
-    if _identity(inputs, tokenizer, *chosen) != identity:
+    if texts.identity(inputs) != identity:
         raise InputError(f"{title(inputs)} changed while it was being read; run again")
     files = {file.name: file.stat().st_size for file in done.iterdir() if file.name != MANIFEST}
     manifest = {"identity": identity, "source": title(inputs), "splits": splits, "files": files}

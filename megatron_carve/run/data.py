@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron_carve.data.blend import Blend, indexed_blend, text_blend
 from megatron_carve.data.inputs import InputError, find_inputs
-from megatron_carve.data.text import find_prepared, prepare_text, require_tokens
+from megatron_carve.data.text import Texts, find_prepared, prepare_text, require_tokens
 from megatron_carve.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_carve.notices import say_once
 from megatron_carve.recipe import Recipe
@@ -61,10 +61,11 @@ def prepared_blend(recipe: Recipe) -> Blend | None:
     if data.text is None:
         return None
     workers = data.workers or len(os.sched_getaffinity(0))
-    prepared = [prepare_text(workers=workers, **options) for options in _texts(recipe)]
-    for found, options in zip(prepared, _texts(recipe), strict=True):
-        if not found.examples:  # they are packed, and what is left is filled
-            require_tokens(found, recipe.training.seq_length, options["argument"])
+    prepared = []
+    for texts in _texts(recipe):
+        prepared.append(prepare_text(texts, _cache(recipe), workers=workers))
+        if not texts.examples:  # they are packed, and what is left is filled
+            require_tokens(prepared[-1], recipe.training.seq_length, texts.argument)
     return text_blend(*prepared)
 
 
@@ -81,9 +82,9 @@ def data_lines(recipe: Recipe) -> list[str]:
             return []
         if recipe.data.source == "indexed":
             return blend_lines(find_blend(recipe), recipe)
-        found = [find_prepared(**options) for options in _texts(recipe)]
+        found = [find_prepared(texts, _cache(recipe)) for texts in _texts(recipe)]
         if None in found:
-            sizes = [source.size for options in _texts(recipe) for source in find_inputs(options["given"])]
+            sizes = [source.size for texts in _texts(recipe) for source in find_inputs(texts.given)]
             many = "s" if len(sizes) > 1 else ""
             return [f"{len(sizes):,} file{many} of {sum(sizes) / 1e6:,.1f} MB, not tokenised yet"]
         return blend_lines(text_blend(*[text for text in found if text is not None]), recipe)
@@ -91,18 +92,18 @@ def data_lines(recipe: Recipe) -> list[str]:
         return [f"{error}"]
 
 
-def _texts(recipe: Recipe) -> list[dict[str, Any]]:
-    """Arguments of prepare_text and find_prepared: for the text, and for a validation text of its own."""
+def _cache(recipe: Recipe) -> str | Path:
+    return recipe.data.cache or RunFolder(recipe.run.path).path / "data"
+
+
+def _texts(recipe: Recipe) -> list[Texts]:
+    """The text, and a validation text of its own."""
     data = recipe.data
     assert data.text is not None
-    shared = {
-        "tokenizer": run_tokenizer(recipe),
-        "cache_dir": data.cache or RunFolder(recipe.run.path).path / "data",
-        "text_key": data.text_key,
-        "examples": data.loss_on == "completion",
-    }
-    fraction = data.validation_fraction if data.validation is None else 0.0
-    texts = [shared | {"given": data.text, "validation_fraction": fraction, "argument": "data.text"}]
-    if data.validation is not None:
-        texts.append(shared | {"given": data.validation, "validation_fraction": 0.0, "argument": "data.validation"})
-    return texts
+    common = partial(
+        Texts, tokenizer=run_tokenizer(recipe), text_key=data.text_key, examples=data.loss_on == "completion"
+    )
+    if data.validation is None:
+        return [common(data.text, validation_fraction=data.validation_fraction)]
+    apart = partial(common, validation_fraction=0.0)
+    return [apart(data.text), apart(data.validation, argument="data.validation")]

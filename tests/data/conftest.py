@@ -3,7 +3,7 @@
 import pytest
 from support.texts import LINES
 
-from megatron_carve.data.text import prepare_text
+from megatron_carve.data.text import Texts, prepare_text
 from megatron_carve.data.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -18,7 +18,7 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def prepare(tmp_path):
-    def call(path, tokenizer=BYTES, **options):
-        return prepare_text(path, tokenizer, tmp_path / "cache", **({"progress": False} | options))
+    def call(path, tokenizer=BYTES, *, workers=1, progress=False, **options):
+        return prepare_text(Texts(path, tokenizer, **options), tmp_path / "cache", workers=workers, progress=progress)
 
     return call

@@ -10,7 +10,7 @@ from megatron_carve.data import blend as blends
 from megatron_carve.data import blocks
 from megatron_carve.data.blend import Part, indexed_blend, require_known_ids, text_blend
 from megatron_carve.data.datasets import SameSamples, build_gpt_datasets
-from megatron_carve.data.text import prepare_folder
+from megatron_carve.data.text import Texts, prepare_folder
 from megatron_carve.data.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -171,7 +171,7 @@ def folders(tmp_path):
     def build(name, letter, fraction):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(f'{{"text": "{letter * 99}"}}\n' for _ in range(60)))
-        return prepare_folder(tmp_path / name, path, BYTES, validation_fraction=fraction, progress=False).folder
+        return prepare_folder(tmp_path / name, Texts(path, BYTES, validation_fraction=fraction), progress=False).folder
 
     return build("one", "1", 0.5), build("two", "2", 0.1), build("three", "3", 0)
 

@@ -12,7 +12,7 @@ from megatron_carve.data import blocks, text
 from megatron_carve.data.blend import indexed_blend, text_blend
 from megatron_carve.data.examples import example
 from megatron_carve.data.packing import PackedExamples, packed
-from megatron_carve.data.text import prepare_folder
+from megatron_carve.data.text import Texts, prepare_folder
 from megatron_carve.data.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -80,14 +80,14 @@ def lines(path, records):
 def test_refused_examples(chat, tmp_path, record, message):
     path = lines(tmp_path / "bad.jsonl", [{"prompt": "a", "completion": "b"}, record])
     with pytest.raises(ValueError, match=rf"^data\.text: {re.escape(str(path))} {message}"):
-        prepare_folder(tmp_path / "out", path, chat, examples=True, progress=False)
+        prepare_folder(tmp_path / "out", Texts(path, chat, examples=True), progress=False)
     assert [file.name for file in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
 def test_examples_need_json_lines_and_messages_a_template(chat, tmp_path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ValueError, match=r"a\.txt is not JSON lines, in which examples are given"):
-        prepare_folder(tmp_path / "out", tmp_path / "a.txt", BYTES, examples=True, progress=False)
+        prepare_folder(tmp_path / "out", Texts(tmp_path / "a.txt", BYTES, examples=True), progress=False)
     messages = {"messages": [{"role": "assistant", "content": "hi"}]}
     with pytest.raises(ValueError, match=r"data\.tokenizer: 'bytes' has no chat template, which messages need"):
         example(messages, BYTES, "here")
@@ -106,7 +106,7 @@ def test_examples_need_json_lines_and_messages_a_template(chat, tmp_path):
 @pytest.fixture
 def examples(tmp_path):
     path = lines(tmp_path / "qa.jsonl", [{"prompt": "q" * (i % 13), "completion": str(i)} for i in range(200)])
-    return prepare_folder(tmp_path / "qa", path, BYTES, validation_fraction=0.1, examples=True, progress=False)
+    return prepare_folder(tmp_path / "qa", Texts(path, BYTES, validation_fraction=0.1, examples=True), progress=False)
 
 
 def test_masks_lie_beside_the_tokens(examples, tmp_path, monkeypatch):
@@ -120,14 +120,12 @@ def test_masks_lie_beside_the_tokens(examples, tmp_path, monkeypatch):
         assert np.array_equal(mask == 0, ids == ord("q"))
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 512)
     monkeypatch.setattr(text, "_BYTES_PER_WORKER", 1)
-    shared = prepare_folder(
-        tmp_path / "two", tmp_path / "qa.jsonl", BYTES, validation_fraction=0.1, examples=True, workers=2,
-        progress=False,
-    )  # fmt: skip
+    texts = Texts(tmp_path / "qa.jsonl", BYTES, validation_fraction=0.1, examples=True)
+    shared = prepare_folder(tmp_path / "two", texts, workers=2, progress=False)
     for file in Path(examples.folder).iterdir():
         assert (Path(shared.folder) / file.name).read_bytes() == file.read_bytes(), file.name
     few = lines(tmp_path / "few.jsonl", [{"prompt": "qq", "completion": "1"}, {"prompt": "q", "completion": "23"}])
-    few = prepare_folder(tmp_path / "few", few, BYTES, examples=True, progress=False)
+    few = prepare_folder(tmp_path / "few", Texts(few, BYTES, examples=True), progress=False)
     masks = [np.fromfile(f"{few.folder}/{split}.mask", dtype=np.uint8).tolist() for split in ("train", "validation")]
     assert masks == [[0, 0, 1, 1], [0, 1, 1, 1]]  # the last, held out, has taken its mask along
 
@@ -206,7 +204,7 @@ def test_every_epoch_has_every_example_once():
 
 def test_examples_longer_than_a_sequence_lose_their_end(tmp_path):
     path = lines(tmp_path / "long.jsonl", [{"prompt": "q" * 10, "completion": "1" * 90}] * 3)
-    found = prepare_folder(tmp_path / "out", path, BYTES, validation_fraction=0, examples=True, progress=False)
+    found = prepare_folder(tmp_path / "out", Texts(path, BYTES, validation_fraction=0, examples=True), progress=False)
     (sample,) = packing(found, 1, seq_length=30)
     assert sample["labels"].tolist() == [*b"q" * 9, *b"1" * 21]
     assert sample["loss_mask"].tolist() == [0] * 9 + [1] * 21
@@ -218,7 +216,7 @@ def test_examples_longer_than_a_sequence_lose_their_end(tmp_path):
 
 def test_examples_and_texts_are_not_confused(examples, tmp_path):
     path = lines(tmp_path / "text.jsonl", [{"text": "words"}] * 30)
-    texts = prepare_folder(tmp_path / "texts", path, BYTES, progress=False).folder
+    texts = prepare_folder(tmp_path / "texts", Texts(path, BYTES), progress=False).folder
     assert indexed_blend([examples.folder], split="95,5,0", examples=True).examples
     for entries, wants, message in [
         ([examples.folder], False, r"qa/train holds examples, of which data\.loss_on must be completion"),

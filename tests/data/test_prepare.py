@@ -22,7 +22,7 @@ from pyarrow import parquet
 from megatron_carve import prepare as program
 from megatron_carve.data import blocks, conversion, encoding, text
 from megatron_carve.data.inputs import find_inputs
-from megatron_carve.data.text import load_prepared, prepare_folder
+from megatron_carve.data.text import Texts, load_prepared, prepare_folder
 from megatron_carve.data.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -105,7 +105,7 @@ def texts_of(prefix):
 
 def test_every_kind_of_file_gives_its_documents(corpus, tmp_path, small_blocks):
     folder, told = corpus
-    prepared = prepare_folder(tmp_path / "out", folder, BYTES, validation_fraction=0.1, progress=False)
+    prepared = prepare_folder(tmp_path / "out", Texts(folder, BYTES, validation_fraction=0.1), progress=False)
     expected = [text for i, text in enumerate(told) if i % 10 != 9 and text]
     held_out = [text for i, text in enumerate(told) if i % 10 == 9 and text]
     assert texts_of(prepared.train_prefix) == expected
@@ -119,8 +119,8 @@ def test_every_kind_of_file_gives_its_documents(corpus, tmp_path, small_blocks):
 
 @pytest.mark.parametrize("workers", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_no_byte_depends_on_the_number_of_workers(corpus, tmp_path, small_blocks, workers):
-    alone = prepare_folder(tmp_path / "alone", corpus[0], BYTES, progress=False)
-    shared = prepare_folder(tmp_path / "shared", corpus[0], BYTES, workers=workers, progress=False)
+    alone = prepare_folder(tmp_path / "alone", Texts(corpus[0], BYTES), progress=False)
+    shared = prepare_folder(tmp_path / "shared", Texts(corpus[0], BYTES), workers=workers, progress=False)
     assert contents(shared) == contents(alone)
 
 
@@ -152,7 +152,7 @@ def test_the_first_mistake_is_told_whoever_finds_it_first(tmp_path, small_blocks
     good = json.dumps({"text": "x" * 500}) + "\n"
     path.write_text(good * 2000 + "{}\n" + good * 10 + "[]\n")
     with pytest.raises(ValueError, match=rf"^data\.text: {path} line 2001 has no key 'text'"):
-        prepare_folder(tmp_path / "out", path, BYTES, workers=3, progress=False)
+        prepare_folder(tmp_path / "out", Texts(path, BYTES), workers=3, progress=False)
     assert os.listdir(tmp_path) == ["bad.jsonl"]
 
 
@@ -167,14 +167,14 @@ def test_a_worker_that_is_killed_is_told_of(corpus, tmp_path, small_blocks, jour
     real = conversion.read_blocks
     monkeypatch.setattr(conversion, "read_blocks", lambda *a, **k: killing(real(*a, **k)))
     with pytest.raises(ChildProcessError, match=r"one of 2 processes that tokenise ended by itself"):
-        prepare_folder(tmp_path / "out", corpus[0], BYTES, workers=2, progress=False)
+        prepare_folder(tmp_path / "out", Texts(corpus[0], BYTES), workers=2, progress=False)
     monkeypatch.setattr(conversion, "read_blocks", real)
-    alone = prepare_folder(tmp_path / "alone", corpus[0], BYTES, progress=False)
-    assert contents(prepare_folder(tmp_path / "out", corpus[0], BYTES, progress=False)) == contents(alone)
+    alone = prepare_folder(tmp_path / "alone", Texts(corpus[0], BYTES), progress=False)
+    assert contents(prepare_folder(tmp_path / "out", Texts(corpus[0], BYTES), progress=False)) == contents(alone)
 
 
 def test_conversion_goes_on_from_every_place(corpus, tmp_path, small_blocks, journals, monkeypatch):
-    alone = prepare_folder(tmp_path / "alone", corpus[0], BYTES, progress=False)
+    alone = prepare_folder(tmp_path / "alone", Texts(corpus[0], BYTES), progress=False)
     total = sum(1 for _ in blocks.read_blocks(find_inputs(corpus[0]), blocks.Place(), text_key="text",
                                               validation_fraction=0.05))  # fmt: skip
     real, rng, kills = conversion.read_blocks, random.Random(1), 0
@@ -189,7 +189,7 @@ def test_conversion_goes_on_from_every_place(corpus, tmp_path, small_blocks, jou
     while True:
         stop = rng.randrange(total // 8)
         try:
-            found = prepare_folder(tmp_path / "out", corpus[0], BYTES, progress=False)
+            found = prepare_folder(tmp_path / "out", Texts(corpus[0], BYTES), progress=False)
             break
         except KeyboardInterrupt:
             kills += 1
@@ -209,8 +209,8 @@ def test_of_few_documents_the_last_is_held_out_whenever_it_is_interrupted(tmp_pa
 
     monkeypatch.setattr(conversion, "_write_journal", dies_after)
     with pytest.raises(KeyboardInterrupt):
-        prepare_folder(tmp_path / "out", path, BYTES, progress=False)
-    found = prepare_folder(tmp_path / "out", path, BYTES, progress=False)
+        prepare_folder(tmp_path / "out", Texts(path, BYTES), progress=False)
+    found = prepare_folder(tmp_path / "out", Texts(path, BYTES), progress=False)
     assert at and texts_of(found.train_prefix) == ["one", "two"]
     assert texts_of(found.validation_prefix) == ["three"]
     assert (found.train_bytes, found.validation_bytes) == (6, 5)
@@ -254,7 +254,7 @@ def test_refused_files(tmp_path, monkeypatch, name, content, message):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 1024)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"^data\.text: {re.escape(str(tmp_path / name))}.* ?{message}") as caught:
-        prepare_folder(tmp_path / "out", [tmp_path / name], BYTES, progress=False)
+        prepare_folder(tmp_path / "out", Texts([tmp_path / name], BYTES), progress=False)
     assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == [name]
 
@@ -292,8 +292,8 @@ def test_pyarrow_is_asked_for_where_it_is_needed(corpus, tmp_path, monkeypatch):
         with pytest.raises(
             ImportError, match=rf'{name} needs pyarrow .*; run: pip install "megatron-carve\[prepare\]"'
         ):
-            prepare_folder(tmp_path / "out", corpus[0] / name, BYTES, progress=False)
-    prepare_folder(tmp_path / "out", corpus[0] / "e.json.gz", BYTES, progress=False)
+            prepare_folder(tmp_path / "out", Texts(corpus[0] / name, BYTES), progress=False)
+    prepare_folder(tmp_path / "out", Texts(corpus[0] / "e.json.gz", BYTES), progress=False)
 
 
 def test_long_texts_are_cut_where_their_words_end():
@@ -378,7 +378,7 @@ def test_megatron_writes_the_same_files(corpus, tmp_path):
     """The index is Megatron's to the byte."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    found = prepare_folder(tmp_path / "out", corpus[0] / "d.jsonl", BYTES, progress=False)
+    found = prepare_folder(tmp_path / "out", Texts(corpus[0] / "d.jsonl", BYTES), progress=False)
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
     for sequence in IndexedDataset(found.train_prefix):
         builder.add_document(np.array(sequence), [len(sequence)])

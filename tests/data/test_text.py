@@ -19,7 +19,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from support.texts import LINES
 
 from megatron_carve.data import blocks, conversion, indexed, inputs
-from megatron_carve.data.text import prepare_text, read_text, require_tokens
+from megatron_carve.data.text import Texts, prepare_text, read_text, require_tokens
 from megatron_carve.data.tokenizer import Tokenizer, load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -213,7 +213,7 @@ def test_cache_is_found_without_torch_and_megatron(corpus, prepare, tmp_path):
     first = prepare(corpus)
     code = (
         "import sys; from megatron_carve.data.text import *; from megatron_carve.data.tokenizer import load_tokenizer\n"
-        "found = prepare_text(sys.argv[1], load_tokenizer('bytes'), sys.argv[2], progress=False)\n"
+        "found = prepare_text(Texts(sys.argv[1], load_tokenizer('bytes')), sys.argv[2], progress=False)\n"
         "require_tokens(found, 16)\n"
         "assert not {'torch', 'megatron.core'} & set(sys.modules), 'heavy import'\n"
         "print(found.train_prefix)"
@@ -283,7 +283,7 @@ def test_interrupted_conversion_goes_on(corpus, prepare, tmp_path, monkeypatch, 
     assert left.name.startswith(".partial-corpus-")
     spy = Spy()
     prepared = prepare(corpus, spy)
-    alone = prepare_text(corpus, whole := Spy(), tmp_path / "alone", progress=False)
+    alone = prepare_text(Texts(corpus, whole := Spy()), tmp_path / "alone", progress=False)
     assert 19 + spy.calls == whole.calls
     for name in ("train.bin", "train.idx", "validation.bin", "validation.idx", "manifest.json"):
         assert (Path(prepared.folder) / name).read_bytes() == (Path(alone.folder) / name).read_bytes(), name

@@ -9,7 +9,7 @@ import torch
 from support.models import config, groups, hybrid_model, one_process
 
 from megatron_carve import plan
-from megatron_carve.data.text import prepare_folder
+from megatron_carve.data.text import Texts, prepare_folder
 from megatron_carve.data.tokenizer import load_tokenizer
 from megatron_carve.model.variants import MIXER_LETTERS
 from megatron_carve.recipe import estimate, load_recipe
@@ -230,7 +230,7 @@ def test_what_the_data_hold(tmp_path, monkeypatch, capsys):
         return [line for line in capsys.readouterr().out.splitlines() if "docs" in line or " MB" in line]
 
     assert said("data.text=docs.jsonl") == ["1 file of 0.0 MB, not tokenised yet"]
-    prepare_folder("docs", "docs.jsonl", load_tokenizer("bytes"), progress=False)
+    prepare_folder("docs", Texts("docs.jsonl", load_tokenizer("bytes")), progress=False)
     assert said("data.indexed=[docs]") == [
         "train: docs/train: 19 documents, 19,000 tokens; the run sees 0.421 epochs of it",
         "validation: docs/validation: 1 documents, 1,000 tokens",

@@ -24,9 +24,9 @@ run: {log_interval: 1}
 """
 TOKENISE = """
 import sys
-from megatron_carve.data.text import prepare_text
+from megatron_carve.data.text import Texts, prepare_text
 from megatron_carve.data.tokenizer import load_tokenizer
-prepare_text("long.txt", load_tokenizer("bytes"), sys.argv[1])
+prepare_text(Texts("long.txt", load_tokenizer("bytes")), sys.argv[1])
 """
 TRAIN = ["-m", "megatron_carve.train", "tiny.yaml"]
 # Program -> its command, for a place that it is to fill.
