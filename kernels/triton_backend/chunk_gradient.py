@@ -51,9 +51,8 @@ def chunk_value_gradient_kernel(
     """
     i_c, i_hv = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_chv = i_c * HV + i_hv
-    start, low, high = chunk_rows(table, i_c)
-    o_r, o_v = tl.arange(0, BT), tl.arange(0, V)
-    m_r = (o_r >= low) & (o_r < high)
+    start, o_r, m_r = chunk_rows(table, i_c)
+    o_v = tl.arange(0, V)
     b_At = load_matrix(A, i_c * HE + i_hv // (HV // HE), o_r, o_r, BT, BT, True)
     b_dz = matmul(b_At, load_matrix(d_residuals, i_chv, o_r, o_v, BT, V, TRANSPOSED), CT, PRECISION)
     store_tile(d_written, i_chv, o_r, V, o_v, b_dz)
@@ -105,9 +104,8 @@ def chunk_key_gradient_kernel(
     i_k = tl.program_id(0) % (K // BK)
     i_h = i_hv // (HV // H)
     i_ch, i_chv, i_e = i_c * H + i_h, i_c * HV + i_hv, i_c * HE + i_hv // (HV // HE)
-    start, low, high = chunk_rows(table, i_c)
-    o_r, o_v = tl.arange(0, BT), tl.arange(0, V)
-    m_r = (o_r >= low) & (o_r < high)
+    start, o_r, m_r = chunk_rows(table, i_c)
+    o_v = tl.arange(0, V)
     o_k = i_k * BK + tl.arange(0, BK)
     first_steep = tl.load(steep_from + i_ch)
     # The products. What they need is loaded for them alone: loaded again below it takes no registers meanwhile.

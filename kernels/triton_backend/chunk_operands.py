@@ -11,7 +11,7 @@ from .gates import load_erase_gate, load_write_gate
 from .products import matmul, unit_triangular_inverse
 from .stages import HOPPER, Call, Factors, Inputs, Tuning
 from .steep import merge_scores, scores_of_steep_rows
-from .tiles import load_rows, store_tile
+from .tiles import load_key_and_query, load_rows, store_tile
 
 TUNING = {HOPPER: Tuning(64, 64, 4, 2)}
 
@@ -37,19 +37,16 @@ def chunk_operands_kernel(
         q_from_start [NC, H, C, K]: scale * exp(G) q.
     """
     i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    start, low, high = chunk_rows(table, i_c)
-    o_r = tl.arange(0, BT)
-    m_r = (o_r >= low) & (o_r < high)
+    start, o_r, m_r = chunk_rows(table, i_c)
     i_ch = i_c * H + i_h
     first_steep = tl.load(steep_from + i_ch)
 
     b_T = tl.zeros([BT, BT], tl.float32)
-    b_P = tl.zeros([BT, BT], tl.float32)
     b_own = tl.zeros([BT], tl.float32)  # a query meets the key of its own row without decay
+    b_P = tl.zeros([BT, BT], tl.float32)
     for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)
-        b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
-        b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
+        b_k, b_q = load_key_and_query(k, q, start, o_r, m_r, i_h, H, K, o_k, scale)
         b_left = load_left(left, i_ch, o_r, K, o_k)
         b_columns = tl.trans((b_k * right_factor(b_left)).to(CT))
         b_own += tl.sum(b_q * b_k, 1)

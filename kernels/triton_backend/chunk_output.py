@@ -25,9 +25,7 @@ def chunk_output_kernel(
     i_c, i_hv = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_h = i_hv // (HV // H)
     i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
-    start, low, high = chunk_rows(table, i_c)
-    o_r = tl.arange(0, BT)
-    m_r = (o_r >= low) & (o_r < high)
+    start, o_r, m_r = chunk_rows(table, i_c)
     b_P = load_tile(P, i_ch, o_r, BT, o_r)
     for i_v in range(V // BV):
         o_v = i_v * BV + tl.arange(0, BV)

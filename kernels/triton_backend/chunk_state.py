@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import CHUNK_TOKENS
-from .chunks import BT, sequence_rows
+from .chunks import BT, sequence_and_head, sequence_chunks
 from .decay import load_total_decay
 from .products import matmul
 from .stages import HOPPER, Call, Factors, GradientOperands, Tuning
@@ -14,6 +14,15 @@ from .tiles import load_rows, load_tile, store_tile
 
 TUNING = {HOPPER: Tuning(0, 64, 4, 3)}
 GRADIENT_TUNING = {HOPPER: Tuning(0, 64, 8, 2)}
+
+
+@triton.jit
+def load_state(p, i, o_s, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, GIVEN: tl.constexpr):
+    """Columns of state i, or zeros; o_s: offsets of [K, BV] numbers in it."""
+    b_S = tl.zeros([K, BV], tl.float32)
+    if GIVEN:
+        b_S += tl.load(p + i * K * V + o_s)
+    return b_S
 
 
 @triton.jit
@@ -31,14 +40,10 @@ def chunk_state_kernel(
         residuals [NC, HV, C, V]: R = A (w v - exp(G) b k S), what it adds at each of its keys,
     and final_state [N, HV, K, V] float32.
     """
-    i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
-    i_h = i_hv // (HV // H)
-    o_r, o_k = tl.arange(0, BT), tl.arange(0, K)
-    o_v = tl.program_id(1) * BV + tl.arange(0, BV)
+    i_n, i_hv, i_h, i_nhv = sequence_and_head(H, HV)
+    o_r, o_k, o_v = tl.arange(0, BT), tl.arange(0, K), tl.program_id(1) * BV + tl.arange(0, BV)
     o_s = o_k[:, None] * V + o_v[None, :]
-    b_S = tl.zeros([K, BV], tl.float32)
-    if HAS_INITIAL:
-        b_S += tl.load(initial_state + (i_n * HV + i_hv) * K * V + o_s)
+    b_S = load_state(initial_state, i_nhv, o_s, K, V, BV, HAS_INITIAL)
     for i_c in range(tl.load(first + i_n), tl.load(first + i_n + 1)):
         i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
         b_S_CT = b_S.to(CT)
@@ -50,7 +55,7 @@ def chunk_state_kernel(
         b_k = load_tile(k_to_end, i_ch, o_r, K, o_k)
         b_S = b_S * load_total_decay(last, i_ch, K, o_k)[:, None] + matmul(tl.trans(b_k), b_R, CT, PRECISION)
     if STORE_FINAL:
-        tl.store(final_state + (i_n * HV + i_hv) * K * V + o_s, b_S)
+        tl.store(final_state + i_nhv * K * V + o_s, b_S)
 
 
 @triton.jit
@@ -70,16 +75,11 @@ def chunk_state_gradient_kernel(
         d_residuals [NC, HV, C, V]: gradient of its residuals,
     and d_initial_state [N, HV, K, V] float32.
     """
-    i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
-    i_h = i_hv // (HV // H)
-    o_r, o_k = tl.arange(0, BT), tl.arange(0, K)
-    o_v = tl.program_id(1) * BV + tl.arange(0, BV)
+    i_n, i_hv, i_h, i_nhv = sequence_and_head(H, HV)
+    o_r, o_k, o_v = tl.arange(0, BT), tl.arange(0, K), tl.program_id(1) * BV + tl.arange(0, BV)
     o_s = o_k[:, None] * V + o_v[None, :]
-    b_dS = tl.zeros([K, BV], tl.float32)
-    if HAS_FINAL:
-        b_dS += tl.load(d_final_state + (i_n * HV + i_hv) * K * V + o_s)
-    begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
-    row_0, tokens_from, tokens_to = sequence_rows(table, begin, end)
+    b_dS = load_state(d_final_state, i_nhv, o_s, K, V, BV, HAS_FINAL)
+    begin, end, row_0, tokens_from, tokens_to = sequence_chunks(table, first, i_n)
     for i_back in range(end - begin):
         i_c = end - 1 - i_back
         i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
@@ -98,7 +98,7 @@ def chunk_state_gradient_kernel(
         b_dS = b_dS * load_total_decay(last, i_ch, K, o_k)[:, None]
         b_dS += matmul(tl.trans(b_q), b_do, CT, PRECISION) - matmul(tl.trans(b_W), b_dR, CT, PRECISION)
     if STORE_INITIAL:
-        tl.store(d_initial_state + (i_n * HV + i_hv) * K * V + o_s, b_dS)
+        tl.store(d_initial_state + i_nhv * K * V + o_s, b_dS)
 
 
 def chunk_state(

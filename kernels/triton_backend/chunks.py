@@ -82,9 +82,17 @@ def _make(starts: Tensor, shift: Tensor, count: int) -> Chunks:
 
 
 @triton.jit
-def chunk_rows(table, i_c):
+def chunk_span(table, i_c):
     """(token of row 0, first row that holds a token, row after the last one) of a chunk."""
     return tl.load(table + i_c * 4), tl.load(table + i_c * 4 + 1), tl.load(table + i_c * 4 + 2)
+
+
+@triton.jit
+def chunk_rows(table, i_c):
+    """(token of row 0, rows 0 to BT, which of them hold a token) of a chunk."""
+    start, low, high = chunk_span(table, i_c)
+    o_r = tl.arange(0, BT)
+    return start, o_r, (o_r >= low) & (o_r < high)
 
 
 @triton.jit
@@ -93,11 +101,20 @@ def chunk_sequence(table, i_c):
 
 
 @triton.jit
-def sequence_rows(table, begin, end):
-    """(token of row 0 of a sequence's first chunk, its first token, the one after its last); chunks begin to end.
+def sequence_chunks(table, first, i_n):
+    """(first chunk of a sequence, the one after its last, token of the first one's row 0, the sequence's first token,
+    the one after its last).
 
     For loops over a sequence's chunks, whose addresses then wait for no load.
     """
-    row_0, low, _ = chunk_rows(table, tl.maximum(tl.minimum(begin, end - 1), 0))
-    last_row_0, _, high = chunk_rows(table, tl.maximum(end - 1, 0))
-    return row_0, row_0 + low, last_row_0 + high
+    begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
+    row_0, low, _ = chunk_span(table, tl.maximum(tl.minimum(begin, end - 1), 0))
+    last_row_0, _, high = chunk_span(table, tl.maximum(end - 1, 0))
+    return begin, end, row_0, row_0 + low, last_row_0 + high
+
+
+@triton.jit
+def sequence_and_head(H, HV):
+    """(sequence, value head, its key head, sequence and value head as one) of a program of N * HV."""
+    i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
+    return i_n, i_hv, i_hv // (HV // H), i_n * HV + i_hv

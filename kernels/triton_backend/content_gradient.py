@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import CHUNK_TOKENS
-from .chunks import BT, sequence_rows
+from .chunks import BT, sequence_chunks
 from .content import (
     INTERPRETED,
     content_sizes,
@@ -89,8 +89,7 @@ def content_gradient_kernel(
     i_n, i_h = i_nh // H, i_nh % H
     i_map = i_h * content_heads
     o_r, o_k, o_v, o_c = tl.arange(0, BT), tl.arange(0, K), tl.arange(0, V), tl.arange(0, RP)
-    begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
-    row_0, tokens_from, tokens_to = sequence_rows(table, begin, end)
+    begin, end, row_0, tokens_from, tokens_to = sequence_chunks(table, first, i_n)
     chunks = (end - begin).to(tl.int32)
     slots = content_chunk // BT
     token_share = 1.0 / (content_chunk * scale)  # of an output, which is scaled, in the mean

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import CHUNK_TOKENS
-from .chunks import BT, sequence_rows
+from .chunks import BT, sequence_chunks
 from .content import content_sizes, halving_mask, load_channels, log2_decay, sum_tokens, team_of, with_erase
 from .cooperation import announce, take_place, wait_for
 from .decay import SHIFT, UNSHIFT
@@ -208,8 +208,7 @@ def content_terms_kernel(
     i_nh, role = take_place(tickets, TEAM)
     i_n, i_h = i_nh // H, i_nh % H
     o_r, o_k, o_v = tl.arange(0, BT), tl.arange(0, K), tl.arange(0, V)
-    begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
-    row_0, tokens_from, tokens_to = sequence_rows(table, begin, end)
+    begin, end, row_0, tokens_from, tokens_to = sequence_chunks(table, first, i_n)
     chunks = (end - begin).to(tl.int32)
     slots = content_chunk // BT
     b_S = tl.zeros([V, K], tl.float32)

@@ -194,9 +194,7 @@ def decay_kernel(
     """
     i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_ch = i_c * H + i_h
-    start, low, high = chunk_rows(table, i_c)
-    o_r = tl.arange(0, BT)
-    m_r = (o_r >= low) & (o_r < high)
+    start, o_r, m_r = chunk_rows(table, i_c)
     b_least = tl.full([BT], 1.0, tl.float32)
     for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)

@@ -9,7 +9,7 @@ from .decay import UNSHIFT, load_decay_to_end, load_left, right_factor, takes_lo
 from .products import matmul
 from .stages import HOPPER, Call, DeltaOperands, Factors, Inputs, Tuning
 from .steep import merge_scores, scores_of_steep_rows
-from .tiles import load_rows, store_tile
+from .tiles import load_key_and_query, store_tile
 
 TUNING = {HOPPER: Tuning(64, 0, 4)}
 
@@ -49,9 +49,7 @@ def delta_operands_kernel(
             which the sum of the chunk's outputs is made.
     """
     i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    start, low, high = chunk_rows(table, i_c)
-    o_r = tl.arange(0, BT)
-    m_r = (o_r >= low) & (o_r < high)
+    start, o_r, m_r = chunk_rows(table, i_c)
     i_ch = i_c * H + i_h
     first_steep = tl.load(steep_from + i_ch)
     wants_k_to_end = takes_loop_for_steep_rows(first_chunks, table, i_c, i_h, H)
@@ -59,8 +57,7 @@ def delta_operands_kernel(
     b_own = tl.zeros([BT], tl.float32)  # a query meets the key of its own row without decay
     for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)
-        b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
-        b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
+        b_k, b_q = load_key_and_query(k, q, start, o_r, m_r, i_h, H, K, o_k, scale)
         b_left = load_left(left, i_ch, o_r, K, o_k)
         b_own += tl.sum(b_q * b_k, 1)
         store_tile(k_left, i_ch, o_r, K, o_k, b_k * b_left)

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..checks import CHUNK_TOKENS
-from .chunks import BT, sequence_rows
+from .chunks import BT, sequence_and_head, sequence_chunks
 from .decay import (
     UNSHIFT,
     halved_rows,
@@ -45,6 +45,13 @@ GRADIENT_TUNING = {HOPPER: Tuning(0, 0, 8, 2)}
 MILD = tl.constexpr(0)
 LATE = tl.constexpr(1)
 HALVED = tl.constexpr(2)
+
+
+@triton.jit
+def load_content_maps(content_down, content_up, i, o_k, o_v, o_c, K, V, R):
+    """D transposed, [V, RP], and U [K, RP], of head i; columns from R on are zero."""
+    b_down = load_matrix(content_down, i, o_v, o_c, V, R, True).to(tl.float32)
+    return b_down, load_matrix(content_up, i, o_k, o_c, K, R, False).to(tl.float32)
 
 
 @triton.jit
@@ -77,14 +84,10 @@ def delta_state_kernel(
         codes [NC, HV, R] and content [NC, HV, K] float32: tanh(D m) and U tanh(D m) with the bias,
     and the final state of the head.
     """
-    i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
-    i_h, i_nhv = i_hv // (HV // H), i_n * HV + i_hv
+    i_n, i_hv, i_h, i_nhv = sequence_and_head(H, HV)
     o_r, o_k, o_v, o_c = tl.arange(0, BT), tl.arange(0, K), tl.arange(0, V), tl.arange(0, RP)
-    b_down = load_matrix(content_down, i_hv * content_heads, o_v, o_c, V, R, True).to(tl.float32)
-    b_up = load_matrix(content_up, i_hv * content_heads, o_k, o_c, K, R, False).to(tl.float32)
-
-    begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
-    row_0, tokens_from, tokens_to = sequence_rows(table, begin, end)
+    b_down, b_up = load_content_maps(content_down, content_up, i_hv * content_heads, o_k, o_v, o_c, K, V, R)
+    begin, end, row_0, tokens_from, tokens_to = sequence_chunks(table, first, i_n)
     first_steep_chunk, first_halved_chunk = load_first_chunks(first_chunks, i_n, i_h, H, end)
     since = first_steep_chunk if STEEP else begin
     token_share = 1.0 / (content_chunk * scale)  # of an output, which is scaled, in the mean
@@ -231,14 +234,10 @@ def delta_state_gradient_kernel(
         d_content [NC, HV, K] float32: the gradient of its content term, unless DETACHED or that term is zero.
     and the gradient of the initial state of the head.
     """
-    i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
-    i_h, i_nhv = i_hv // (HV // H), i_n * HV + i_hv
+    i_n, i_hv, i_h, i_nhv = sequence_and_head(H, HV)
     o_r, o_k, o_v, o_c = tl.arange(0, BT), tl.arange(0, K), tl.arange(0, V), tl.arange(0, RP)
-    b_down = load_matrix(content_down, i_hv * content_heads, o_v, o_c, V, R, True).to(tl.float32)
-    b_up = load_matrix(content_up, i_hv * content_heads, o_k, o_c, K, R, False).to(tl.float32)
-
-    begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
-    row_0, tokens_from, tokens_to = sequence_rows(table, begin, end)
+    b_down, b_up = load_content_maps(content_down, content_up, i_hv * content_heads, o_k, o_v, o_c, K, V, R)
+    begin, end, row_0, tokens_from, tokens_to = sequence_chunks(table, first, i_n)
     first_steep_chunk, first_halved_chunk = load_first_chunks(first_chunks, i_n, i_h, H, end)
     token_share = 1.0 / (content_chunk * scale)
     filled = (end - begin) * BT

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .products import arithmetic_of, matmul
 from .short_convolution import (
-    EPSILON,
+    activated,
     activation_gradient,
     channel_blocks,
     load_age,
@@ -138,9 +138,7 @@ def dynamic_forward_kernel(
     x: [B, T, D] with strides x_batch and x_token; features: [B, T, 3 R] with strides z_batch and z_token; taps: [W, D];
     up: [W, R, D]; bias: [D]; age: [T]; q, k: [B, T, key_channels]; v: [B, T, value_channels].
     """
-    i_d, i_bt = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    spans = tl.cdiv(T, BT * TILES)
-    i_b, i_t = (i_bt // spans).to(tl.int64), i_bt % spans
+    i_d, _, i_b, start = place(blocks, T, BT * TILES)
     x += i_b * x_batch
     features += i_b * z_batch
     D = 2 * key_channels + value_channels
@@ -149,14 +147,14 @@ def dynamic_forward_kernel(
         out = tl.where(i_d < heads, q, k) + i_b * T * key_channels + i_d % heads * K
         dynamic_convolve(
             x, features + i_d // heads * R, taps, up, bias, age, out, x_token, z_token, D, key_channels, T, R, i_d * K,
-            K, i_t * BT * TILES, W, RP, BT, BD, CT, PRECISION, TILES, True,
+            K, start, W, RP, BT, BD, CT, PRECISION, TILES, True,
         )  # fmt: skip
     else:
         i_v = (i_d - 2 * heads) * BD
         out = v + i_b * T * value_channels + i_v
         dynamic_convolve(
             x, features + 2 * R, taps, up, bias, age, out, x_token, z_token, D, value_channels, T, R,
-            2 * key_channels + i_v, value_channels - i_v, i_t * BT * TILES, W, RP, BT, BD, CT, PRECISION, TILES, False,
+            2 * key_channels + i_v, value_channels - i_v, start, W, RP, BT, BD, CT, PRECISION, TILES, False,
         )  # fmt: skip
 
 
@@ -171,19 +169,11 @@ def dynamic_convolve(
     m_d, m_r = o_d < channels, o_r < R
     b_taps, b_up = load_tables(taps + first, up + first, D, R, o_d, m_d, o_r, m_r, W, CT)
     for i in range(tl.minimum(TILES, tl.cdiv(T - start, BT))):
-        o_t = start + i * BT + tl.arange(0, BT)
-        m_t = o_t < T
-        b_age = load_age(age, o_t, m_t)
-        b_z = load_tokens(features, z_token, o_t, m_t, o_r, m_r)
-        b_y = load_tokens(x + first, x_token, o_t, m_t, o_d, m_d).to(tl.float32)
-        b_y += load_bias(bias, first, o_d, m_d, BT, BD)
-        for j in tl.static_range(W):
-            b_x = load_tokens(x + first, x_token, o_t - (W - 1) + j, m_t & (b_age >= W - 1 - j), o_d, m_d)
-            b_y += (matmul(b_z, b_up[j], CT, PRECISION) + b_taps[j]) * b_x.to(tl.float32)
-        b_out = b_y * tl.sigmoid(b_y)
-        if NORM:
-            b_out *= tl.rsqrt(tl.sum(b_out * b_out, 1) + EPSILON)[:, None]
-        store_tokens(out, out_token, o_t, m_t, o_d, m_d, b_out)
+        o_t, m_t, b_y, _, _ = mixed_tokens(
+            x + first, features, b_taps, b_up, bias, age, x_token, z_token, first, start + i * BT, T,
+            o_d, m_d, o_r, m_r, W, BT, BD, CT, PRECISION,
+        )  # fmt: skip
+        store_tokens(out, out_token, o_t, m_t, o_d, m_d, activated(b_y, NORM))
 
 
 @triton.jit
@@ -199,9 +189,7 @@ def dynamic_taps_gradient_kernel(
     [blocks, B, T, R] over a block's channels, d_up [programs, W, R, D] and d_shared [programs, W, D], or W + 1 with a
     bias, whose gradient comes last, over the tokens of the programs of a block.
     """
-    i_d, i_bt = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    spans = tl.cdiv(T, BT * TILES)
-    i_b, i_t = (i_bt // spans).to(tl.int64), i_bt % spans
+    i_d, i_bt, i_b, start = place(blocks, T, BT * TILES)
     x += i_b * x_batch
     features += i_b * z_batch
     D = 2 * key_channels + value_channels
@@ -214,14 +202,14 @@ def dynamic_taps_gradient_kernel(
         d_out = tl.where(i_d < heads, dq, dk) + i_b * T * key_channels + i_d % heads * K
         taps_gradient(
             x, features + i_d // heads * R, taps, up, bias, age, d_out, dy, d_features, d_up, d_shared, x_token,
-            z_token, D, key_channels, T, R, i_d * K, K, i_t * BT * TILES, W, RP, BT, BD, CT, PRECISION, TILES, True,
+            z_token, D, key_channels, T, R, i_d * K, K, start, W, RP, BT, BD, CT, PRECISION, TILES, True,
         )  # fmt: skip
     else:
         i_v = (i_d - 2 * heads) * BD
         d_out = dv + i_b * T * value_channels + i_v
         taps_gradient(
             x, features + 2 * R, taps, up, bias, age, d_out, dy, d_features, d_up, d_shared, x_token, z_token, D,
-            value_channels, T, R, 2 * key_channels + i_v, value_channels - i_v, i_t * BT * TILES,
+            value_channels, T, R, 2 * key_channels + i_v, value_channels - i_v, start,
             W, RP, BT, BD, CT, PRECISION, TILES, False,
         )  # fmt: skip
 
@@ -242,16 +230,10 @@ def taps_gradient(
     for _ in tl.static_range(W):
         b_d_up += (tl.zeros([RP, BD], tl.float32),)
     for i in range(tl.minimum(TILES, tl.cdiv(T - start, BT))):
-        o_t = start + i * BT + tl.arange(0, BT)
-        m_t = o_t < T
-        b_age = load_age(age, o_t, m_t)
-        b_z = load_tokens(features, z_token, o_t, m_t, o_r, m_r)
-        b_y = load_tokens(x + first, x_token, o_t, m_t, o_d, m_d).to(tl.float32)
-        b_y += load_bias(bias, first, o_d, m_d, BT, BD)
-        b_x = ()
-        for j in tl.static_range(W):
-            b_x += (load_tokens(x + first, x_token, o_t - (W - 1) + j, m_t & (b_age >= W - 1 - j), o_d, m_d),)
-            b_y += (matmul(b_z, b_up[j], CT, PRECISION) + b_taps[j]) * b_x[j].to(tl.float32)
+        o_t, m_t, b_y, b_x, b_z = mixed_tokens(
+            x + first, features, b_taps, b_up, bias, age, x_token, z_token, first, start + i * BT, T,
+            o_d, m_d, o_r, m_r, W, BT, BD, CT, PRECISION,
+        )  # fmt: skip
         b_d_out = load_tokens(d_out, out_token, o_t, m_t, o_d, m_d).to(tl.float32)
         b_dy = activation_gradient(b_y, b_d_out, NORM)
         store_tokens(dy + first, D, o_t, m_t, o_d, m_d, b_dy)
@@ -278,10 +260,7 @@ def dynamic_tokens_gradient_kernel(
     PRECISION: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """One program per TILES tiles of BT tokens of a batch entry and block of channels; dy, dx: [B, T, D]."""
-    i_d, i_bt = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    spans = tl.cdiv(T, BT * TILES)
-    i_b, i_t = (i_bt // spans).to(tl.int64), i_bt % spans
-    start = i_t * BT * TILES
+    i_d, _, i_b, start = place(blocks, T, BT * TILES)
     D = 2 * key_channels + value_channels
     heads = key_channels // K
     of_keys = i_d < 2 * heads
@@ -307,6 +286,14 @@ def dynamic_tokens_gradient_kernel(
 
 
 @triton.jit
+def place(blocks, T, SPAN: tl.constexpr):
+    """(block of channels, program of that block, batch entry, first token) of a program with SPAN tokens."""
+    i_d, i_bt = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    spans = tl.cdiv(T, SPAN)
+    return i_d, i_bt, (i_bt // spans).to(tl.int64), i_bt % spans * SPAN
+
+
+@triton.jit
 def load_tables(taps, up, D, R, o_d, m_d, o_r, m_r, W: tl.constexpr, CT: tl.constexpr):
     """Tuples over the taps: what all tokens share, [1, BD] float32, and what features add, [RP, BD] in the dtype CT."""
     b_taps, b_up = (), ()
@@ -314,6 +301,27 @@ def load_tables(taps, up, D, R, o_d, m_d, o_r, m_r, W: tl.constexpr, CT: tl.cons
         b_taps += (load_channels(taps + j * D, o_d, m_d),)
         b_up += (load_tokens(up + j * R * D, D, o_r, m_r, o_d, m_d).to(CT),)
     return b_taps, b_up
+
+
+@triton.jit
+def mixed_tokens(
+    x, features, b_taps, b_up, bias, age, x_token, z_token, first, start, T, o_d, m_d, o_r, m_r,
+    W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tokens from `start` on: (which, which of them are there, a tile of them before the activation, [BT, BD] float32,
+    the tuple of what each tap meets, features).
+    """
+    o_t = start + tl.arange(0, BT)
+    m_t = o_t < T
+    b_age = load_age(age, o_t, m_t)
+    b_z = load_tokens(features, z_token, o_t, m_t, o_r, m_r)
+    b_y = load_tokens(x, x_token, o_t, m_t, o_d, m_d).to(tl.float32)
+    b_y += load_bias(bias, first, o_d, m_d, BT, BD)
+    b_x = ()
+    for j in tl.static_range(W):
+        b_x += (load_tokens(x, x_token, o_t - (W - 1) + j, m_t & (b_age >= W - 1 - j), o_d, m_d),)
+        b_y += (matmul(b_z, b_up[j], CT, PRECISION) + b_taps[j]) * b_x[j].to(tl.float32)
+    return o_t, m_t, b_y, b_x, b_z
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunks import BT, chunk_rows
+from .chunks import chunk_rows
 from .decay import LOG2_E, STEEPEST_LOG2_DECAY, load_log2_decay, load_rate, softplus
 from .stages import Call
 from .tiles import load_columns, load_rows, store_rows
@@ -63,9 +63,8 @@ def erasing_decay_kernel(
 ):  # fmt: skip
     """One program per block of key columns, chunk and key head: writes log_decay [B, T, H, K] float32, natural."""
     i_c, i_h = tl.program_id(0).to(tl.int64) // (K // BK), tl.program_id(1)
-    start, low, high = chunk_rows(table, i_c)
-    o_r, o_k = tl.arange(0, BT), (tl.program_id(0) % (K // BK)) * BK + tl.arange(0, BK)
-    m_r = (o_r >= low) & (o_r < high)
+    start, o_r, m_r = chunk_rows(table, i_c)
+    o_k = (tl.program_id(0) % (K // BK)) * BK + tl.arange(0, BK)
     b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
     b_l = load_erase_logits(erase_logits, content, i_c * H + i_h, start, o_r, m_r, i_h, H, K, o_k)
     store_rows(log_decay, start, o_r, m_r, i_h, H, K, o_k, erasing_log2_decay(b_g, b_l, m_r) / LOG2_E)
@@ -79,9 +78,8 @@ def erasing_decay_gradient_kernel(
     """The gradient of erasing_decay_kernel, with the same programs; outputs as in DecayGradients."""
     i_c, i_h = tl.program_id(0).to(tl.int64) // (K // BK), tl.program_id(1)
     i_ch = i_c * H + i_h
-    start, low, high = chunk_rows(table, i_c)
-    o_r, o_k = tl.arange(0, BT), (tl.program_id(0) % (K // BK)) * BK + tl.arange(0, BK)
-    m_r = (o_r >= low) & (o_r < high)
+    start, o_r, m_r = chunk_rows(table, i_c)
+    o_k = (tl.program_id(0) % (K // BK)) * BK + tl.arange(0, BK)
     b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
     b_l = load_erase_logits(erase_logits, content, i_ch, start, o_r, m_r, i_h, H, K, o_k)
     b_da = load_rows(d_log_decay, start, o_r, m_r, i_h, H, K, o_k)

@@ -11,7 +11,7 @@ from .gates import load_erase_gate, load_write_gate
 from .products import matmul
 from .stages import HOPPER, Call, Factors, GradientOperands, Inputs, Tuning
 from .steep import merge_scores, scores_of_steep_rows
-from .tiles import load_matrix, load_rows, load_tile, store_matrix, store_tile
+from .tiles import load_key_and_query, load_matrix, load_rows, load_tile, store_matrix, store_tile
 
 TUNING = {HOPPER: Tuning(64, 0, 4)}
 
@@ -45,9 +45,8 @@ def gradient_operands_kernel(
     i_ch, i_chv = i_c * H + i_h, i_c * HV + i_hv
     i_e = i_c * HE + i_hv // (HV // HE)
     leads_keys, leads_gate = i_hv % G == 0, i_hv % (HV // HE) == 0
-    start, low, high = chunk_rows(table, i_c)
-    o_r, o_v = tl.arange(0, BT), tl.arange(0, V)
-    m_r = (o_r >= low) & (o_r < high)
+    start, o_r, m_r = chunk_rows(table, i_c)
+    o_v = tl.arange(0, V)
     first_steep = tl.load(steep_from + i_ch)
     wants_k_to_end = takes_loop_for_steep_rows(first_chunks, table, i_c, i_h, H) if FOR_DELTA_LOOP else True
 
@@ -56,8 +55,7 @@ def gradient_operands_kernel(
     for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         b_left = load_left(left, i_ch, o_r, K, o_k)
-        b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
-        b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
+        b_k, b_q = load_key_and_query(k, q, start, o_r, m_r, i_h, H, K, o_k, scale)
         b_own += tl.sum(b_q * b_k, 1)
         b_q *= b_left
         b_k_right = (b_k * right_factor(b_left)).to(CT)

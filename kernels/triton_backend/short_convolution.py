@@ -162,10 +162,7 @@ def convolve(
         m_x = m_t & (b_age >= W - 1 - j)
         b_x = load_tokens(x + first, x_token, o_t - (W - 1) + j, m_x, o_d, m_d)
         b_y += b_x.to(tl.float32) * load_channels(taps + j * D + first, o_d, m_d)
-    b_out = b_y * tl.sigmoid(b_y)
-    if NORM:
-        b_out *= tl.rsqrt(tl.sum(b_out * b_out, 1) + EPSILON)[:, None]
-    store_tokens(out, out_token, o_t, m_t, o_d, m_d, b_out)
+    store_tokens(out, out_token, o_t, m_t, o_d, m_d, activated(b_y, NORM))
 
 
 @triton.jit
@@ -258,6 +255,15 @@ def convolve_gradient(
         tl.store(d_parameters + j * D + first + o_d, tl.sum(b_d_taps[j], 0), mask=m_d)
     if bias is not None:
         tl.store(d_parameters + W * D + first + o_d, tl.sum(b_d_bias, 0), mask=m_d)
+
+
+@triton.jit
+def activated(b_y, NORM: tl.constexpr):
+    """SiLU, then with NORM the L2 norm of each row."""
+    b_out = b_y * tl.sigmoid(b_y)
+    if NORM:
+        b_out *= tl.rsqrt(tl.sum(b_out * b_out, 1) + EPSILON)[:, None]
+    return b_out
 
 
 @triton.jit

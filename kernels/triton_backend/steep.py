@@ -18,7 +18,7 @@ from .decay import erase_left, halved_rows, has_halved_rows, load_late_factors, 
 from .gates import load_erase_gate
 from .products import matmul, pairs_of_halves
 from .stages import HOPPER, Call, Factors, Inputs, Tuning
-from .tiles import load_rows, store_rows, store_tile
+from .tiles import load_key_and_query, load_rows, store_rows, store_tile
 
 TUNING = {HOPPER: Tuning(64, 0, 4)}
 
@@ -118,6 +118,20 @@ def group_is_mild(steep_from, i_h, H, chunks):
 
 
 @triton.jit
+def group_of_chunks(chunks):
+    """(first chunk of this program, the one after its last)."""
+    begin = tl.program_id(0).to(tl.int64) * GROUP
+    return begin, tl.minimum(begin + GROUP, chunks)
+
+
+@triton.jit
+def steep_chunk(steep_from, halved_from, table, i_c, i_ch):
+    """(first steep row of a chunk and head, first halved one, token of row 0, rows, which of them hold a token)."""
+    start, o_r, m_r = chunk_rows(table, i_c)
+    return tl.load(steep_from + i_ch), tl.load(halved_from + i_ch), start, o_r, m_r
+
+
+@triton.jit
 def steep_scores_kernel(
     q, k, g, b, A_log, dt_bias, late, steep_from, halved_from, T, P, table, scale, erase_scale, chunks, H,
     K: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, RAW_DECAY: tl.constexpr,
@@ -127,15 +141,11 @@ def steep_scores_kernel(
     i_h = tl.program_id(1)
     if group_is_mild(steep_from, i_h, H, chunks):
         return
-    o_r = tl.arange(0, BT)
-    for i in range(GROUP):
-        i_c = tl.program_id(0).to(tl.int64) * GROUP + i
+    begin, end = group_of_chunks(chunks)
+    for i_c in range(begin, end):
         i_ch = i_c * H + i_h
-        first_steep = tl.load(steep_from + i_ch, mask=i_c < chunks, other=BT)
+        first_steep, first_halved, start, o_r, m_r = steep_chunk(steep_from, halved_from, table, i_c, i_ch)
         if first_steep < BT:
-            first_halved = tl.load(halved_from + i_ch)
-            start, low, high = chunk_rows(table, i_c)
-            m_r = (o_r >= low) & (o_r < high)
             b_P = steep_scores(
                 q, b, k, g, late, A_log, dt_bias, start, o_r, m_r, i_h, H, i_ch, scale, erase_scale,
                 first_steep, first_halved, K, BK, False, GATE, BEFORE, RAW_DECAY, CT, PRECISION,
@@ -166,25 +176,20 @@ def steep_gradient_kernel(
     i_h = i_hv // (HV // H)
     if group_is_mild(steep_from, i_h, H, chunks):
         return
-    o_r = tl.arange(0, BT)
-    for i in range(GROUP):
-        i_c = tl.program_id(0).to(tl.int64) * GROUP + i
+    begin, end = group_of_chunks(chunks)
+    for i_c in range(begin, end):
         i_ch = i_c * H + i_h
-        first_steep = tl.load(steep_from + i_ch, mask=i_c < chunks, other=BT)
+        first_steep, first_halved, start, o_r, m_r = steep_chunk(steep_from, halved_from, table, i_c, i_ch)
         if first_steep < BT:
-            first_halved = tl.load(halved_from + i_ch)
             m_halved = halved_rows(o_r, first_steep, first_halved)[:, None]
             i_chv, i_e = i_c * HV + i_hv, i_c * HE + i_hv // (HV // HE)
-            start, low, high = chunk_rows(table, i_c)
-            m_r = (o_r >= low) & (o_r < high)
             o_square = i_chv * BT * BT + (o_r[:, None] * BT + o_r[None, :])
             b_dT, b_dP = tl.load(dT + o_square), tl.load(dP + o_square)
             m_late = (o_r >= first_steep)[:, None] & ~m_halved
             b_dT_late, b_dP_late = tl.where(m_late, b_dT, 0.0), tl.where(m_late, b_dP, 0.0)
             for i_k in range(K // BK):
                 o_k = i_k * BK + tl.arange(0, BK)
-                b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
-                b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
+                b_k, b_q = load_key_and_query(k, q, start, o_r, m_r, i_h, H, K, o_k, scale)
                 b_bk = b_k * load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_e, K, o_k, erase_scale, GATE)
                 b_left, b_right = load_late_factors(late, i_ch, o_r, K, o_k)
                 b_erase_left = erase_left(b_left, late, i_ch, o_r, K, o_k, BEFORE, 32)

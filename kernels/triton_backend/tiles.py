@@ -17,6 +17,13 @@ def load_rows(x, start, o_r, m_r, i_h, H, D: tl.constexpr, o_d):
 
 
 @triton.jit
+def load_key_and_query(k, q, start, o_r, m_r, i_h, H, K: tl.constexpr, o_k, scale):
+    """k and scale * q, float32; arguments as those of load_rows."""
+    b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
+    return b_k, load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
+
+
+@triton.jit
 def store_rows(x, start, o_r, m_r, i_h, H, D: tl.constexpr, o_d, b_x):
     """The counterpart of load_rows."""
     p_x = x + start * (H * D) + (o_r[:, None] * (H * D) + (i_h * D + o_d)[None, :])

@@ -242,18 +242,12 @@ class TestMegatronSection:
         plain, changed = vars(parsed(parser, load())), vars(parsed(parser, load("megatron.swiglu=false")))
         assert {name for name in plain if plain[name] != changed[name]} == {"swiglu"}
 
-    @pytest.mark.parametrize(
-        ("override", "near"),
-        [
-            ("megatron.recompute_granularty=full", "recompute_granularity"),
-            ("megatron.num_worker=1", "num_workers"),
-            ("megatron.recompute-granularity=full", "recompute_granularity"),
-        ],
-    )
-    def test_unknown_name(self, parser, load, override, near):
-        name = override.partition("=")[0]
-        text = refusal(parser, load(override))
-        assert text == f"unknown key {name}: Megatron has no such argument; did you mean megatron.{near}?"
+    def test_unknown_name(self, parser, load):
+        meant = {"recompute_granularty": "recompute_granularity", "recompute-granularity": "recompute_granularity"}
+        for name, near in {**meant, "num_worker": "num_workers"}.items():
+            text = refusal(parser, load(f"megatron.{name}=1"))
+            said = f"unknown key megatron.{name}: Megatron has no such argument; did you mean megatron.{near}?"
+            assert text == said
 
     def test_unknown_name_like_no_other(self, parser, load):
         text = refusal(parser, load("megatron.zzzzzzzzzzzzzzz=1"))
@@ -303,6 +297,9 @@ class TestMegatronSection:
             ("megatron.recompute_num_layers=[1, 2]", "expected one value, got [1, 2]"),
             ("megatron.iterations_to_skip=[3, x]", "expected int as --iterations-to-skip takes it, got 'x'"),
             ("megatron.initial_loss_scale=big", "expected float as --initial-loss-scale takes it, got 'big'"),
+            ("megatron.rampup_batch_size=[1, 2]", "expected 3 values, got 2"),
+            ("megatron.rampup_batch_size=1", "expected 3 values, got 1"),
+            ("megatron.recompute_modules=[]", "expected at least one values, got 0"),
         ],
     )
     def test_wrong_value(self, parser, load, override, complaint):
@@ -336,18 +333,6 @@ class TestMegatronSection:
         parser = argparse.ArgumentParser()
         parser.add_argument("--caching", action=argparse.BooleanOptionalAction, default=default)
         assert bool(parser.parse_args(megatron_argv(parser, {}, {}, {"caching": value})).caching) is value
-
-    @pytest.mark.parametrize(
-        ("override", "complaint"),
-        [
-            ("rampup_batch_size=[1, 2]", "expected 3 values, got 2"),
-            ("rampup_batch_size=1", "expected 3 values, got 1"),
-            ("recompute_modules=[]", "expected at least one values, got 0"),
-        ],
-    )
-    def test_wrong_number_of_values(self, parser, load, override, complaint):
-        name = override.partition("=")[0]
-        assert refusal(parser, load(f"megatron.{override}")) == f"megatron.{name}: {complaint}"
 
 
 class TestPackages:

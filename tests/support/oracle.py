@@ -36,17 +36,9 @@ def oracle_dynamic_convolution(
 
 
 def oracle_gdn2(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    b: Tensor,
-    w: Tensor,
-    *,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, *, scale: float | None = None,
+    initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """GDN-2; arguments as those of chunk_gdn2, results o [B, T, HV, V] and S [N, HV, K, V] in float64."""
     if w.ndim == 3:
         w = w[..., None].expand_as(v)
@@ -66,25 +58,11 @@ def oracle_gdn2(
 
 
 def oracle_carve(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    erase_logits: Tensor,
-    w: Tensor,
-    content_down: Tensor | None,
-    content_up: Tensor | None,
-    *,
-    erase: str = "diagonal",
-    prediction: str = "previous",
-    content_chunk: int = 64,
-    content_grad: str = "full",
-    erase_bias: Tensor | None = None,
-    erase_scale: float = 1.0,
-    scale: float | None = None,
-    initial_state: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, OracleState]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, erase_logits: Tensor, w: Tensor, content_down: Tensor | None,
+    content_up: Tensor | None, *, erase: str = "diagonal", prediction: str = "previous", content_chunk: int = 64,
+    content_grad: str = "full", erase_bias: Tensor | None = None, erase_scale: float = 1.0, scale: float | None = None,
+    initial_state: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, OracleState]:  # fmt: skip
     """CARVE; arguments as those of chunk_carve, results o [B, T, HV, V] and the final state in float64."""
     heads, K = v.shape[2], q.shape[3]
     key_head = [head // (heads // q.shape[2]) for head in range(heads)]
