@@ -196,16 +196,17 @@ class StepTimer:
         import torch
 
         from megatron_carve.run.launch import world_size
+        from megatron_carve.run.speed import Gpus
 
         recipe, on_gpu = self.plan.recipe, self.plan.device == "cuda"
         seconds = [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
         step = statistics.median(seconds)
         gpus = world_size()
         vocab = self.plan.start.vocab_size
-        operations = 3 * estimate.forward_flops_per_token(recipe, vocab)
+        operations = estimate.training_flops_per_token(recipe, vocab)
         tokens = recipe.training.tokens_per_step
-        tflops = tokens * operations / step / gpus / 1e12
         peak = peak_tflops or (_matmul_tflops() if on_gpu else None)
+        speed = Gpus(gpus, operations, peak).measures(tokens / step)
         return {
             "recipe": recipe.run.name,
             "pattern": recipe.model.pattern,
@@ -223,14 +224,16 @@ class StepTimer:
             "seconds_per_step": step,
             "all_seconds": seconds,
             "losses": self.losses,
-            "tokens_per_second_and_gpu": tokens / step / gpus,
-            "model_gflop_per_token": operations / 1e9,
-            "model_tflops_per_second_and_gpu": tflops,
+            "model_gflop_per_token": None if operations is None else operations / 1e9,
             "peak_tflops": peak,
-            "utilisation": None if peak is None else tflops / peak,
+            "tokens_per_second_and_gpu": speed["tokens_per_second_and_gpu"],
+            "model_tflops_per_second_and_gpu": speed["tflops_per_second_and_gpu"],
+            "utilisation": speed["utilisation"],
             "peak_allocated_bytes": self.peak_bytes and self.peak_bytes[0],
             "peak_reserved_bytes": self.peak_bytes and self.peak_bytes[1],
-            "planned_bytes": sum(estimate.memory(recipe, vocab, gpus).values()),
+            "planned_bytes": None
+            if estimate.unknown_layers(recipe)
+            else sum(estimate.memory(recipe, vocab, gpus).values()),
             "seconds_by_part": self.parts,
             "longest": self.kernels,
         }
@@ -245,15 +248,17 @@ def report(n: dict[str, Any]) -> list[str]:
         f"step: {n['tokens_per_step']:,} tokens (sequences of {n['seq_length']:,}, micro-batches of "
         f"{n['micro_batch_size']}) in {n['seconds_per_step']:.4f} s, median of {len(n['all_seconds'])} "
         f"({low:.4f} to {high:.4f})",
-        f"speed: {n['tokens_per_second_and_gpu']:,.0f} tokens/s and GPU, "
-        f"{n['model_tflops_per_second_and_gpu']:.1f} TFLOP/s of the model",
+        f"speed: {n['tokens_per_second_and_gpu']:,.0f} tokens/s and GPU",
     ]
+    if n["model_tflops_per_second_and_gpu"] is not None:
+        lines[-1] += f", {n['model_tflops_per_second_and_gpu']:.1f} TFLOP/s of the model"
     if n["utilisation"] is not None:
         lines[-1] += f", {n['utilisation']:.1%} of the {n['peak_tflops']:.0f} that matrix products reach"
     if n["peak_allocated_bytes"] is not None:
+        planned = "" if n["planned_bytes"] is None else f" (planned {n['planned_bytes'] / GIB:.2f})"
         lines.append(
-            f"memory: {n['peak_allocated_bytes'] / GIB:.2f} GiB of tensors at the peak (planned "
-            f"{n['planned_bytes'] / GIB:.2f}), {n['peak_reserved_bytes'] / GIB:.2f} reserved"
+            f"memory: {n['peak_allocated_bytes'] / GIB:.2f} GiB of tensors at the peak{planned}, "
+            f"{n['peak_reserved_bytes'] / GIB:.2f} reserved"
         )
     busy = sum(n["seconds_by_part"].values())
     what = "the GPU's work" if n["peak_allocated_bytes"] is not None else "the operations"

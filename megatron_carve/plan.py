@@ -58,10 +58,10 @@ def report(recipe: Recipe, gpus: int | None, gpu_memory: float, tokens_per_secon
     replicas = gpus // model_gpus
     micro_batches = t.global_batch_size // (t.micro_batch_size * replicas)
     all_tokens = t.total_steps * t.tokens_per_step
-    flops = estimate.forward_flops_per_token(recipe, vocab)
+    flops = 3 * estimate.forward_flops_per_token(recipe, vocab)
     lines = ["Parameters", *_parameters(recipe, vocab), *_of_a_mixer(recipe), ""]
     lines += [
-        f"Training operations per token: {3 * flops / 1e9:.3g} GFLOP (three times the forward's)",
+        f"Training operations per token: {flops / 1e9:.3g} GFLOP (three times the forward's)",
         f"Recurrent state of one sequence: {estimate.state_bytes(recipe) / 2**20:.1f} MiB, whatever its length",
         "",
         f"Layout: {gpus} GPUs = tensor {p.tensor} * pipeline {p.pipeline} * context {p.context} * data {replicas}",
@@ -74,7 +74,7 @@ def report(recipe: Recipe, gpus: int | None, gpu_memory: float, tokens_per_secon
     ]
     if tokens_per_second is not None:
         seconds = all_tokens / (tokens_per_second * gpus)
-        used = 3 * flops * tokens_per_second / 1e12
+        used = flops * tokens_per_second / 1e12
         lines += [
             "",
             f"Time at {tokens_per_second:,.0f} tokens/s and GPU: {seconds / 86400:.1f} days on {gpus} GPUs, "
@@ -93,6 +93,8 @@ def _parameters(recipe: Recipe, vocab: int) -> list[str]:
         for part, number in found.items()
     ]
     lines.append(_row("all", f"{total:,}", ""))
+    if (active := estimate.active_parameters(recipe, vocab)) < total:
+        lines.append(_row("used by one token", f"{active:,}", f"{active / total:6.1%}"))
     for name in recipe_names():
         other = load_recipe(name)
         theirs = sum(estimate.parameters(other, vocab_size(other)).values())

@@ -81,14 +81,13 @@ def _train(prepared: tuple[Plan, Chosen | None]) -> None:
 def _gpus(plan: Plan) -> Gpus | None:
     import torch
 
-    from megatron_carve.recipe.estimate import forward_flops_per_token
+    from megatron_carve.recipe.estimate import training_flops_per_token
     from megatron_carve.run.launch import world_size
     from megatron_carve.run.speed import Gpus, peak_tflops
 
     if plan.device != "cuda":
         return None
-    # The backward takes twice the forward.
-    operations = 3 * forward_flops_per_token(plan.recipe, plan.start.vocab_size)
+    operations = training_flops_per_token(plan.recipe, plan.start.vocab_size)
     peak = peak_tflops(torch.cuda.get_device_name(), plan.recipe.training.precision)
     return Gpus(world_size(), operations, peak)
 

@@ -7,20 +7,25 @@ from collections import Counter
 from megatron_carve.model.config import CHUNK_TOKENS
 from megatron_carve.model.variants import MIXER_LETTERS, VARIANTS
 from megatron_carve.recipe import Recipe
+from megatron_carve.recipe.experts import LETTER as EXPERTS
 
-KINDS = {**{v.letter: v.name for v in VARIANTS.values()}, "*": "attention", "-": "MLP"}
+KINDS = {**{v.letter: v.name for v in VARIANTS.values()}, "*": "attention", "-": "MLP", EXPERTS: "MoE"}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+def unknown_layers(recipe: Recipe) -> list[str]:
+    """Letters of the pattern that are none of KINDS: their sizes are Megatron's own affair."""
+    return sorted(set(recipe.model.pattern) - set(KINDS) - {"|", "/"})
 
 
 def layers(recipe: Recipe) -> tuple[Counter[str], int, Counter[str]]:
     """Layers of the decoder by letter, the number of heads for further tokens, and the layers of one such head.
 
     Raises:
-        ValueError: a letter that is none of KINDS, whose sizes are Megatron's own affair.
+        ValueError: there are unknown_layers.
     """
     decoder, *heads = recipe.model.pattern.replace("|", "").split("/")
-    unknown = sorted(set(recipe.model.pattern) - set(KINDS) - {"|", "/"})
-    if unknown:
+    if unknown := unknown_layers(recipe):
         raise ValueError(f"model.pattern: expected layers of {', '.join(KINDS)} to plan for, got {', '.join(unknown)}")
     return Counter(decoder), len(heads), Counter(heads[0] if heads else "")
 
@@ -45,6 +50,8 @@ def layer_parameters(recipe: Recipe, letter: str) -> int:
         return recipe.mixer.parameter_count(MIXER_LETTERS[letter], h)
     if letter == "-":
         return h + 3 * h * recipe.model.ffn_hidden_size
+    if letter == EXPERTS:
+        return recipe.experts.parameters
     queries, keys = attention_widths(recipe)
     return h + h * (queries + 2 * keys) + queries * h
 
@@ -65,6 +72,24 @@ def parameters(recipe: Recipe, vocab_size: int) -> dict[str, int]:
     return found
 
 
+def active_parameters(recipe: Recipe, vocab_size: int) -> int:
+    """Parameters that one token uses: all but the experts that it is not sent to."""
+    total = sum(parameters(recipe, vocab_size).values())
+    decoder, heads, in_head = layers(recipe)
+    if number := decoder[EXPERTS] + heads * in_head[EXPERTS]:
+        total -= number * (recipe.experts.parameters - recipe.experts.active_parameters)
+    return total
+
+
+def training_flops_per_token(recipe: Recipe, vocab_size: int) -> float | None:
+    """Operations a token of a training sequence needs; the backward takes twice the forward.
+
+    Returns:
+        None if there are unknown_layers, which need not be counted to be trained.
+    """
+    return None if unknown_layers(recipe) else 3 * forward_flops_per_token(recipe, vocab_size)
+
+
 def forward_flops_per_token(recipe: Recipe, vocab_size: int) -> float:
     """Operations a token of a training sequence needs in the forward: matrix products, recurrences and attention.
 
@@ -77,7 +102,7 @@ def forward_flops_per_token(recipe: Recipe, vocab_size: int) -> float:
         if letter in MIXER_LETTERS:
             total += n * recipe.mixer.flops_per_token(MIXER_LETTERS[letter], m.hidden_size)
             continue
-        total += n * 2 * layer_parameters(recipe, letter)
+        total += n * 2 * (recipe.experts.active_parameters if letter == EXPERTS else layer_parameters(recipe, letter))
         if letter == "*":
             window = min(m.attention_window or T, T)
             mean_keys = window - window * (window - 1) / (2 * T)  # the first tokens see fewer
@@ -98,6 +123,8 @@ def saved_numbers(recipe: Recipe, letter: str) -> dict[str, float]:
     if letter == "-":
         ffn = recipe.model.ffn_hidden_size / t
         return kept | {"projected": 2 * ffn, "activated": ffn}
+    if letter == EXPERTS:
+        return kept | _saved_by_experts(recipe)
     if letter == "*":
         queries, keys = attention_widths(recipe)
         rotated = {"rotated": (queries + keys) / t} if recipe.model.position_embedding == "rope" else {}
@@ -132,6 +159,40 @@ def saved_numbers(recipe: Recipe, letter: str) -> dict[str, float]:
     return kept | {name: size / t for name, size in {**inputs, **inside, **after}.items()}
 
 
+def _saved_by_experts(recipe: Recipe) -> dict[str, float]:
+    """As saved_numbers, where the router sends as many tokens to each expert.
+
+    A rank holds its part of the sequence's tokens; the ranks that an expert is divided over gather theirs.
+    """
+    x, t = recipe.experts, recipe.parallel.tensor
+    tokens = x.top_k / t * x.tensor  # that the experts of a rank see, for each of the sequence's
+    width = x.width / x.tensor
+    kept = {"dispatched": tokens * x.seen_size, "projected": tokens * 2 * width, "activated": tokens * width}
+    if x.latent_size is not None:
+        kept["combined"] = x.latent_size / t
+    if x.shared_width:
+        kept |= {"shared projected": 2 * x.shared_width / t, "shared activated": x.shared_width / t}
+    if x.shared_gate:
+        kept["shared output"] = x.hidden_size / t
+    return kept
+
+
+def _held(recipe: Recipe, vocab_size: int) -> list[tuple[float, float, int]]:
+    """Parameters on the fullest GPU: (how many, how many of them in layers, ranks that together hold all)."""
+    p = recipe.parallel
+    parts = parameters(recipe, vocab_size)
+    outside = sum(parts.pop(name) for name in ("embedding", "output", "final norm") if name in parts)
+    decoder, heads, in_head = layers(recipe)
+    number = decoder[EXPERTS] + heads * in_head[EXPERTS]
+    routed = number * recipe.experts.number * recipe.experts.of_one_expert if number else 0
+    in_layers = (sum(parts.values()) - routed) / p.pipeline / p.tensor
+    held = [(in_layers + outside / min(p.pipeline, 2) / p.tensor, in_layers, p.tensor * p.pipeline)]
+    if number:
+        ranks = recipe.experts.parallel * recipe.experts.tensor * p.pipeline
+        held.append((routed / ranks, routed / ranks, ranks))
+    return held
+
+
 def memory(recipe: Recipe, vocab_size: int, gpus: int) -> dict[str, float]:
     """Bytes on the fullest GPU, by part.
 
@@ -141,19 +202,20 @@ def memory(recipe: Recipe, vocab_size: int, gpus: int) -> dict[str, float]:
         gpus: all of them; data parallelism takes those that the other kinds leave.
     """
     p, t = recipe.parallel, recipe.training
-    spread = gpus // (p.tensor * p.pipeline)  # over which the optimizer is spread: data and context
-    parts = parameters(recipe, vocab_size)
-    outside = {name: parts.pop(name) for name in ("embedding", "output", "final norm") if name in parts}
-    numbers = (sum(parts.values()) / p.pipeline + sum(outside.values()) / min(p.pipeline, 2)) / p.tensor
     size = BYTES[t.precision]
-    adam = 12 if size == 2 else 8  # two moments, and of 16-bit weights a float32 copy
-    state = numbers * adam
-    if recipe.megatron.get("optimizer") == "muon":  # one moment, of nearly all that is in layers
-        state -= sum(parts.values()) / p.pipeline / p.tensor * 4
+    weights = optimizer = 0.0
+    for numbers, in_layers, ranks in _held(recipe, vocab_size):
+        adam = 12 if size == 2 else 8  # two moments, and of 16-bit weights a float32 copy
+        state = numbers * adam
+        if recipe.megatron.get("optimizer") == "muon":  # one moment, of nearly all that is in layers
+            state -= in_layers * 4
+        weights += numbers
+        # spread over the ranks that hold the same
+        optimizer += state / (gpus // ranks if p.distributed_optimizer else 1)
     found = {
-        "weights": numbers * size,
-        "gradients": numbers * 4,  # summed up in float32
-        "optimizer": state / (spread if p.distributed_optimizer else 1),
+        "weights": weights * size,
+        "gradients": weights * 4,  # summed up in float32
+        "optimizer": optimizer,
     }
     tokens = t.micro_batch_size * t.seq_length / p.context
     decoder, heads, in_head = layers(recipe)

@@ -17,6 +17,7 @@ import yaml
 
 from megatron_carve.model.config import MixerConfig, describe_type
 from megatron_carve.model.variants import MIXER_LETTERS
+from megatron_carve.recipe.experts import LETTER, Experts
 from megatron_carve.recipe.schema import Checkpoint, Data, Model, Parallel, Run, Training
 
 INHERIT = "inherit"
@@ -74,6 +75,8 @@ class Recipe:
             )
         if self.data.documents == "apart":
             self._check_documents_apart()
+        if LETTER in self.model.pattern:
+            _ = self.experts  # raises if they are not what Megatron could build
         for letter in set(self.model.pattern) & set(MIXER_LETTERS):
             try:
                 self.mixer.check_kind(MIXER_LETTERS[letter])
@@ -112,6 +115,11 @@ class Recipe:
             raise ValueError(f"{expected} with attention layers takes parallel.context 1, got {self.parallel.context}")
         if self.megatron.get("cuda_graph_impl", "none") != "none":
             raise ValueError(f"{expected} has other shapes at every step, which megatron.cuda_graph_impl cannot record")
+
+    @property
+    def experts(self) -> Experts:
+        """What an E layer of the model is."""
+        return Experts.of(self.model, self.parallel, self.megatron)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, origin: str = "recipe") -> Recipe:

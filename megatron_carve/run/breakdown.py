@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 from torch.autograd import DeviceType
@@ -51,7 +52,7 @@ def mark_parts(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, TransformerLayer):
             _wrap(module, "forward", LAYER)
-        elif isinstance(module, MLP):
+        elif isinstance(module, MLP | BaseMoELayer):
             _wrap(module, "forward", MLP_PART)
         elif isinstance(module, Attention):
             _wrap(module, "forward", ATTENTION)

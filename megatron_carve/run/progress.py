@@ -259,6 +259,8 @@ def _speed_text(record: dict[str, Any], gpus: Gpus | None) -> str:
     each = " a GPU" if gpus.count > 1 else ""
     if each:
         text += f", {_short(record['tokens_per_second_and_gpu'])}{each}"
+    if record["tflops_per_second_and_gpu"] is None:
+        return text
     text += f", {record['tflops_per_second_and_gpu']:.3g} TFLOP/s{each}"
     return text if record["utilisation"] is None else f"{text} ({record['utilisation']:.1%})"
 

@@ -23,20 +23,22 @@ class Gpus:
     Attributes:
         count: of all processes.
         flops_per_token: floating-point operations of the model, forward and backward; what is recomputed counts once.
+            None where they are not known.
         peak_tflops: of one, in 10^12 operations a second; None where it is not known.
     """
 
     count: int
-    flops_per_token: float
+    flops_per_token: float | None
     peak_tflops: float | None = None
 
     def measures(self, tokens_per_second: float) -> dict[str, Any]:
-        """What a run's metrics hold of each GPU; utilisation is None where the peak is not known."""
-        tflops = tokens_per_second * self.flops_per_token / self.count / 1e12
+        """What a run's metrics hold of each GPU; None what is not known."""
+        each = tokens_per_second / self.count
+        tflops = None if self.flops_per_token is None else each * self.flops_per_token / 1e12
         return {
-            "tokens_per_second_and_gpu": tokens_per_second / self.count,
+            "tokens_per_second_and_gpu": each,
             "tflops_per_second_and_gpu": tflops,
-            "utilisation": tflops / self.peak_tflops if self.peak_tflops else None,
+            "utilisation": tflops / self.peak_tflops if tflops is not None and self.peak_tflops else None,
         }
 
 

@@ -54,6 +54,96 @@ def test_parameters_are_those_of_the_built_model(pattern):
     assert sum(estimate.parameters(recipe, 64).values()) == sum(p.numel() for p in model.parameters())
 
 
+EXPERTS = ["megatron.num_experts=4", "megatron.moe_ffn_hidden_size=24"]
+SHARED = ["megatron.moe_shared_expert_intermediate_size=40", "megatron.moe_shared_expert_gate=true"]
+
+
+def moe_layer(recipe):
+    """Megatron's, with the recipe's sizes, as it is without Transformer Engine."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+
+    x = recipe.megatron
+    sizes = {
+        "num_moe_experts": x["num_experts"], "moe_ffn_hidden_size": x["moe_ffn_hidden_size"],
+        "moe_router_topk": x.get("moe_router_topk", 2), "moe_token_dispatcher_type": "alltoall",
+        "moe_shared_expert_intermediate_size": x.get("moe_shared_expert_intermediate_size"),
+        "moe_shared_expert_gate": x.get("moe_shared_expert_gate", False),
+    }  # fmt: skip
+    built = get_moe_module_spec(use_te=False, num_experts=x["num_experts"], moe_grouped_gemm=False)
+    return built(config(bias_activation_fusion=True, **sizes), pg_collection=groups())
+
+
+@pytest.mark.parametrize("more", [[], SHARED, ["megatron.moe_router_topk=3"]], ids=["plain", "shared", "top 3"])
+def test_parameters_of_experts_are_those_of_the_built_layer(more):
+    recipe = small("model.pattern=E", *EXPERTS, *more)
+    built = {name: p.numel() for name, p in moe_layer(recipe).named_parameters()}
+    routed = {name: n for name, n in built.items() if ".local_experts." in name}
+    x = recipe.experts
+    assert x.parameters == sum(built.values()) + 32  # and the norm before it
+    assert x.number * x.of_one_expert == sum(routed.values())
+    idle = x.parameters - x.active_parameters
+    assert idle == sum(n for name, n in routed.items() if int(name.split(".")[2]) >= x.top_k)
+    assert estimate.active_parameters(recipe, 64) == sum(estimate.parameters(recipe, 64).values()) - idle
+
+
+@pytest.mark.parametrize("more", [[], SHARED], ids=["plain", "shared"])
+def test_saved_numbers_of_experts_are_those_that_the_layer_keeps(more):
+    """With the fused SwiGLU of a GPU, uncompiled."""
+    recipe = small("model.pattern=E", *EXPERTS, *more)
+    layer, tokens = moe_layer(recipe), 128
+    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        of_channels = x.is_floating_point() and x.shape[-1] >= 24  # of the routing there are a few numbers a token
+        if of_channels and x.untyped_storage().data_ptr() not in parameters:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // 4
+        return x
+
+    compiled = torch.compiler.set_stance("force_eager")
+    with compiled, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        layer(torch.randn(tokens, 1, 32, requires_grad=True))
+    numbers = estimate.saved_numbers(recipe, "E")
+    assert sum(kept.values()) == (sum(numbers.values()) - numbers["input"]) * tokens
+
+
+def test_operations_of_experts_are_those_of_the_ones_that_a_token_is_sent_to():
+    """As many as of an MLP of their width together, and the router's."""
+    of_all = [estimate.forward_flops_per_token(small(f"model.pattern={x}-", *EXPERTS), 64) for x in ("E", "")]
+    as_mlp = small("model.pattern=-", "model.ffn_hidden_size=48")  # two of 24
+    assert of_all[0] - of_all[1] == 2 * (estimate.layer_parameters(as_mlp, "-") + 4 * 32)
+
+
+def test_memory_of_experts_falls_with_the_ranks_that_they_are_spread_over():
+    def found(*changes):
+        many = ["model.pattern=C-CE", "megatron.num_experts=8", "training.precision=bf16"]
+        return estimate.memory(load_recipe("carve_1p3b_hybrid", [*many, *changes]), 32000, 8)
+
+    routed = 8 * 3 * 2048 * 5632
+    one, two = found(), found("megatron.expert_model_parallel_size=2")
+    assert one["weights"] - two["weights"] == 2 * routed / 2
+    assert one["gradients"] - two["gradients"] == 4 * routed / 2
+    assert one["optimizer"] == two["optimizer"]  # spread over 8 before, over the 4 that hold the same now
+    assert one["activations"] == two["activations"]
+    split = found("parallel.tensor=2")
+    whole = found("parallel.tensor=2", "megatron.expert_tensor_parallel_size=1")
+    assert whole["weights"] - split["weights"] == 2 * routed / 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "megatron.num_experts: expected an integer of at least 1 with the layer E, got null"),
+        (["megatron.num_experts=1"], "moe_router_topk: expected at most num_experts=1, got 2, Megatron's default"),
+        ([*EXPERTS, "megatron.expert_model_parallel_size=3"], "expected a divisor of num_experts=4, got 3"),
+        ([*EXPERTS, "megatron.moe_latent_size=x"], "moe_latent_size: expected an integer of at least 1 .* got 'x'"),
+    ],
+)
+def test_experts_that_could_not_be_built_end_in_one_line(words, message):
+    with pytest.raises(ValueError, match=message):
+        small("model.pattern=C-CE", *words)
+
+
 @pytest.mark.parametrize(
     ("letter", "options"),
     [

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from support.parallel import launch
 
 from megatron_carve import bench
@@ -45,6 +47,24 @@ def test_a_measured_step_of_the_debug_recipe(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["n.json"]  # nothing else is left
     on_gpu = {**numbers, "peak_allocated_bytes": 1, "peak_reserved_bytes": 1}
     assert any("the GPU's work" in line for line in bench.report(on_gpu))
+
+
+@pytest.mark.parametrize("letter", ["E", "M"])
+def test_numbers_of_layers_on_a_gpu(letter, monkeypatch):
+    """Called as on a GPU; of Megatron's M neither operations nor memory are known."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    recipe = load_recipe("debug", [f"model.pattern=C-{letter}-", "megatron.num_experts=4"])
+    start = SimpleNamespace(vocab_size=100)
+    timer = bench.StepTimer(
+        SimpleNamespace(recipe=recipe, device="cuda", start=start, layers="local"), warmup=1, steps=1
+    )
+    timer.ends, timer.peak_bytes, timer.parts = [1.0, 2.0], (1, 2), {"MLP": 1.0}
+    numbers = timer.numbers(peak_tflops=100.0)
+    for name in ("model_gflop_per_token", "model_tflops_per_second_and_gpu", "utilisation", "planned_bytes"):
+        assert (numbers[name] is None) == (letter == "M"), name
+    said = "\n".join(bench.report(numbers))
+    assert f"{16 * 128:,} tokens/s and GPU" in said
+    assert ("TFLOP/s" in said, "planned" in said) == (letter == "E", letter == "E")
 
 
 @pytest.mark.slow

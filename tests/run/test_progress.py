@@ -3,13 +3,16 @@
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from megatron_carve import train
 from megatron_carve.recipe import load_recipe
+from megatron_carve.recipe.schema import LAYER_LETTERS
 from megatron_carve.run import progress
 from megatron_carve.run.folder import RunFolder
 from megatron_carve.run.progress import Progress, read_metrics
@@ -114,6 +117,8 @@ class TestSteps:
         [
             (Gpus(1, 2e9, 4.0), "100 tokens/s, 0.2 TFLOP/s (5.0%) | "),
             (Gpus(4, 2e10, None), "100 tokens/s, 25 a GPU, 0.5 TFLOP/s a GPU | "),
+            (Gpus(1, None, 4.0), "100 tokens/s | "),
+            (Gpus(4, None, 4.0), "100 tokens/s, 25 a GPU | "),
         ],
     )
     def test_what_gpus_do(self, start, gpus, said):
@@ -122,10 +127,21 @@ class TestSteps:
         run.steps(1, 10, 5.0)
         assert said in run.lines[-1] and "GPU" not in run.lines[0]
         assert run.records[-1]["tokens_per_second_and_gpu"] == 100 / gpus.count
-        assert run.records[-1]["utilisation"] == (0.05 if gpus.peak_tflops else None)
-        assert run.records[-1]["tflops_per_second_and_gpu"] == pytest.approx(
-            100 * gpus.flops_per_token / gpus.count / 1e12
-        )
+        known = gpus.flops_per_token is not None
+        assert run.records[-1]["utilisation"] == (0.05 if known and gpus.peak_tflops else None)
+        expected = pytest.approx(100 * gpus.flops_per_token / gpus.count / 1e12) if known else None
+        assert run.records[-1]["tflops_per_second_and_gpu"] == expected
+
+    @pytest.mark.parametrize("letter", LAYER_LETTERS)
+    def test_whatever_layers_a_gpu_trains_it_has_a_speed(self, letter, monkeypatch):
+        """Called as on a GPU; what the operations of a layer are need not be known to train it."""
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+        words = [f"model.pattern=C-{letter}-", "megatron.num_experts=4", "training.precision=bf16"]
+        plan = SimpleNamespace(recipe=load_recipe("debug", words), device="cuda", start=SimpleNamespace(vocab_size=100))
+        gpus = train._gpus(plan)
+        assert gpus.peak_tflops == 989.4
+        assert (gpus.flops_per_token is None) == (letter in "GMD+")
+        assert set(gpus.measures(1.0)) == {"tokens_per_second_and_gpu", "tflops_per_second_and_gpu", "utilisation"}
 
     def test_peaks_are_of_16_bit_numbers(self):
         assert peak_tflops("NVIDIA H200", "bf16") == 989.4
