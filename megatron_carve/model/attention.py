@@ -1,4 +1,4 @@
-"""Self attention that remembers no more tokens than its window while a model generates."""
+"""Self attention that remembers no more tokens than its window while a model generates, where it keeps them itself."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_carve.model.mixer_cache import sequences_of_call
+from megatron_carve.model.paged_attention import PagedAttention, flash_attention_serves
 
 # Queries that attend together at least, where there are as many: a narrow window makes no crowd of tiny products.
 MIN_BLOCK = 128
@@ -38,7 +39,8 @@ class KeyValueCache(NamedTuple):
 
 
 class WindowedSelfAttention(SelfAttention):
-    """Megatron's SelfAttention with another cache in static inference contexts; trains as upstream.
+    """Megatron's SelfAttention with another cache in static inference contexts; trains as upstream. In dynamic ones it
+    is upstream's where FlashAttention is installed, elsewhere PagedAttention.
 
     Upstream keeps every token, and where several tokens continue a sequence lets them see each other's future. Here
     the cache is a ring of the window's size, a prompt can come in pieces, and the step of one token has fixed shapes
@@ -46,7 +48,8 @@ class WindowedSelfAttention(SelfAttention):
     """
 
     def forward(self, hidden_states, attention_mask, *args, inference_context=None, rotary_pos_emb=None, **options):
-        if inference_context is None or not inference_context.is_static_batching():
+        dynamic = inference_context is not None and not inference_context.is_static_batching()
+        if inference_context is None or (dynamic and hidden_states.is_cuda and flash_attention_serves()):
             return super().forward(
                 hidden_states, attention_mask, *args,
                 inference_context=inference_context, rotary_pos_emb=rotary_pos_emb, **options,
@@ -54,12 +57,26 @@ class WindowedSelfAttention(SelfAttention):
         self._check_inference()
         with torch.no_grad():
             query, key, value = self.get_query_key_value_tensors(hidden_states, None)
+            if dynamic:
+                return self.linear_proj(self._step_of_requests(inference_context, query, key, value, rotary_pos_emb))
             cache = self._cache(inference_context, key)
             if query.shape[0] == 1:
                 out = self._next_token(cache, query, key, value, rotary_pos_emb)
             else:
                 out = self._next_tokens(cache, query, key, value, rotary_pos_emb, inference_context.sequence_len_offset)
             return self.linear_proj(out)
+
+    def _step_of_requests(
+        self, context: Any, query: Tensor, key: Tensor, value: Tensor, rotary: Tensor | None
+    ) -> Tensor:
+        """The tokens of a step of a DynamicInferenceContext: [T, 1, ...] -> [T, 1, heads * D]."""
+        if rotary is not None:
+            angles = rotary[context.gpu_view.token_to_pos_ids[: query.shape[0]]]
+            query, key = self._rotate(query, angles), self._rotate(key, angles)
+        layer_number = self.layer_number - self._get_pp_layer_offset_for_inference()
+        return PagedAttention(context, layer_number, self._window(), self._attend, self._attend_in_blocks)(
+            query, key, value
+        )
 
     def _check_inference(self) -> None:
         c = self.config

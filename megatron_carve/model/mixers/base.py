@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from megatron_carve.model.config import MixerConfig, MixerOptions
 from megatron_carve.model.context.exchange import PackedOrder, Span, context_exchange, packed_boundaries
 from megatron_carve.model.context.state_passing import chunk_on_span
 from megatron_carve.model.mixer_cache import MixerCache, mixer_cache
+from megatron_carve.model.mixers.dynamic import mix_requests
 from megatron_carve.model.mixers.parts import (
     DynamicConvolution,
     GatedHeadNorm,
@@ -100,7 +101,7 @@ class LinearAttentionMixer(MegatronModule):
         # in a 16-bit model, which Megatron's distributed optimizer does not save rightly by itself; Muon is for maps.
         mixed_precision_groups.apply()
         muon_parameters.apply()
-        self.layer_number = layer_number
+        self.layer_number, self.pp_layer_offset = layer_number, pp_layer_offset or 0
         self.mixer = mixer_config(config, options)
         self.mixer.check_kind(self.kind)
         self.tp_group = pg_collection.tp
@@ -178,6 +179,7 @@ class LinearAttentionMixer(MegatronModule):
                 its sequences, which go on from what it holds of this layer, or begin where its sequence_len_offset is
                 0; what it holds is brought up to date. One token takes the recurrent op, in place and without
                 reading a value on the host (a CUDA graph can hold it), more take the chunk op. Without gradients.
+                Or its DynamicInferenceContext, to which this layer is one of Mamba: see dynamic.py; B is 1 then.
             packed_seq_params: Megatron's packed sequences (`thd`, B = 1) or None.
             positional: rotary embeddings and the like, which a recurrence has no use for.
 
@@ -212,7 +214,10 @@ class LinearAttentionMixer(MegatronModule):
         pieces, gate = self._pieces(projected)
         mine = self.exchange.enter(pieces, order)
         span = self.exchange.span(mine[0], cu_seqlens)
-        if inference_context is not None:
+        if inference_context is not None and not inference_context.is_static_batching():
+            with torch.no_grad():
+                out = mix_requests(self, inference_context, mine)
+        elif inference_context is not None:
             out = self._recurrence_from(self._cache(inference_context, mine[0]), span, *mine)
         elif self.recompute and torch.is_grad_enabled():
             out = checkpoint(self._recurrence, span, *mine, use_reentrant=False, preserve_rng_state=False)
@@ -249,12 +254,12 @@ class LinearAttentionMixer(MegatronModule):
 
     def _recurrence(self, span: Span, *pieces: Tensor) -> Tensor:
         """From exchanged pieces to the op's output, [B, T, HV, V]; what recomputation computes twice."""
-        return self.mix(self._op_inputs(pieces, span), span)
+        return self.mix(self.op_inputs(pieces, span), span)
 
     @torch.no_grad()
     def _recurrence_from(self, cache: MixerCache, span: Span, *pieces: Tensor) -> Tensor:
         """As _recurrence, of tokens that follow those in the cache, which then holds these too."""
-        inputs = self._op_inputs(pieces, span, cache.tokens)
+        inputs = self.op_inputs(pieces, span, cache.tokens)
         tokens, kept = pieces[0].shape[0], cache.tokens.shape[1]
         newest = pieces[0][max(0, tokens - kept) :].transpose(0, 1)
         cache.tokens.copy_(torch.cat([cache.tokens, newest], 1)[:, newest.shape[1] :])
@@ -274,12 +279,23 @@ class LinearAttentionMixer(MegatronModule):
         if self.exchange.size > 1:
             raise NotImplementedError(f"{type(self).__name__}: context parallelism with an inference_context")
 
-    def _op_inputs(self, pieces: Sequence[Tensor], span: Span, tokens_before: Tensor | None = None) -> MixerInputs:
-        """Exchanged pieces, [T, B, channels], as the op takes them; tokens_before: see ShortConvolution.forward."""
+    def op_inputs(
+        self, pieces: Sequence[Tensor], span: Span, tokens_before: Tensor | None = None,
+        convolve: Callable[..., Sequence[Tensor]] | None = None,
+    ) -> MixerInputs:  # fmt: skip
+        """Exchanged pieces, [T, B, channels], as the op takes them.
+
+        Args:
+            tokens_before: see ShortConvolution.forward.
+            convolve: in place of this layer's convolution, [B, T, channels] and features to q, k and v.
+        """
         convolved, decay, *gates = (x.transpose(0, 1) for x in pieces)
         features = [gates.pop()] if self.mixer.short_convolution == "dynamic" else []
         *erase, write = gates
-        q, k, v = self.conv(convolved, self.exchange, span, self.backend, tokens_before, *features)
+        if convolve is None:
+            q, k, v = self.conv(convolved, self.exchange, span, self.backend, tokens_before, *features)
+        else:
+            q, k, v = convolve(convolved, *features)
         by_key = (-1, self.mixer.key_head_dim)
         return MixerInputs(
             q=q.unflatten(-1, by_key),

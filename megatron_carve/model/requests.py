@@ -1,0 +1,75 @@
+"""The requests of one step of Megatron's dynamic inference context, as the layers see them.
+
+A step's tokens are one row: a token of every request that generates, then the next piece of every prompt that is being
+read, then padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Requests:
+    """What a step does for whom. Tensors are on the model's device, and in a CUDA graph those that it reads.
+
+    Attributes:
+        tokens: of the step, padding included.
+        decoding: requests that generate, with one token each. In a CUDA graph the last may be padding, else none is.
+        slots: [decoding] int64, where the context keeps a request's state; -1 for padding.
+        positions: [decoding + prompts] int32, tokens of a request before this step.
+        prompts: requests of which a prompt's next tokens are read.
+        prompt_slots: [prompts] int32, as slots.
+        prompt_boundaries: [prompts + 1] int32, of the prompts' pieces in their tokens.
+        prompt_starts, prompt_lengths: on the host, tokens before this step and in it.
+    """
+
+    tokens: int
+    decoding: int
+    slots: Tensor | None
+    positions: Tensor
+    prompts: int
+    prompt_slots: Tensor | None
+    prompt_boundaries: Tensor | None
+    prompt_starts: list[int]
+    prompt_lengths: list[int]
+
+    @property
+    def prompt_tokens(self) -> slice:
+        """Where the prompts' pieces are among the step's tokens."""
+        return slice(self.decoding, self.decoding + sum(self.prompt_lengths))
+
+
+def requests_of_step(context: Any) -> Requests:
+    """The requests of a DynamicInferenceContext after its initialize_attention_state; nothing is read from the device.
+
+    Raises:
+        NotImplementedError: a context for speculative decoding, or a step with prompts in a CUDA graph.
+    """
+    if context.num_speculative_tokens:
+        raise NotImplementedError("inference_context: the mixers support no speculative decoding, got a context for it")
+    in_graph = context.using_cuda_graph_this_step()
+    padded, real = context.padded_batch_dimensions, context.batch_dimensions
+    if in_graph and padded.prefill_req_count:
+        raise NotImplementedError(
+            "inference_context: prompts are read outside of CUDA graphs, expected "
+            "use_cuda_graphs_for_non_decode_steps=False, got True"
+        )
+    decoding, prompts = padded.decode_req_count if in_graph else real.decode_req_count, real.prefill_req_count
+    first = context.paused_request_count + decoding
+    read = slice(first, first + prompts)
+    metadata = context.mamba_metadata
+    return Requests(
+        tokens=padded.token_count,
+        decoding=decoding,
+        slots=metadata.batch_indices_decode[:decoding] if metadata and decoding else None,
+        positions=context.gpu_view.request_kv_length_offsets[: decoding + prompts],
+        prompts=prompts,
+        prompt_slots=metadata.batch_indices_prefill[:prompts] if metadata and prompts else None,
+        prompt_boundaries=metadata.cu_seqlens[: prompts + 1] if metadata and prompts else None,
+        prompt_starts=context.request_kv_length_offsets[read].tolist() if prompts else [],
+        prompt_lengths=context.request_query_lengths[read].tolist() if prompts else [],
+    )
