@@ -68,7 +68,8 @@ class PagedAttention:
     def _prompt(self, blocks: Tensor, start: int, query: Tensor) -> Tensor:
         """The next tokens of one prompt, [T, heads, D]."""
         end = start + query.shape[0]
-        positions = torch.arange(0 if self.window is None else max(0, start - self.window + 1), end, device=query.device)
+        first = 0 if self.window is None else max(0, start - self.window + 1)
+        positions = torch.arange(first, end, device=query.device)
         places = self._places(blocks[None], positions[None])
         keys, values = (x[places].transpose(1, 2) for x in (self.keys, self.values))
         query = query.transpose(0, 1)[None]

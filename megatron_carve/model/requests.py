@@ -19,21 +19,15 @@ class Requests:
     Attributes:
         tokens: of the step, padding included.
         decoding: requests that generate, with one token each. In a CUDA graph the last may be padding, else none is.
-        slots: [decoding] int64, where the context keeps a request's state; -1 for padding.
-        positions: [decoding + prompts] int32, tokens of a request before this step.
         prompts: requests of which a prompt's next tokens are read.
-        prompt_slots: [prompts] int32, as slots.
-        prompt_boundaries: [prompts + 1] int32, of the prompts' pieces in their tokens.
-        prompt_starts, prompt_lengths: on the host, tokens before this step and in it.
+        positions: [decoding + prompts] int32, tokens of a request before this step.
+        prompt_starts, prompt_lengths: of the prompts on the host, tokens before this step and in it.
     """
 
     tokens: int
     decoding: int
-    slots: Tensor | None
-    positions: Tensor
     prompts: int
-    prompt_slots: Tensor | None
-    prompt_boundaries: Tensor | None
+    positions: Tensor
     prompt_starts: list[int]
     prompt_lengths: list[int]
 
@@ -61,15 +55,11 @@ def requests_of_step(context: Any) -> Requests:
     decoding, prompts = padded.decode_req_count if in_graph else real.decode_req_count, real.prefill_req_count
     first = context.paused_request_count + decoding
     read = slice(first, first + prompts)
-    metadata = context.mamba_metadata
     return Requests(
         tokens=padded.token_count,
         decoding=decoding,
-        slots=metadata.batch_indices_decode[:decoding] if metadata and decoding else None,
-        positions=context.gpu_view.request_kv_length_offsets[: decoding + prompts],
         prompts=prompts,
-        prompt_slots=metadata.batch_indices_prefill[:prompts] if metadata and prompts else None,
-        prompt_boundaries=metadata.cu_seqlens[: prompts + 1] if metadata and prompts else None,
-        prompt_starts=context.request_kv_length_offsets[read].tolist() if prompts else [],
-        prompt_lengths=context.request_query_lengths[read].tolist() if prompts else [],
+        positions=context.gpu_view.request_kv_length_offsets[: decoding + prompts],
+        prompt_starts=context.request_kv_length_offsets[read].tolist(),
+        prompt_lengths=context.request_query_lengths[read].tolist(),
     )

@@ -25,28 +25,51 @@ class Draw(NamedTuple):
     number: float
 
 
+    @property
+    def filters(self) -> bool:
+        return bool(self.top_k or self.top_p)
+
+
 def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Token ids [N] int64 from logits [N, V] float32; a row's depends on no other row."""
     tokens = logits.argmax(-1)
-    rows = [row for row, draw in enumerate(draws) if draw.temperature > 0]
-    if not rows:
-        return tokens
-    chosen = [draws[row] for row in rows]
-    numbers = torch.tensor(chosen, dtype=torch.float64).to(logits.device)
-    temperature, top_k, top_p, number = numbers[:, :, None].unbind(1)  # [N, 1] each
-    place = torch.tensor(rows).to(logits.device)
-    logits = logits[place]
+    for filters in (False, True):  # apart: in what order probabilities are added up decides which token a number means
+        rows = [row for row, draw in enumerate(draws) if draw.temperature > 0 and draw.filters == filters]
+        if rows:
+            place = torch.tensor(rows).to(logits.device)
+            drawn = (_draw_among_some if filters else _draw)(logits[place], [draws[row] for row in rows])
+            tokens.index_copy_(0, place, drawn)
+    return tokens
+
+
+def _draw(logits: Tensor, draws: list[Draw]) -> Tensor:
+    """Among all tokens."""
+    temperature, _, _, number = _columns(draws, logits)
+    return _by_number(_scaled(logits, temperature).softmax(-1), number)[:, 0]
+
+
+def _draw_among_some(logits: Tensor, draws: list[Draw]) -> Tensor:
+    temperature, top_k, top_p, number = _columns(draws, logits)
+    logits, order = _scaled(logits, temperature).sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    logits = logits.masked_fill((top_k > 0) & (rank >= top_k), -torch.inf)
+    probability = logits.softmax(-1)
+    beyond = probability.cumsum(-1) - probability >= top_p  # the first is never beyond
+    probability = probability.masked_fill((top_p > 0) & beyond, 0.0)
+    return order.gather(1, _by_number(probability, number))[:, 0]
+
+
+def _columns(draws: list[Draw], logits: Tensor) -> tuple[Tensor, ...]:
+    """What the draws say, [N, 1] float64 each."""
+    return torch.tensor(draws, dtype=torch.float64).to(logits.device)[:, :, None].unbind(1)
+
+
+def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:
     # From the largest, in float64: however low the temperature, that one stays 0 and nothing becomes no number.
-    logits = (logits - logits.amax(-1, keepdim=True)).double() / temperature
-    order = None
-    if any(draw.top_k or draw.top_p for draw in chosen):
-        logits, order = logits.sort(-1, descending=True, stable=True)
-        rank = torch.arange(logits.shape[1], device=logits.device)
-        logits = logits.masked_fill((top_k > 0) & (rank >= top_k), -torch.inf)
-        probability = logits.softmax(-1)
-        beyond = probability.cumsum(-1) - probability >= top_p  # the first is never beyond
-        logits = logits.masked_fill((top_p > 0) & beyond, -torch.inf)
-    reached = logits.softmax(-1).cumsum(-1)
-    index = torch.searchsorted(reached, number * reached[:, -1:], right=True)
-    drawn = index if order is None else order.gather(1, index)
-    return tokens.index_copy(0, place, drawn[:, 0])
+    return (logits - logits.amax(-1, keepdim=True)).double() / temperature
+
+
+def _by_number(probability: Tensor, number: Tensor) -> Tensor:
+    """Where the sum of the probabilities so far, of their sum in all, first exceeds the number: [N, V] -> [N, 1]."""
+    reached = probability.cumsum(-1)
+    return torch.searchsorted(reached, number * reached[:, -1:], right=True)

@@ -71,9 +71,7 @@ class Layers:
         """Of the keys and values of so many tokens in all layers."""
         c = self.config
         groups = max(1, (c.num_query_groups or c.num_attention_heads) // c.tensor_model_parallel_size)
-        return (
-            2 * self.letters.count(Symbols.ATTENTION) * tokens * groups * c.kv_channels * c.params_dtype.itemsize
-        )
+        return 2 * self.letters.count(Symbols.ATTENTION) * tokens * groups * c.kv_channels * c.params_dtype.itemsize
 
 
 def dynamic_context(

@@ -7,7 +7,6 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from megatron.core.inference.inference_request import DynamicInferenceRequest
@@ -154,11 +153,11 @@ class Engine:
         graphs = self.device.type == "cuda" if cuda_graphs is None else cuda_graphs
         self._block_tokens = block_tokens
         self._free_blocks = self._affordable_blocks(Layers(trained.model), memory)
-        self._context = dynamic_context(
+        context = dynamic_context(
             trained.model, max_requests=max_requests, max_tokens=max_tokens, max_sequence=self.max_sequence,
             blocks=self._free_blocks, block_tokens=self._block_tokens, cuda_graphs=max_requests if graphs else None,
         )  # fmt: skip
-        self._steps = Steps(trained.model, self._context, self.vocab_size)
+        self._steps: Steps | None = Steps(trained.model, context, self.vocab_size)
         self._waiting: deque[_Request] = deque()
         self._running: dict[int, _Request] = {}
         self._partly_read: _Request | None = None
@@ -226,22 +225,23 @@ class Engine:
         """Give the memory back; every request is forgotten."""
         self._waiting.clear()
         self._running.clear()
-        self._partly_read = self._context = self._steps = None
+        self._partly_read = None
+        self._steps = None
 
     def step(self) -> list[Step]:
         """Read and generate for all that run; what came of it, by request. Nothing where none waits or runs.
 
         After an error other than KeyboardInterrupt nothing can be relied on but close.
         """
-        self._require_open()
+        batch = self._require_open()
         steps = [Step(r.number, finish="cancelled") for r in self._drop_cancelled()]
         self._admit()
         if not self._running:
             return steps
-        parts = self._steps.begin()
+        parts = batch.begin()
         running = [self._running[part.request] for part in parts]
         scored = any(r.sampling.prompt_logprobs and not r.generated for r in running)
-        logits = self._steps.logits(all_tokens=scored)
+        logits = batch.logits(all_tokens=scored)
         if scored:
             for r, part in zip(running, parts, strict=True):
                 self._score_prompt(r, part, logits)
@@ -249,11 +249,12 @@ class Engine:
         # Only who gets a token draws: how a prompt was cut must not change what follows.
         speaks = [r is not self._partly_read and not r.cancelled for r in running]
         tokens = draw_tokens(logits, [r.draw() if s else NO_DRAW for r, s in zip(running, speaks, strict=True)])
+        outcomes = zip(running, speaks, tokens.tolist(), self._logprobs(running, logits, tokens), strict=True)
         found = [
-            self._found(r, token, logprobs) if s else Step(r.number, finish="cancelled" if r.cancelled else None)
-            for r, s, token, logprobs in zip(running, speaks, tokens.tolist(), self._logprobs(running, logits, tokens))
+            self._found(r, token, *logprobs) if s else Step(r.number, finish="cancelled" if r.cancelled else None)
+            for r, s, token, logprobs in outcomes
         ]
-        self._steps.end(tokens, [step.finish is None for step in found])
+        batch.end(tokens, [step.finish is None for step in found])
         for r, step in zip(running, found, strict=True):
             if step.finish is not None:
                 self._forget(r)
@@ -264,7 +265,7 @@ class Engine:
         dropped = [r for r in self._waiting if r.cancelled]
         self._waiting = deque(r for r in self._waiting if not r.cancelled)
         if (r := self._partly_read) is not None and r.cancelled:
-            self._steps.drop_partly_read()
+            self._require_open().drop_partly_read()
             self._partly_read = None
             self._forget(r)
             dropped.append(r)
@@ -274,7 +275,7 @@ class Engine:
         """Read more of the prompt that is partly read, then begin those that wait, as far as there is room."""
         if self._partly_read is not None:
             self._read(self._partly_read)
-        while self._waiting and self._partly_read is None and self._room > 0:
+        while self._waiting and self._partly_read is None and self._room() > 0:
             if len(self._running) == self.max_requests or self._waiting[0].blocks > self._free_blocks:
                 return
             r = self._waiting.popleft()
@@ -282,13 +283,12 @@ class Engine:
             self._free_blocks -= r.blocks
             self._read(r)
 
-    @property
     def _room(self) -> int:
         """Tokens that still fit the next step."""
-        return self.max_batch_tokens - self._context.active_token_count
+        return self.max_batch_tokens - self._require_open().context.active_token_count
 
     def _read(self, r: _Request) -> None:
-        whole = self._steps.read(r.megatron, self._room)
+        whole = self._require_open().read(r.megatron, self._room())
         self._partly_read = None if whole else r
 
     def _score_prompt(self, r: _Request, part: Part, logits: Tensor) -> None:
@@ -315,7 +315,9 @@ class Engine:
             for row, n in enumerate(wanted)
         ]
 
-    def _found(self, r: _Request, token: int, logprobs: Any) -> Step:
+    def _found(
+        self, r: _Request, token: int, logprobs: tuple[float, ...], top_logprobs: tuple[dict[int, float], ...]
+    ) -> Step:
         """What a step's token makes of a request."""
         r.generated += 1
         finish = None
@@ -324,12 +326,13 @@ class Engine:
         elif r.generated == r.sampling.max_tokens:
             finish = "length"
         of_prompt = tuple(r.prompt_logprobs) if r.generated == 1 else ()
-        return Step(r.number, (token,), *logprobs, finish, of_prompt)
+        return Step(r.number, (token,), logprobs, top_logprobs, finish, of_prompt)
 
     def _forget(self, r: _Request) -> None:
         del self._running[r.number]
         self._free_blocks += r.blocks
 
-    def _require_open(self) -> None:
-        if self._context is None:
+    def _require_open(self) -> Steps:
+        if self._steps is None:
             raise RuntimeError("engine: expected one that is open, got a closed one")
+        return self._steps

@@ -44,28 +44,38 @@ def mix_requests(mixer: LinearAttentionMixer, context: Any, pieces: Sequence[Ten
 
     What the context holds of the requests in this layer is brought up to date.
     """
+    if context.mamba_slot_allocator is not None:
+        raise NotImplementedError(
+            "inference_context: the mixers do not say what they remember within a prompt, expected "
+            "enable_prefix_caching=False, got prefix caching of states"
+        )
     requests = requests_of_step(context)
-    convolution, recurrence = context.mamba_states_cache(mixer.layer_number - mixer.pp_layer_offset)
+    convolution, recurrence = context.mamba_states_cache((mixer.layer_number or 0) - mixer.pp_layer_offset)
     memory = _Memory(mixer, convolution, recurrence)
     outputs = []
     if requests.decoding:
-        outputs.append(_next_tokens(mixer, memory, requests, [x[: requests.decoding] for x in pieces]))
+        slots = context.mamba_metadata.batch_indices_decode[: requests.decoding]
+        outputs.append(_next_tokens(mixer, memory, requests, slots, [x[: requests.decoding] for x in pieces]))
     if requests.prompts:
-        outputs.append(_prompts(mixer, memory, requests, [x[requests.prompt_tokens] for x in pieces]))
+        slots = context.mamba_metadata.batch_indices_prefill[: requests.prompts].long()
+        boundaries = context.mamba_metadata.cu_seqlens[: requests.prompts + 1].long()
+        mine = [x[requests.prompt_tokens] for x in pieces]
+        outputs.append(_prompts(mixer, memory, requests, slots, boundaries, mine))
     rest = requests.tokens - sum(x.shape[1] for x in outputs)
     if rest:
         outputs.append(outputs[0].new_zeros(1, rest, *outputs[0].shape[2:]))
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
 
 
-def _next_tokens(mixer: Any, memory: _Memory, requests: Requests, pieces: list[Tensor]) -> Tensor:
+def _next_tokens(
+    mixer: LinearAttentionMixer, memory: _Memory, requests: Requests, slots: Tensor, pieces: list[Tensor]
+) -> Tensor:
     """A token of every request, [N, 1, channels] -> [1, N, HV, V]; of fixed shapes, so that a CUDA graph can hold it.
 
-    Padding repeats the first request, and writes what that one writes.
+    `slots`, [N] int64, say where a request's state is, or -1 for padding, which repeats the first request and writes
+    what that one writes.
     """
-    slots = requests.slots
-    number = torch.arange(requests.decoding, device=slots.device)
-    source = torch.where(slots < 0, 0, number)
+    source = torch.arange(requests.decoding, device=slots.device).masked_fill(slots < 0, 0)
     slots, positions = slots[source], requests.positions[: requests.decoding][source]
     pieces = [x[source].transpose(0, 1) for x in pieces]  # [1, N, channels]: requests are a batch
     before = memory.tokens[slots]
@@ -77,9 +87,11 @@ def _next_tokens(mixer: Any, memory: _Memory, requests: Requests, pieces: list[T
     return out.transpose(0, 1)
 
 
-def _prompts(mixer: Any, memory: _Memory, requests: Requests, pieces: list[Tensor]) -> Tensor:
-    """The next pieces of prompts, packed, [T, 1, channels] -> [1, T, HV, V]."""
-    slots, boundaries = requests.prompt_slots.long(), requests.prompt_boundaries.long()
+def _prompts(
+    mixer: LinearAttentionMixer, memory: _Memory, requests: Requests, slots: Tensor, boundaries: Tensor,
+    pieces: list[Tensor],
+) -> Tensor:  # fmt: skip
+    """The next pieces of prompts, packed with `boundaries`, [N + 1] int64: [T, 1, channels] -> [1, T, HV, V]."""
     kept = memory.tokens.shape[1]
     number = torch.arange(requests.prompts, device=slots.device)
     # Room for the `kept` tokens before every piece, whose output is dropped; then the pieces follow each other again.
@@ -103,12 +115,10 @@ def _prompts(mixer: Any, memory: _Memory, requests: Requests, pieces: list[Tenso
         mixed = mixer.conv(longer.transpose(0, 1), mixer.exchange, inside, mixer.backend, None, *spread)
         return tuple(part[:, place] for part in mixed)
 
-    inputs = mixer.op_inputs(pieces, Span(requests.prompt_boundaries), convolve=convolve)
+    inputs = mixer.op_inputs(pieces, Span(boundaries), convolve=convolve)
     memory.tokens.index_copy_(0, slots, longer[(begins + lengths)[:, None] + room][:, :, 0])
     state = memory.read(slots, requests.positions[requests.decoding :])
-    call = replace(
-        mixer.op_call(inputs), cu_seqlens=requests.prompt_boundaries, initial_state=state, output_final_state=True
-    )
+    call = replace(mixer.op_call(inputs), cu_seqlens=boundaries, initial_state=state, output_final_state=True)
     out, after = run_chunk(call)
     memory.write(slots, after)
     return out
@@ -132,11 +142,12 @@ class _Memory:
         S = self.S[slots]
         if not self.sums:
             return S
-        return CarveState(S, *(x[slots] for x in self.sums), positions.long() % self.content_chunk)
+        mean, partial = (x[slots] for x in self.sums)
+        return CarveState(S, mean, partial, positions.long() % self.content_chunk)
 
     def write(self, slots: Tensor, state: Tensor | CarveState) -> None:
-        parts = state if isinstance(state, CarveState) else [state]
-        for kept, part in zip([self.S, *self.sums], parts, strict=False):
+        parts = [state] if isinstance(state, Tensor) else state[:3]
+        for kept, part in zip([self.S, *self.sums], parts, strict=True):
             kept.index_copy_(0, slots, part)
 
 
