@@ -49,11 +49,8 @@ def mixer_cache(
         tokens, state: shape per sequence and dtype of every tensor.
 
     Raises:
-        NotImplementedError: a context for dynamic batching.
         ValueError: more sequences than the context has room for.
     """
-    if not context.is_static_batching():
-        raise NotImplementedError("inference_context: the mixers support static batching only, got dynamic batching")
     sequences = sequences_of_call(context, batch)
     kept = context.key_value_memory_dict.get(layer_number)
     if kept is None:

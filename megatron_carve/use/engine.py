@@ -249,10 +249,12 @@ class Engine:
         # Only who gets a token draws: how a prompt was cut must not change what follows.
         speaks = [r is not self._partly_read and not r.cancelled for r in running]
         tokens = draw_tokens(logits, [r.draw() if s else NO_DRAW for r, s in zip(running, speaks, strict=True)])
-        outcomes = zip(running, speaks, tokens.tolist(), self._logprobs(running, logits, tokens), strict=True)
+        logprobs = self._logprobs(running, logits, tokens)
+        tokens = tokens.cpu()
+        outcomes = zip(running, speaks, tokens.tolist(), logprobs, strict=True)
         found = [
-            self._found(r, token, *logprobs) if s else Step(r.number, finish="cancelled" if r.cancelled else None)
-            for r, s, token, logprobs in outcomes
+            self._found(r, token, *these) if s else Step(r.number, finish="cancelled" if r.cancelled else None)
+            for r, s, token, these in outcomes
         ]
         batch.end(tokens, [step.finish is None for step in found])
         for r, step in zip(running, found, strict=True):

@@ -90,8 +90,9 @@ class Steps:
         return self._forward()
 
     def end(self, tokens: Tensor, goes_on: list[bool]) -> None:
-        """Give every request its next token, [N] int64; those that do not go on are forgotten, with their memory."""
-        self.context.update_requests(torch.tensor(goes_on, dtype=torch.int32), tokens.cpu())
+        """Give every request its next token, [N] int64 on the CPU; those that do not go on are forgotten, with their
+        memory."""
+        self.context.update_requests(torch.tensor(goes_on, dtype=torch.int32), tokens)
         if self.context.paused_request_count:
             raise RuntimeError("dynamic inference context: expected room for all requests, got some put off")
 

@@ -294,8 +294,6 @@ def test_decay_starts_in_the_published_ranges():
 
 def test_what_the_layer_cannot_do_is_refused():
     mixer = build("carve")
-    with pytest.raises(NotImplementedError, match="static batching only, got dynamic"):
-        mixer(hidden_states(), inference_context=SimpleNamespace(is_static_batching=lambda: False))
     with pytest.raises(NotImplementedError, match="packed sequences with an inference_context"):
         packed = SimpleNamespace(qkv_format="thd", cu_seqlens_q=torch.tensor([0, LENGTH]), cu_seqlens_q_padded=None)
         mixer(hidden_states()[:, :1], packed_seq_params=packed, inference_context=object())

@@ -175,6 +175,23 @@ def test_options_of_layers(name):
     assert_greedy(model, *((prompts[number], tokens) for number, (tokens, _) in finished(engine).items()))
 
 
+@pytest.mark.slow
+def test_triton_serves_requests_as_torch_does():
+    """Packed prompts by the chunk kernels, tokens by the recurrent ones; on the CPU in the interpreter."""
+    from support import interpreter
+
+    assert interpreter.DEVICE == "cpu"
+    model = perturbed("C2", linear_key_head_dim=16, linear_value_head_dim=16, linear_num_value_heads=2)
+    for layer in model.decoder.layers:
+        layer.self_attention.backend = "triton"
+    engine = engine_of(model, max_requests=3, max_tokens=50)
+    prompts = {engine.add(prompt, greedy(3)): prompt for prompt in ([3] * 66, [4, 5])}
+    found = finished(engine)
+    for layer in model.decoder.layers:
+        layer.self_attention.backend = "torch"
+    assert_greedy(model, *((prompts[number], tokens) for number, (tokens, _) in found.items()))
+
+
 def test_steps_of_a_fixed_size_as_cuda_graphs_have_them(hybrid, monkeypatch):
     """Of the sizes that are recorded on a GPU, with padding; the model runs in them here as it is recorded there."""
     from megatron_carve.use.steps import Steps
@@ -308,7 +325,10 @@ def test_more_requests_wait_for_memory():
         ({"max_requests": 0}, "max_requests: expected at least 1, got 0"),
         ({"max_tokens": 16}, "max_tokens: expected more than max_requests=16, got 16"),
         ({"max_sequence": 1}, "max_sequence: expected at least 2, got 1"),
-        ({"memory": 1000}, "max_sequence: expected memory for the keys and values of 200 tokens, 53248 bytes, got 1000"),
+        (
+            {"memory": 1000},
+            "max_sequence: expected memory for the keys and values of 200 tokens, 53248 bytes, got 1000",
+        ),
     ],
 )
 def test_limits_that_do_not_fit(small, limits, complaint):
