@@ -210,6 +210,7 @@ def recurrent_gdn2(
     gate_logits: bool = False,
     erase_scale: float = 1.0,
     inplace_state: bool = False,
+    state_rows: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Gated DeltaNet-2 token by token, for decoding.
@@ -217,12 +218,16 @@ def recurrent_gdn2(
     Arguments, results and errors are those of chunk_gdn2, and so are the values up to rounding. Runs under
     torch.no_grad: the results carry no gradient. With inplace_state the state is written into initial_state, which
     must be contiguous, and is returned as the final state.
+
+    With state_rows, [B] int64, one token of every sequence goes on in place from that row of initial_state, which may
+    have more rows, and these lie apart; no two sequences share one. A row below 0 marks padding: its o is zero. (The
+    torch backend wants the first to be none.)
     """
     call = OpCall(
         op="gdn2", q=q, k=k, v=v, g=g, b=b, w=w, scale=scale, initial_state=initial_state,
         output_final_state=output_final_state, cu_seqlens=cu_seqlens, A_log=A_log, dt_bias=dt_bias,
         gate_logits=gate_logits, erase_scale=erase_scale, inplace_state=inplace_state,
-        backend=backend,
+        state_rows=state_rows, backend=backend,
     )  # fmt: skip
     return run_recurrent(call)
 
@@ -251,6 +256,7 @@ def recurrent_carve(
     dt_bias: Tensor | None = None,
     gate_logits: bool = False,
     inplace_state: bool = False,
+    state_rows: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, CarveState | None]:
     """CARVE token by token, for decoding.
@@ -258,13 +264,15 @@ def recurrent_carve(
     Arguments, results and errors are those of chunk_carve, and so are the values up to rounding. Runs under
     torch.no_grad: the results carry no gradient, and content_grad is checked but has no effect. With inplace_state the
     state is written into the tensors of initial_state, which must be contiguous, and is returned as the final state.
+    state_rows: see recurrent_gdn2; of S, mean and partial, while count is [B].
     """
     call = OpCall(
         op="carve", q=q, k=k, v=v, g=g, b=erase_logits, w=w, content_down=content_down, content_up=content_up,
         erase=erase, prediction=prediction, content_chunk=content_chunk, content_grad=content_grad,
         erase_bias=erase_bias, erase_scale=erase_scale, scale=scale, initial_state=initial_state,
         output_final_state=output_final_state, cu_seqlens=cu_seqlens, A_log=A_log, dt_bias=dt_bias,
-        gate_logits=gate_logits, inplace_state=inplace_state, backend=backend,
+        gate_logits=gate_logits, inplace_state=inplace_state,
+        state_rows=state_rows, backend=backend,
     )  # fmt: skip
     return run_recurrent(call)
 

@@ -17,7 +17,7 @@ class OpCall:
     Attributes:
         op: "gdn2" or "carve".
         b: the erase gate of GDN-2 (its logits with gate_logits), the erase logits of CARVE.
-        inplace_state: write the final state into initial_state (recurrent ops alone).
+        inplace_state, state_rows: of the recurrent ops alone.
 
     One made of another by dataclasses.replace is checked anew when an op takes it.
     """
@@ -45,6 +45,7 @@ class OpCall:
     output_final_state: bool = False
     cu_seqlens: Tensor | None = None
     inplace_state: bool = False
+    state_rows: Tensor | None = None
     backend: str = "auto"
 
     @property

@@ -26,6 +26,8 @@ def check_call(call: OpCall) -> None:
     _check_tokens(call.q, call.k, call.v)
     _check_like(call.q, g=call.g)
     rows = _check_cu_seqlens(call.cu_seqlens, call.q)
+    if call.state_rows is not None:
+        rows = _check_state_rows(call)
     _check_raw_decay(call)
     _check_scale(call.scale)
     if call.op == "gdn2":
@@ -33,7 +35,22 @@ def check_call(call: OpCall) -> None:
     else:
         _check_carve(call, rows)
     if call.inplace_state:
-        check_in_place(call.initial_state)
+        check_in_place(call.initial_state, by_row=call.state_rows is not None)
+
+
+def _check_state_rows(call: OpCall) -> int:
+    """Check which rows of a state are the sequences'; how many rows there are."""
+    assert call.state_rows is not None
+    if not call.inplace_state or call.cu_seqlens is not None or call.q.shape[1] != 1:
+        raise ValueError(
+            "state_rows: expected one token of every sequence and inplace_state=True, got "
+            f"T = {call.q.shape[1]}, inplace_state={call.inplace_state}"
+        )
+    _check_tensor("state_rows", call.state_rows, call.q, dtypes=(torch.int64,))
+    _check_shape("state_rows", call.state_rows, "[B]", (call.q.shape[0],))
+    if call.initial_state is None:
+        raise ValueError("initial_state: expected one with state_rows, got None")
+    return call.initial_state[0].shape[0] if isinstance(call.initial_state, tuple) else call.initial_state.shape[0]
 
 
 def _check_gdn2(call: OpCall, rows: int) -> None:
@@ -174,13 +191,13 @@ def check_gated_norm(x: Tensor, gate: Tensor | None, weight: Tensor, *, eps: flo
         raise ValueError(f"activation: expected 'none' without a gate and only then, got {activation!r} with {given}")
 
 
-def check_in_place(state: Tensor | CarveState | None) -> None:
-    """Check the initial state of a call that updates it."""
+def check_in_place(state: Tensor | CarveState | None, *, by_row: bool = False) -> None:
+    """Check the initial state of a call that updates it; by_row: it may be apart from row to row."""
     if state is None:
         raise ValueError("initial_state: expected one to update with inplace_state=True, got None")
     parts = {"": state} if isinstance(state, Tensor) else {f".{name}": x for name, x in state._asdict().items()}
     for name, part in parts.items():
-        if not part.is_contiguous():
+        if not (part[:1] if by_row else part).is_contiguous():
             expected = "expected a contiguous tensor with inplace_state=True"
             raise ValueError(f"initial_state{name}: {expected}, got strides {part.stride()}")
 
@@ -310,7 +327,7 @@ def _check_carve_state(state: object, rows: int, call: OpCall) -> None:
     _check_state("initial_state.mean", state.mean, "[N, HV, V]", vector, call.q)
     _check_state("initial_state.partial", state.partial, "[N, HV, V]", vector, call.q)
     _check_tensor("initial_state.count", state.count, call.q, dtypes=(torch.int64,))
-    _check_shape("initial_state.count", state.count, "[N]", (rows,))
+    _check_shape("initial_state.count", state.count, "[N]", (call.sequences,))
 
 
 def _show(shape: Sequence[int]) -> str:

@@ -1,5 +1,6 @@
 """The recurrence token by token in plain torch, for decoding; records no gradient."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,28 @@ from .reference import (
 def recurrent_op(call: OpCall) -> tuple[Tensor, Any]:
     """The torch backend of the public recurrent ops, after their checks."""
     with torch.autocast(call.q.device.type, enabled=False):
+        if call.state_rows is not None:
+            return _on_rows(call, call.state_rows)
         return _recurrent_gdn2(call) if call.op == "gdn2" else _recurrent_carve(call)
+
+
+def _on_rows(call: OpCall, rows: Tensor) -> tuple[Tensor, Any]:
+    """A call with state_rows, on copies of them. Padding writes what the first sequence writes."""
+    source = torch.arange(rows.shape[0], device=rows.device).masked_fill(rows < 0, 0)
+    state: Any = call.initial_state
+    read, theirs = (lambda x: x[rows[source]]), replace(call, state_rows=None, inplace_state=False)
+    if call.op == "gdn2":
+        o, S = _recurrent_gdn2(replace(theirs, initial_state=read(state), output_final_state=True))
+        pairs: list[tuple[Tensor, Any]] = [(state, S)]
+    else:
+        before = CarveState(read(state.S), read(state.mean), read(state.partial), state.count)
+        o, after = _recurrent_carve(replace(theirs, initial_state=before, output_final_state=True))
+        assert after is not None
+        pairs = list(zip(state[:3], after[:3], strict=True))
+        state.count.copy_(after.count)
+    for kept, new in pairs:
+        kept.index_copy_(0, rows[source], new[source])
+    return o.masked_fill((rows < 0)[:, None, None, None], 0.0), state
 
 
 def _recurrent_gdn2(call: OpCall) -> tuple[Tensor, Tensor | None]:

@@ -55,13 +55,15 @@ def recurrent_op(call: OpCall) -> tuple[Tensor, Any]:
 
 
 def _outputs(call: OpCall) -> Tensor:
-    """Memory for o. Packed sequences may end before the tokens do; what no sequence holds is zero."""
-    return call.v.new_empty(call.v.shape) if call.cu_seqlens is None else call.v.new_zeros(call.v.shape)
+    """Memory for o. Packed sequences may end before the tokens do; what no sequence holds is zero, as is padding."""
+    whole = call.cu_seqlens is None and call.state_rows is None
+    return call.v.new_empty(call.v.shape) if whole else call.v.new_zeros(call.v.shape)
 
 
 def _recurrent_gdn2(call: OpCall) -> tuple[Tensor, Tensor | None]:
     q, v = call.q, call.v
-    S = None if call.initial_state is None else call.initial_state.contiguous()  # type: ignore[union-attr]
+    S: Any = call.initial_state
+    S = S if S is None or call.state_rows is not None else S.contiguous()
     new_S = S
     if not call.inplace_state:
         new_S = _new_state(call) if call.output_final_state else None
@@ -71,7 +73,8 @@ def _recurrent_gdn2(call: OpCall) -> tuple[Tensor, Tensor | None]:
     tensors, strides = _rows(q, call.k, v, plain_decay(call), b, plain_write_gate(call))
     blocks = _blocks(q, v, TILES["gdn2"])
     gdn2_kernel[(call.sequences * v.shape[2] * (v.shape[3] // blocks["BV"]),)](
-        *tensors, S, new_S, o, call.cu_seqlens, *strides, call.output_scale, q.shape[1], q.shape[2], v.shape[2],
+        *tensors, S, new_S, o, call.cu_seqlens, call.state_rows, _row_stride(S, v, q.shape[3]),
+        *strides, call.output_scale, q.shape[1], q.shape[2], v.shape[2],
         SCALAR_B=b.ndim == 3, SCALAR_W=call.w.ndim == 3, num_warps=NUM_WARPS, **blocks,
     )  # fmt: skip
     return o, new_S
@@ -81,7 +84,9 @@ def _recurrent_carve(call: OpCall) -> tuple[Tensor, CarveState | None]:
     q, v = call.q, call.v
     one_token = call.cu_seqlens is None and q.shape[1] == 1
     state = call.initial_state
-    state = CarveState(*(part.contiguous() for part in state)) if isinstance(state, CarveState) else None
+    if state is not None and call.state_rows is None:
+        state = CarveState(*(part.contiguous() for part in state))
+    assert state is None or isinstance(state, CarveState)
     new_state = state
     if not call.inplace_state:
         # with several content chunks S waits in memory from one to the next, asked for or not
@@ -98,6 +103,11 @@ def _recurrent_carve(call: OpCall) -> tuple[Tensor, CarveState | None]:
     if one_token:
         kernel = carve_token_kernel
         programs *= v.shape[3] // blocks["BV"]
+        S, mean = (None, None) if state is None else state[:2]
+        options |= {
+            "rows": call.state_rows, "S_stride": _row_stride(S, v, q.shape[3]),
+            "mean_stride": _row_stride(mean, v, 1),
+        }  # fmt: skip
     else:
         kernel = carve_sequences_kernel
         options |= {"cu_seqlens": call.cu_seqlens, "T": q.shape[1]}
@@ -107,7 +117,7 @@ def _recurrent_carve(call: OpCall) -> tuple[Tensor, CarveState | None]:
         *strides, call.output_scale, call.erase_scale, call.content_chunk, q.shape[2], v.shape[2],
         int(down is not None and down.ndim == 3), **options,
     )  # fmt: skip
-    if new_state is not None and not call.has_content:
+    if new_state is not None and not call.has_content and call.state_rows is None:
         for unused in (new_state.mean, new_state.partial):
             unused.zero_()
     return o, new_state if call.output_final_state or call.inplace_state else None
@@ -115,17 +125,25 @@ def _recurrent_carve(call: OpCall) -> tuple[Tensor, CarveState | None]:
 
 @triton.jit
 def gdn2_kernel(
-    q, k, v, g, b, w, S, new_S, o, cu_seqlens,
+    q, k, v, g, b, w, S, new_S, o, cu_seqlens, rows, S_stride,
     q_stride, k_stride, v_stride, g_stride, b_stride, w_stride, scale, T, H, HV,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SCALAR_B: tl.constexpr, SCALAR_W: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence, value head and block of columns; S may be None (zeros), new_S too, or both the same."""
+    """One program per sequence, value head and block of columns; S may be None (zeros), new_S too, or both the same.
+
+    rows: of S, that are the sequences', or None for their own numbers.
+    """
     i_nh, i_v = tl.program_id(0) // (V // BV), tl.program_id(0) % (V // BV)
     i_n, i_hv = (i_nh // HV).to(tl.int64), i_nh % HV
+    row = i_n
+    if rows is not None:
+        row = tl.load(rows + i_n)
+        if row < 0:
+            return
     i_h = i_hv // (HV // H)
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    o_head = (i_n * HV + i_hv) * K * V
+    o_head = row * S_stride + i_hv * K * V
     b_S = tl.zeros([BK, BV], tl.float32)
     if S is not None:
         b_S = load_tile(S + o_head, o_k, o_v, K, V, BK)
@@ -151,20 +169,25 @@ def carve_token_kernel(
     q, k, v, g, erase_logits, w, content_down, content_up, bias,
     S, mean, partial, count, new_S, new_mean, new_partial, new_count, o,
     q_stride, k_stride, v_stride, g_stride, erase_stride, w_stride,
-    scale, erase_scale, content_chunk, H, HV, content_heads,
+    scale, erase_scale, content_chunk, H, HV, content_heads, rows, S_stride, mean_stride,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, VP: tl.constexpr,
     DIAGONAL: tl.constexpr, BEFORE: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     """One token of every sequence, programs as in gdn2_kernel; the old state may be None, the new one too.
 
-    IN_PLACE: the old and the new state are the same tensors.
+    IN_PLACE: the old and the new state are the same tensors. rows: of S, mean and partial, as in gdn2_kernel.
     """
     NV: tl.constexpr = V // BV
     i_nh, i_v = tl.program_id(0) // NV, tl.program_id(0) % NV
     i_n, i_hv = (i_nh // HV).to(tl.int64), i_nh % HV
+    row = i_n
+    if rows is not None:
+        row = tl.load(rows + i_n)
+        if row < 0:
+            return
     i_h = i_hv // (HV // H)
-    i_head = i_n * HV + i_hv
+    o_S, o_mean = row * S_stride + i_hv * K * V, row * mean_stride + i_hv * V
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     b_S = tl.zeros([BK, BV], tl.float32)
     b_content = tl.zeros([BK], tl.float32)
@@ -173,12 +196,12 @@ def carve_token_kernel(
     tokens = tl.zeros([], tl.int64)
     if S is not None:
         # S first: what follows arrives while it is on its way
-        b_S = load_tile(S + i_head * K * V, o_k, o_v, K, V, BK)
+        b_S = load_tile(S + o_S, o_k, o_v, K, V, BK)
         tokens = tokens_before(count, i_n)
-        b_partial = tl.load(partial + i_head * V + o_v)
+        b_partial = tl.load(partial + o_mean + o_v)
         if content_down is not None:
             b_content = content_term(
-                mean + i_head * V, content_down, content_up, i_hv * content_heads, o_k, K, V, R, BK, BR, VP
+                mean + o_mean, content_down, content_up, i_hv * content_heads, o_k, K, V, R, BK, BR, VP
             )  # fmt: skip
     if bias is not None:
         b_content += load_keys(bias + i_h * K, o_k, K, BK)
@@ -186,25 +209,25 @@ def carve_token_kernel(
         q, k, v, g, erase_logits, w, q_stride, k_stride, v_stride, g_stride, erase_stride, w_stride,
         b_S, b_content, i_n, i_h, i_hv, o_k, o_v, erase_scale, K, V, BK, DIAGONAL, BEFORE,
     )  # fmt: skip
-    tl.store(o + i_head * V + o_v, (scale * b_y).to(o.dtype.element_ty))
+    tl.store(o + (i_n * HV + i_hv) * V + o_v, (scale * b_y).to(o.dtype.element_ty))
     if new_S is not None:
-        store_tile(new_S + i_head * K * V, b_S, o_k, o_v, K, V, BK)
+        store_tile(new_S + o_S, b_S, o_k, o_v, K, V, BK)
         if content_down is not None:
             b_partial += b_y
         tokens += 1
         full = tokens >= content_chunk
         next_tokens = tl.where(full, 0, tokens)
         if IN_PLACE:
-            tl.store(new_partial + i_head * V + o_v, b_partial)
+            tl.store(new_partial + o_mean + o_v, b_partial)
             if programs_done_before(new_count, i_n) == HV * NV - 1:
                 if full:
-                    end_content_chunk(new_mean, new_partial, i_n * HV * V, HV * V, content_chunk)
+                    end_content_chunk(new_mean, new_partial, row * mean_stride, HV * V, content_chunk)
                 tl.store(new_count + i_n, next_tokens)
         else:
             if S is not None:
-                b_mean = tl.load(mean + i_head * V + o_v)
-            tl.store(new_mean + i_head * V + o_v, tl.where(full, b_partial / content_chunk, b_mean))
-            tl.store(new_partial + i_head * V + o_v, tl.where(full, 0.0, b_partial))
+                b_mean = tl.load(mean + o_mean + o_v)
+            tl.store(new_mean + o_mean + o_v, tl.where(full, b_partial / content_chunk, b_mean))
+            tl.store(new_partial + o_mean + o_v, tl.where(full, 0.0, b_partial))
             if (i_hv == 0) & (i_v == 0):
                 tl.store(new_count + i_n, next_tokens)
 
@@ -428,6 +451,11 @@ def _new_carve_state(call: OpCall) -> CarveState:
     S = _new_state(call)
     mean, partial = (S.new_empty(S.shape[0], S.shape[1], S.shape[3]) for _ in range(2))
     return CarveState(S, mean, partial, S.new_empty(S.shape[0], dtype=torch.int64))
+
+
+def _row_stride(state: Tensor | None, v: Tensor, keys: int) -> int:
+    """How far apart the rows of a part of the state lie, old or new, [N, HV, keys, V]."""
+    return v.shape[2] * keys * v.shape[3] if state is None else state.stride(0)
 
 
 def _rows(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:

@@ -24,7 +24,6 @@ class Draw(NamedTuple):
     top_p: float
     number: float
 
-
     @property
     def filters(self) -> bool:
         return bool(self.top_k or self.top_p)

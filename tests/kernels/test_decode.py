@@ -204,6 +204,39 @@ def test_in_place_equals_out_of_place(form: str, options: dict[str, Any]) -> Non
 
 
 @ALL
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("content", [True, False])
+def test_rows_of_a_longer_state_in_place(form: str, backend: str, content: bool) -> None:
+    """Rows that lie apart in memory and in no order, with padding among the sequences."""
+    if form == "gdn2" and not content:
+        pytest.skip("it has none")
+    # two programs a head, of 32 columns each
+    inputs = on_device(make_inputs(form, B=4, T=1, HV=4, K=256, V=64, counts=[63, 62, 5, 63], dtype=torch.float32))
+    inputs = inputs if content else inputs.without_content()
+    rows = torch.tensor([5, 0, -1, 2], device=DEVICE)
+    real = rows >= 0
+    wanted = named_outputs(inputs.call(DECODE[inputs.op], CarveState, backend=backend))
+    wide = torch.full((7, 4 * (256 + 3), 64), 7.0, device=DEVICE)
+    found = {"S": wide[:, :1024].unflatten(1, (4, 256)), "mean": wide[:, 1024:1028], "partial": wide[:, 1028:1032]}
+    for name, part in found.items():
+        if name in inputs.state:
+            part[rows[real]] = inputs.state[name][real]
+    before, count = wide.clone(), inputs.state.get("count")
+    given = found["S"] if count is None else CarveState(**found, count=count)
+    o, _ = inputs.with_state(given).call(
+        DECODE[inputs.op], CarveState, inplace_state=True, state_rows=rows, output_final_state=False, backend=backend
+    )
+    assert torch.equal(o[real], wanted.pop("o")[real])
+    assert (o[~real] == 0).all()
+    others = torch.ones(7, dtype=torch.bool).index_fill(0, rows[real].cpu(), False)
+    assert_same_bits({"others": wide[others]}, {"others": before[others]})
+    found["count"] = count
+    for name, x in wanted.items():
+        if content or name not in ("mean", "partial"):
+            assert torch.equal(found[name][real if name == "count" else rows[real]], x[real]), name
+
+
+@ALL
 @pytest.mark.parametrize("options", [{"T": 1}, {"T": 3}, {"lengths": [0, 2]}], ids=["one token", "tokens", "packed"])
 def test_the_initial_state_is_left_alone(form: str, options: dict[str, Any]) -> None:
     inputs = on_device(make_inputs(form, K=32, V=32, counts=[63, 63], dtype=torch.float32, **options))
@@ -334,6 +367,11 @@ def test_in_place_needs_a_contiguous_state(form: str) -> None:
     with pytest.raises(ValueError, match=r"initial_state: .*inplace_state=True, got None"):
         inputs.call(DECODE[inputs.op], CarveState, inplace_state=True)
     inputs = on_device(make_inputs(form, T=1, K=32, V=32, dtype=torch.float32, initial_state=True))
+    rows = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="state_rows: expected one token of every sequence and inplace_state=True"):
+        inputs.call(DECODE[inputs.op], CarveState, state_rows=rows)
     inputs.state["S"] = inputs.state["S"].mT
     with pytest.raises(ValueError, match=r"initial_state.*contiguous.*strides"):
         inputs.call(DECODE[inputs.op], CarveState, inplace_state=True)
+    with pytest.raises(ValueError, match=r"initial_state.*contiguous.*strides"):
+        inputs.call(DECODE[inputs.op], CarveState, inplace_state=True, state_rows=rows)

@@ -1,9 +1,9 @@
 """A mixer in Megatron's dynamic inference context, to which its layer is one of Mamba.
 
-Such a context keeps two tensors a layer and request, of the same shapes in all layers. They hold what a mixer remembers:
-the convolution's tensor the last projected tokens before the short convolution, [taps - 1, channels], the recurrence's
-S in its first HV * K rows of V numbers and CARVE's mean and partial sum in HV rows each after it. The place in a
-content chunk is not kept: it follows from a request's position.
+Such a context keeps two tensors of a layer and request, of the same shapes in all layers. Here the convolution's holds
+the last projected tokens before the short convolution, [taps - 1, channels], and the recurrence's S in its first HV * K
+rows of V numbers, then CARVE's mean and partial sum, in HV rows each. The place in a content chunk is not kept: it
+follows from a request's position.
 """
 
 from __future__ import annotations
@@ -72,19 +72,18 @@ def _next_tokens(
 ) -> Tensor:
     """A token of every request, [N, 1, channels] -> [1, N, HV, V]; of fixed shapes, so that a CUDA graph can hold it.
 
-    `slots`, [N] int64, say where a request's state is, or -1 for padding, which repeats the first request and writes
-    what that one writes.
+    `slots`, [N] int64, say where a request's state is, or -1 for padding. That repeats the first request's tokens and
+    writes what that one writes; the op leaves it out.
     """
     source = torch.arange(requests.decoding, device=slots.device).masked_fill(slots < 0, 0)
-    slots, positions = slots[source], requests.positions[: requests.decoding][source]
     pieces = [x[source].transpose(0, 1) for x in pieces]  # [1, N, channels]: requests are a batch
-    before = memory.tokens[slots]
+    there = slots[source]
+    before = memory.tokens[there]
     inputs = mixer.op_inputs(pieces, Span(None), before)
-    memory.tokens.index_copy_(0, slots, torch.cat([before, pieces[0].transpose(0, 1)], 1)[:, 1:])
-    call, state = mixer.op_call(inputs), memory.read(slots, positions)
-    out = run_recurrent(replace(call, initial_state=state, inplace_state=True))[0]
-    memory.write(slots, state)
-    return out.transpose(0, 1)
+    memory.tokens.index_copy_(0, there, torch.cat([before, pieces[0].transpose(0, 1)], 1)[:, 1:])
+    state = memory.states(requests.positions[: requests.decoding])
+    call = replace(mixer.op_call(inputs), initial_state=state, inplace_state=True, state_rows=slots)
+    return run_recurrent(call)[0].transpose(0, 1)
 
 
 def _prompts(
@@ -117,7 +116,7 @@ def _prompts(
 
     inputs = mixer.op_inputs(pieces, Span(boundaries), convolve=convolve)
     memory.tokens.index_copy_(0, slots, longer[(begins + lengths)[:, None] + room][:, :, 0])
-    state = memory.read(slots, requests.positions[requests.decoding :])
+    state = memory.copy(slots, requests.positions[requests.decoding :])
     call = replace(mixer.op_call(inputs), cu_seqlens=boundaries, initial_state=state, output_final_state=True)
     out, after = run_chunk(call)
     memory.write(slots, after)
@@ -137,13 +136,19 @@ class _Memory:
         if _keeps_content(mixer):
             self.sums = [recurrence[:, heads * (K + i) : heads * (K + i + 1)] for i in range(2)]
 
-    def read(self, slots: Tensor, positions: Tensor) -> Tensor | CarveState:
-        """The states of requests, copied."""
-        S = self.S[slots]
+    def states(self, positions: Tensor) -> Tensor | CarveState:
+        """Of all slots, as they lie; the counts of requests at `positions`."""
         if not self.sums:
-            return S
-        mean, partial = (x[slots] for x in self.sums)
-        return CarveState(S, mean, partial, positions.long() % self.content_chunk)
+            return self.S
+        mean, partial = self.sums
+        return CarveState(self.S, mean, partial, positions.long() % self.content_chunk)
+
+    def copy(self, slots: Tensor, positions: Tensor) -> Tensor | CarveState:
+        """Of the requests in some slots."""
+        states = self.states(positions)
+        if isinstance(states, Tensor):
+            return states[slots]
+        return CarveState(states.S[slots], states.mean[slots], states.partial[slots], states.count)
 
     def write(self, slots: Tensor, state: Tensor | CarveState) -> None:
         parts = [state] if isinstance(state, Tensor) else state[:3]
