@@ -74,9 +74,11 @@ class WindowedSelfAttention(SelfAttention):
             angles = rotary[context.gpu_view.token_to_pos_ids[: query.shape[0]]]
             query, key = self._rotate(query, angles), self._rotate(key, angles)
         layer_number = self.layer_number - self._get_pp_layer_offset_for_inference()
-        return PagedAttention(context, layer_number, self._window(), self._attend, self._attend_in_blocks)(
-            query, key, value
-        )
+        attention = PagedAttention(
+            context, layer_number, self._window(), self._attend, self._attend_in_blocks, scale=self._scale(),
+            backend=getattr(self.config, "mixer_backend", "auto"),
+        )  # fmt: skip
+        return attention(query, key, value)
 
     def _check_inference(self) -> None:
         c = self.config

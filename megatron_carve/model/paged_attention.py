@@ -1,4 +1,4 @@
-"""Self attention in Megatron's dynamic inference context, whose keys and values lie in blocks, in torch.
+"""Self attention in Megatron's dynamic inference context, whose keys and values lie in blocks.
 
 Megatron has FlashAttention's kernels for that alone, which not every machine has.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_carve.kernels import resolve_backend
 from megatron_carve.model.requests import Requests, requests_of_step
 
 
@@ -24,13 +25,15 @@ class PagedAttention:
         window: tokens that one attends to, itself included; None for all.
         attend: (query [B, heads, T, D], keys and values [B, groups, S, D], mask) -> [B, heads, T, D].
         attend_in_window: (query, keys, values, window), the queries being the last of those that have keys.
+        scale: of the products of queries and keys.
+        backend: of a token of every request: "torch", "triton" or "auto".
     """
 
     def __init__(
         self, context: Any, layer_number: int, window: int | None, attend: Callable[..., Tensor],
-        attend_in_window: Callable[..., Tensor],
+        attend_in_window: Callable[..., Tensor], *, scale: float, backend: str,
     ) -> None:  # fmt: skip
-        self.context, self.window = context, window
+        self.context, self.window, self.scale, self.backend = context, window, scale, backend
         self.attend, self.attend_in_window = attend, attend_in_window
         self.requests: Requests = requests_of_step(context)
         keys, values, self.blocks = context.key_value_cache(layer_number)
@@ -56,12 +59,19 @@ class PagedAttention:
 
     def _next_tokens(self, query: Tensor) -> Tensor:
         """A token of every request, [N, heads, D]; of fixed shapes, and reads nothing on the host."""
-        last = self.requests.positions[: query.shape[0], None]
+        blocks, last = self.blocks[: query.shape[0]], self.requests.positions[: query.shape[0], None]
+        if resolve_backend(self.backend, query.device) == "triton":
+            from megatron_carve.kernels.triton_backend.paged_attention import attend_to_blocks
+
+            return attend_to_blocks(
+                query, self.keys, self.values, blocks, last[:, 0], block_tokens=self.context.block_size_tokens,
+                scale=self.scale, window=self.window,
+            )  # fmt: skip
         length = self.context.active_attn_metadata["mha_metadata"].state_data["max_seqlen_k"]
         length = min(length, self.window or length)
         positions = last - length + 1 + torch.arange(length, device=query.device)
         mask = positions >= 0
-        places = self._places(self.blocks[: query.shape[0]], positions.clamp(min=0))
+        places = self._places(blocks, positions.clamp(min=0))
         keys, values = (x[places].transpose(1, 2) for x in (self.keys, self.values))
         return self.attend(query[:, :, None], keys, values, mask[:, None, None])[:, :, 0]
 

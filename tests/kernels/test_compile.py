@@ -17,7 +17,7 @@ CHUNK = {
 }  # fmt: skip
 PARALLEL_CHUNK = CHUNK | {"chunk_operands", "chunk_state"}
 KERNELS = {
-    "gdn2": PARALLEL_CHUNK | {"chunk_state_gradient", "gdn2"},
+    "gdn2": PARALLEL_CHUNK | {"chunk_state_gradient", "gdn2", "attend"},
     "diagonal": PARALLEL_CHUNK
     | {"content_terms", "content_gradient", "erasing_decay", "erasing_decay_gradient", "carve_token"},
     "delta": CHUNK | {"delta_operands", "delta_state", "delta_state_gradient", "carve_token"},

@@ -2,11 +2,11 @@
 
     python tests/support/compile_for_hopper.py gdn2|previous|decayed|delta|dynamic DTYPE WIDTH
 
-calls the chunk op, forward and backward with what a mixer gives it, and one step of decoding (of "dynamic" the dynamic
-convolution, forward and backward), with launches replaced by compilation; prints a line of JSON for each kernel: its
-name, its shared memory in bytes, the registers of a thread, the bytes that it spills, and how many of Hopper's
-instructions multiply tiles and how many wait for them. A script of its own: what it changes in Triton stays for the
-life of a process.
+calls the chunk op, forward and backward with what a mixer gives it, and a step of decoding, of all of a state and of
+chosen rows (of "gdn2" also attention's; of "dynamic" the dynamic convolution, forward and backward), with launches
+replaced by compilation; prints a line of JSON for each kernel: its name, its shared memory in bytes, the registers of a
+thread, the bytes that it spills, and how many of Hopper's instructions multiply tiles and how many wait for them. A
+script of its own: what it changes in Triton stays for the life of a process.
 """
 
 import json
@@ -26,6 +26,7 @@ from megatron_carve.kernels import backends
 from megatron_carve.kernels.surroundings import dynamic_convolve_qkv
 from megatron_carve.kernels.triton_backend import content
 from megatron_carve.kernels.triton_backend.compiling import compiling
+from megatron_carve.kernels.triton_backend.paged_attention import attend_to_blocks
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.inputs import FORMS
@@ -93,6 +94,11 @@ def main(form: str, dtype: torch.dtype, width: int) -> None:
         out = dynamic_convolve_qkv(*given, key_channels=channels, key_head_dim=width, backend="triton")
         torch.autograd.grad(out, given, [torch.zeros_like(part) for part in out])
 
+    def attend() -> None:
+        query, keys = leaf(1, HEADS, width), leaf(T, HEADS, width)
+        blocks, positions = (torch.zeros(1, *shape, dtype=torch.int32) for shape in ((2,), ()))
+        attend_to_blocks(query, keys, keys, blocks, positions, block_tokens=64, scale=1.0, window=None)
+
     def call() -> None:
         if form == "dynamic":
             convolve()
@@ -102,7 +108,11 @@ def main(form: str, dtype: torch.dtype, width: int) -> None:
         torch.autograd.grad(o, given, torch.zeros_like(o), allow_unused=True)
         given, options = inputs(1)
         with torch.no_grad():
-            getattr(kernels, f"recurrent_{op}")(*given, output_final_state=True, **options)
+            _, state = getattr(kernels, f"recurrent_{op}")(*given, output_final_state=True, **options)
+            options |= {"initial_state": state, "inplace_state": True, "state_rows": torch.zeros(1, dtype=torch.int64)}
+            getattr(kernels, f"recurrent_{op}")(*given, **options)
+            if form == "gdn2":
+                attend()
 
     with compiling() as compiled:
         call()

@@ -181,9 +181,11 @@ def test_triton_serves_requests_as_torch_does():
     from support import interpreter
 
     assert interpreter.DEVICE == "cpu"
-    model = perturbed("C2", linear_key_head_dim=16, linear_value_head_dim=16, linear_num_value_heads=2)
+    sizes = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_value_heads": 2}
+    model = perturbed("C2*", window_size=(16, 0), num_query_groups=2, **sizes)
     for layer in model.decoder.layers:
         layer.self_attention.backend = "triton"
+    model.config.mixer_backend = "triton"
     engine = engine_of(model, max_requests=3, max_tokens=50)
     prompts = {engine.add(prompt, greedy(3)): prompt for prompt in ([3] * 66, [4, 5])}
     found = finished(engine)
