@@ -102,11 +102,15 @@ class Steps:
             logits = self.model(tokens, positions, None, inference_context=self.context, runtime_gather_output=True)
         return logits[0, :, : self.vocab_size].float()
 
-    @torch.no_grad()
     def _record(self, dimensions: Any) -> None:
-        context = self.context
-        context.config.materialize_only_last_token_logits = True
-        context.initialize_attention_state(construct_graph_dimensions=dimensions)
+        """Keep a graph of the steps of one size, made of requests that Megatron makes up."""
+        self.context.config.materialize_only_last_token_logits = True
+        self.context.initialize_attention_state(construct_graph_dimensions=dimensions)
+        self._graphs[dimensions.token_count] = self._capture()
+        self.context.reset()
+
+    @torch.no_grad()
+    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -117,5 +121,4 @@ class Steps:
         pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
         with torch.cuda.graph(graph, pool=pool):
             logits = self._forward()
-        self._graphs[dimensions.token_count] = graph, logits
-        context.reset()
+        return graph, logits

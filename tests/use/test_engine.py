@@ -195,25 +195,31 @@ def test_triton_serves_requests_as_torch_does():
 
 
 def test_steps_of_a_fixed_size_as_cuda_graphs_have_them(hybrid, monkeypatch):
-    """Of the sizes that are recorded on a GPU, with padding; the model runs in them here as it is recorded there."""
+    """The sizes that are recorded on a GPU, with padding; here a replay computes what is recorded there."""
     from megatron_carve.use.steps import Steps
 
     sizes = []
 
-    def logits(self, all_tokens=False):
-        if self.context.using_cuda_graph_this_step():
-            sizes.append((self.context.get_active_request_count(), self.context.padded_active_token_count))
-        return self._forward()[: self.context.get_active_request_count()]
+    def capture(self):
+        logits = self._forward()
 
-    monkeypatch.setattr(Steps, "_record", lambda *args: None)
-    monkeypatch.setattr(Steps, "logits", logits)
+        def replay():
+            sizes.append((self.context.get_active_request_count(), self.context.padded_active_token_count))
+            logits.copy_(self._forward())
+
+        return SimpleNamespace(replay=torch.no_grad()(replay)), logits
+
+    monkeypatch.setattr(Steps, "_capture", torch.no_grad()(capture))
     engine = engine_of(hybrid, cuda_graphs=True)
+    assert sorted(engine._steps._graphs) == [1, 2, 4, 8, 16]
+    assert nothing_left(engine)
     prompts = {}
     for n in range(1, 12):
         prompt = torch.randint(VOCAB, (n,)).tolist()
         prompts[engine.add(prompt, greedy(3 + n))] = prompt
     assert_greedy(hybrid, *((prompts[number], tokens) for number, (tokens, _) in finished(engine).items()))
     assert any(padded > requests for requests, padded in sizes)
+    assert nothing_left(engine)
 
 
 def test_a_long_prompt_is_read_beside_the_tokens_of_others(small):
@@ -394,6 +400,16 @@ def test_what_dynamic_batching_does_not_do_is_refused(small):
     context.padded_batch_dimensions = SimpleNamespace(prefill_req_count=1, decode_req_count=0, token_count=1)
     with pytest.raises(NotImplementedError, match="use_cuda_graphs_for_non_decode_steps=False, got True"):
         steps._forward()
+
+
+def test_requests_are_as_long_as_what_the_model_was_trained_on(small):
+    from megatron_carve.use.engine import Engine
+
+    recipe = SimpleNamespace(training=SimpleNamespace(seq_length=50))
+    engine = Engine(SimpleNamespace(model=small, vocab_size=VOCAB, device=torch.device("cpu"), recipe=recipe))
+    assert engine.max_sequence == 50
+    with pytest.raises(ValueError, match="prompt: expected at most 50 tokens"):
+        engine.add([1] * 50, greedy(1))
 
 
 def test_a_closed_engine_says_so(small):
