@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as megatron_hybrid_stack_spec
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -30,6 +31,7 @@ from megatron.core.transformer.multi_token_prediction import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
     TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
@@ -64,6 +66,7 @@ class Toolkit:
     column_linear: Any
     row_linear: Any
     attention: Any
+    experts: Any
 
     def keys_map(self, norm: str, linear: str) -> dict[str, str]:
         """Checkpoint keys of the norm in front of `linear`, as Transformer Engine's fused layer names them."""
@@ -98,6 +101,7 @@ def toolkit(layers: LayerImplementation) -> Toolkit:
             column_linear=ColumnParallelLinear,
             row_linear=RowParallelLinear,
             attention=LocalAttention,
+            experts=get_moe_module_spec(use_te=False, num_experts=1),  # the number is the configuration's
         )
     if not HAVE_TE:
         raise ImportError(
@@ -114,6 +118,7 @@ def toolkit(layers: LayerImplementation) -> Toolkit:
         column_linear=te.TEColumnParallelLinear,
         row_linear=te.TERowParallelLinear,
         attention=TransformerEngineAttention,
+        experts=get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=True),
     )
 
 
@@ -131,7 +136,8 @@ def mixer_layer_spec(kind: MixerKind, layers: LayerImplementation, **params: Any
 
 
 def stack_spec(layers: LayerImplementation, g_layer: MixerKind | Literal["gdn"] = "gdn") -> ModuleSpec:
-    """A hybrid stack of mixers, `*` (attention), `-` (MLP), `G`, and those that only Transformer Engine has.
+    """A hybrid stack of mixers, `*` (attention), `-` (MLP), `E` (experts), `G`, and those that only Transformer Engine
+    has.
 
     Args:
         layers: which implementation of norms, linear layers and attention.
@@ -148,6 +154,7 @@ def stack_spec(layers: LayerImplementation, g_layer: MixerKind | Literal["gdn"] 
         "gdn_layer": g_spec,
         "attention_layer": _mixing_layer(tools, _attention_spec(tools), "linear_qkv"),
         "mlp_layer": _mlp_layer_spec(tools),
+        "moe_layer": _moe_layer_spec(tools),
         "mtp_block_spec": _mtp_block_spec(tools),
         "final_norm": None if tools.norm is IdentityOp else tools.final_norm,
         "description": describe_layers(layers),
@@ -244,6 +251,17 @@ def _mlp_layer_spec(tools: Toolkit) -> ModuleSpec:
             ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=tools.keys_map("pre_mlp_layernorm", "mlp.linear_fc1"),
+        ),
+    )
+
+
+def _moe_layer_spec(tools: Toolkit) -> ModuleSpec:
+    return ModuleSpec(
+        module=MoETransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=tools.final_norm,  # a module of its own, for the router sees what it gives too
+            mlp=tools.experts,
+            mlp_bda=get_bias_dropout_add,
         ),
     )
 

@@ -5,6 +5,7 @@ from megatron_carve.patches.checkpoint_checksums import checkpoint_checksums
 from megatron_carve.patches.checkpoint_index import ForeignObject, checkpoint_index, read_index
 from megatron_carve.patches.cpu_mode import cpu_mode
 from megatron_carve.patches.dataset_helpers import dataset_helpers
+from megatron_carve.patches.expert_optimizers import expert_optimizers
 from megatron_carve.patches.flops import flops
 from megatron_carve.patches.forward_hooks import forward_hooks
 from megatron_carve.patches.layer_symbols import layer_symbols
@@ -30,6 +31,7 @@ __all__ = [
     "checkpoint_index",
     "cpu_mode",
     "dataset_helpers",
+    "expert_optimizers",
     "flops",
     "forward_hooks",
     "layer_symbols",

@@ -9,6 +9,7 @@ import torch
 from megatron_carve.patches.patch import Patch, Replacement
 
 _RATES = ("max_lr", "min_lr")
+_NOBODY = "no parameter"
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 
 
@@ -17,15 +18,24 @@ def _uses_torch_adam(distributed: Any) -> bool:
 
 
 def _with_step(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A fresh torch Adam has no state, but describing it for loading needs exactly one step count."""
+    """A fresh torch Adam has no state, one without parameters never has, but describing it needs one step count."""
 
     @functools.wraps(original)
     def state_dict(self: Any) -> Any:
-        if _uses_torch_adam(self) and not self.optimizer.state and self.init_state_fn is not None:
+        if not _uses_torch_adam(self):
+            return original(self)
+        kept = self.optimizer.state
+        if not kept and self.init_state_fn is not None:
             self.init_state_fn(self.optimizer)
-            for state in self.optimizer.state.values():
+            for state in kept.values():
                 state.setdefault("step", torch.tensor(0.0))
-        return original(self)
+        if kept:
+            return original(self)
+        kept[_NOBODY] = {"step": torch.tensor(0.0)}
+        try:
+            return original(self)
+        finally:
+            del kept[_NOBODY]
 
     return state_dict
 

@@ -96,6 +96,16 @@ def _seed(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
 
+def _with_numpy(move: Callable[..., Any]) -> Callable[..., Any]:
+    """What is on the CPU already is made an array too where one is asked for."""
+
+    @functools.wraps(move)
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    return maybe_move_tensor_to_cpu
+
+
 _PROPERTIES = SimpleNamespace(major=0, minor=0, total_memory=0, multi_processor_count=1, name="cpu")
 
 # torch.cuda's functions by what they do here.
@@ -178,6 +188,7 @@ cpu_mode = Patch(
             "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
             _constant(lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()),
         ),
+        Replacement("megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu", _with_numpy),
         Replacement(
             "megatron.training.training:initialize_megatron",
             lambda initialize: functools.partial(initialize, allow_no_cuda=True),

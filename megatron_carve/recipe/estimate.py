@@ -90,24 +90,36 @@ def training_flops_per_token(recipe: Recipe, vocab_size: int) -> float | None:
     return None if unknown_layers(recipe) else 3 * forward_flops_per_token(recipe, vocab_size)
 
 
-def forward_flops_per_token(recipe: Recipe, vocab_size: int) -> float:
-    """Operations a token of a training sequence needs in the forward: matrix products, recurrences and attention.
+def layer_flops_per_token(recipe: Recipe, letter: str) -> float:
+    """Operations a token needs in the forward of one layer: matrix products, recurrences and attention.
 
     Causal attention reads half of the sequence on average, or its window.
     """
     m, T = recipe.model, recipe.training.seq_length
-    decoder, heads, in_head = layers(recipe)
-    total = 0.0
-    for letter, n in (decoder + Counter({k: heads * v for k, v in in_head.items()})).items():
-        if letter in MIXER_LETTERS:
-            total += n * recipe.mixer.flops_per_token(MIXER_LETTERS[letter], m.hidden_size)
-            continue
-        total += n * 2 * (recipe.experts.active_parameters if letter == EXPERTS else layer_parameters(recipe, letter))
-        if letter == "*":
-            window = min(m.attention_window or T, T)
-            mean_keys = window - window * (window - 1) / (2 * T)  # the first tokens see fewer
-            total += n * 4 * attention_widths(recipe)[0] * mean_keys
-    return total + (1 + heads) * 2 * m.hidden_size * padded_vocab(recipe, vocab_size)
+    if letter in MIXER_LETTERS:
+        return recipe.mixer.flops_per_token(MIXER_LETTERS[letter], m.hidden_size)
+    if letter == EXPERTS:
+        return 2 * recipe.experts.active_parameters
+    products = 2 * layer_parameters(recipe, letter)
+    if letter != "*":
+        return products
+    window = min(m.attention_window or T, T)
+    mean_keys = window - window * (window - 1) / (2 * T)  # the first tokens see fewer
+    return products + 4 * attention_widths(recipe)[0] * mean_keys
+
+
+def end_flops_per_token(recipe: Recipe, vocab_size: int) -> float:
+    """Operations a token needs in the forward after the decoder's last layer: heads for further tokens, logits."""
+    _, heads, in_head = layers(recipe)
+    of_head = sum(n * layer_flops_per_token(recipe, letter) for letter, n in in_head.items())
+    return heads * of_head + (1 + heads) * 2 * recipe.model.hidden_size * padded_vocab(recipe, vocab_size)
+
+
+def forward_flops_per_token(recipe: Recipe, vocab_size: int) -> float:
+    """Operations a token of a training sequence needs in the forward; what the embedding takes is not counted."""
+    decoder, _, _ = layers(recipe)
+    of_layers = sum(n * layer_flops_per_token(recipe, letter) for letter, n in decoder.items())
+    return of_layers + end_flops_per_token(recipe, vocab_size)
 
 
 def saved_numbers(recipe: Recipe, letter: str) -> dict[str, float]:

@@ -77,6 +77,8 @@ class Recipe:
             self._check_documents_apart()
         if LETTER in self.model.pattern:
             _ = self.experts  # raises if they are not what Megatron could build
+            if self.parallel.tensor > 1 and not self.parallel.sequence:
+                raise ValueError("parallel.sequence: expected true with the layer E and parallel.tensor > 1, got false")
         for letter in set(self.model.pattern) & set(MIXER_LETTERS):
             try:
                 self.mixer.check_kind(MIXER_LETTERS[letter])
@@ -175,9 +177,24 @@ def check_layout(recipe: Recipe, world_size: int) -> None:
         tensor_parallel["model.num_query_groups"] = m.num_query_groups or m.num_attention_heads
     if "-" in m.pattern:
         tensor_parallel["model.ffn_hidden_size"] = m.ffn_hidden_size
+    if LETTER in m.pattern:
+        _check_experts(recipe, world_size)
+        tensor_parallel["megatron.moe_shared_expert_intermediate_size"] = recipe.experts.shared_width
     for key, value in tensor_parallel.items():
         if value % p.tensor:
             raise ValueError(f"{key}: expected a multiple of parallel.tensor={p.tensor}, got {value}")
+
+
+def _check_experts(recipe: Recipe, world_size: int) -> None:
+    x, pipeline = recipe.experts, recipe.parallel.pipeline
+    if x.width % x.tensor:
+        raise ValueError(f"megatron.moe_ffn_hidden_size: expected a multiple of {x.tensor} tensor ranks, got {x.width}")
+    if world_size // pipeline % (x.parallel * x.tensor):
+        raise ValueError(
+            f"megatron.expert_model_parallel_size: expected, times expert_tensor_parallel_size={x.tensor} (that of "
+            f"parallel.tensor if null), a divisor of the {world_size // pipeline} processes of a pipeline stage, got "
+            f"{x.parallel}"
+        )
 
 
 def recipe_names() -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from megatron_carve.model.config import check_types
 from megatron_carve.model.variants import MIXER_LETTERS
 
-# Letters of a hybrid pattern; M D + E are Megatron's and need Transformer Engine.
+# Letters of a hybrid pattern; M D + are Megatron's and need Transformer Engine.
 LAYER_LETTERS = "".join(MIXER_LETTERS) + "*-GMD+E"
 
 
@@ -48,8 +48,8 @@ class Model(_Checked):
     """The model apart from its mixers."""
 
     pattern: str
-    """Layers by letter: C CARVE, 2 GDN-2, K KDA, * attention, - MLP, G Megatron's GDN; | between pipeline stages,
-    / before multi-token-prediction heads."""
+    """Layers by letter: C CARVE, 2 GDN-2, K KDA, * attention, - MLP, E experts (megatron.num_experts and moe_...),
+    G Megatron's GDN; | between pipeline stages, / before multi-token-prediction heads."""
     hidden_size: int
     ffn_hidden_size: int
     """Inner width of the SwiGLU MLP."""

@@ -45,7 +45,7 @@ from megatron_carve.run.vocabulary import recall_task
 logger = logging.getLogger(__name__)
 
 # Letters that exist with Transformer Engine's layers only.
-TRANSFORMER_ENGINE_LETTERS = "MD+E"
+TRANSFORMER_ENGINE_LETTERS = "MD+"
 
 
 @dataclass(frozen=True)
@@ -274,6 +274,11 @@ def check_options(recipe: Recipe, device: str) -> None:
     fsdp = bool(recipe.megatron.get("use_megatron_fsdp"))
     if device == "cpu" and (graphs or fsdp):
         raise ValueError(f"megatron.{'cuda_graph_impl' if graphs else 'use_megatron_fsdp'}: needs a GPU")
+    if device == "cpu" and "E" in recipe.model.pattern and recipe.experts.parallel > 1 and recipe.experts.tensor > 1:
+        raise ValueError(
+            "megatron.expert_tensor_parallel_size: expected 1 on a CPU with experts spread over ranks, where gloo "
+            f"gathers as many tokens of every rank only, got {recipe.experts.tensor}"
+        )
     if fsdp and not HAVE_TE and world_size() > recipe.parallel.tensor * recipe.parallel.pipeline:
         raise ImportError(
             'megatron.use_megatron_fsdp: the Adam of "transformer-engine[pytorch]" is not installed; with torch\'s, '

@@ -83,6 +83,7 @@ def patch_megatron(listener: TrainingListener | None = None) -> None:
         patches.saving_processes,
         patches.mixed_precision_groups,
         patches.muon_parameters,
+        patches.expert_optimizers,
         patches.offloaded_optimizer,
         patches.layer_wise_optimizer,
         patches.forward_hooks,

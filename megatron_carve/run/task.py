@@ -177,15 +177,21 @@ def model_config(args: Any, recipe: Recipe, layers: LayerImplementation) -> Any:
 
 def count_parameters(models: list[torch.nn.Module]) -> int:
     """Parameters of the whole model, from this rank's parts of it; every rank calls this together."""
-    mine = sum(
-        p.numel()
-        for model in models
-        for p in model.parameters()
-        if param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p)
+    of_experts = parallel_state.get_expert_tensor_parallel_group()
+    mine = [0, 0]  # experts that are spread over ranks count over those
+    for p in (p for model in models for p in model.parameters()):
+        if param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p, expert_tp_group=of_experts):
+            mine[not getattr(p, "allreduce", True)] += p.numel()
+    groups = (
+        parallel_state.get_model_parallel_group(),
+        parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
     )
-    total = torch.tensor(mine, dtype=torch.int64, device="cuda")
-    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
-    return int(total)
+    total = 0
+    for number, group in zip(mine, groups, strict=True):
+        of_all = torch.tensor(number, dtype=torch.int64, device="cuda")
+        torch.distributed.all_reduce(of_all, group=group)
+        total += int(of_all)
+    return total
 
 
 def next_batch(data_iterator: Iterator, vp_stage: int | None, *, documents: bool = False) -> dict[str, Any]:

@@ -19,6 +19,7 @@ ROWS = {"rows": [[1, 90, 53], [144]], "micro_batch_size": 2, "seq_length": 144, 
 APART, APART_HYBRID = {"pattern": "C-2-K-", **ROWS}, {"pattern": "C-2-*-", **ROWS}
 # Not under context parallelism: there Megatron weighs the tokens of every rank apart.
 MULTI_TOKEN = {"pattern": "C-2-/C-", "steps": 2}
+EXPERTS = {"pattern": "C-CE*E"}
 SEQUENCE = {"mixer_context": "sequence"}
 FULL = {"recompute": "full"}
 
@@ -75,6 +76,10 @@ def single(tmp_path_factory):
         pytest.param(APART, {"tp": 2, "sp": True, "cp": 2}, marks=pytest.mark.long),
         pytest.param(APART, {"cp": 4, **SEQUENCE, "mixer_recompute": True}, marks=pytest.mark.slow),
         pytest.param(APART, {"cp": 2, "pp": 2, **SEQUENCE}, marks=pytest.mark.long),
+        pytest.param(EXPERTS, {"ep": 2, "dp": 2}, marks=pytest.mark.slow),
+        pytest.param(EXPERTS, {"ep": 2, "tp": 2, "sp": True}, marks=pytest.mark.long),
+        pytest.param(EXPERTS, {"tp": 2, "sp": True, "dp": 2}, marks=pytest.mark.long),
+        pytest.param(EXPERTS, {"ep": 2, "dp": 2, "pp": 2}, marks=pytest.mark.long),
         pytest.param(MULTI_TOKEN, {"pp": 2}, marks=pytest.mark.long),
         pytest.param(MULTI_TOKEN, {"tp": 2, "sp": True, "dp": 2}, marks=pytest.mark.slow),
     ],

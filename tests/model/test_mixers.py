@@ -53,17 +53,18 @@ def hidden_states(length: int = LENGTH) -> torch.Tensor:
     [
         ("gdn2_1p3b_recurrent", 1_302_638_112), ("gdn2_1p3b_hybrid", 1_300_314_384),
         ("carve_1p3b_recurrent", 1_360_825_344), ("carve_1p3b_hybrid", 1_328_924_928),
-        ("carve_125m", 94_673_664), ("gdn2_125m", 101_598_096),
+        ("carve_125m", 94_673_664), ("gdn2_125m", 101_598_096), ("carve_125m_moe", 177_215_040),
     ],
 )  # fmt: skip
 def test_built_models_have_the_number_of_parameters_that_their_recipes_say(recipe, layers):
     r = load_recipe(recipe)
     m, x = r.model, r.mixer
+    experts = {"num_moe_experts" if k == "num_experts" else k: v for k, v in r.megatron.items()}
     model = hybrid_model(
         m.pattern, vocab_size=128, hidden_size=m.hidden_size, ffn_hidden_size=m.ffn_hidden_size,
         num_attention_heads=m.num_attention_heads, linear_num_key_heads=x.num_key_heads,
         linear_num_value_heads=x.num_value_heads, linear_key_head_dim=x.key_head_dim,
-        linear_value_head_dim=x.value_head_dim, perform_initialization=False, mixer=x.options,
+        linear_value_head_dim=x.value_head_dim, perform_initialization=False, mixer=x.options, **experts,
     )  # fmt: skip
     assert sum(p.numel() for p in model.decoder.layers.parameters()) == layers
 

@@ -49,6 +49,14 @@ class TestAdamResume:
     def steps(distributed):
         return [state["step"].item() for state in distributed.optimizer.state.values()]
 
+    def test_one_without_parameters_can_be_described(self, applied, make):
+        """As of experts in a pipeline stage that has none."""
+        applied(patches.adam_resume)
+        distributed = make()
+        distributed.optimizer.param_groups[0]["params"] = []
+        assert distributed.state_dict()["optimizer"]["param_groups"][0]["step"] == 0
+        assert not distributed.optimizer.state
+
     @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
     def test_a_fresh_optimizer_can_be_described(self, applied, make, kind):
         distributed = make(kind)

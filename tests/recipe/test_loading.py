@@ -56,8 +56,8 @@ def message(name_or_path, *overrides):
 class TestShipped:
     def test_names(self):
         assert recipe_names() == [
-            "carve_125m", "carve_1p3b_hybrid", "carve_1p3b_recurrent", "debug", "gdn2_125m", "gdn2_1p3b_hybrid",
-            "gdn2_1p3b_recurrent",
+            "carve_125m", "carve_125m_moe", "carve_1p3b_hybrid", "carve_1p3b_recurrent", "debug", "gdn2_125m",
+            "gdn2_1p3b_hybrid", "gdn2_1p3b_recurrent",
         ]  # fmt: skip
 
     @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from megatron_carve import plan
 from megatron_carve.data.text import Texts, prepare_folder
 from megatron_carve.data.tokenizer import load_tokenizer
 from megatron_carve.model.variants import MIXER_LETTERS
-from megatron_carve.recipe import estimate, load_recipe
+from megatron_carve.recipe import check_layout, estimate, load_recipe
 
 SMALL = [
     "model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=4", "model.vocab_size=64",
@@ -21,13 +21,21 @@ SMALL = [
 ]  # fmt: skip
 
 
+EXPERTS = [
+    "megatron.num_experts=4", "megatron.moe_ffn_hidden_size=24", "megatron.moe_token_dispatcher_type=alltoall"
+]  # fmt: skip
+SHARED = ["megatron.moe_shared_expert_intermediate_size=40", "megatron.moe_shared_expert_gate=true"]
+
+
 def small(*changes: str):
     return load_recipe("debug", [*SMALL, *changes])
 
 
 def megatron_sizes(recipe) -> dict:
     x = recipe.mixer
+    experts = {"num_moe_experts" if k == "num_experts" else k: v for k, v in recipe.megatron.items()}
     return {
+        **experts,
         "linear_num_key_heads": x.num_key_heads, "linear_num_value_heads": x.num_value_heads,
         "linear_key_head_dim": x.key_head_dim, "linear_value_head_dim": x.value_head_dim, "mixer": x.options,
     }  # fmt: skip
@@ -39,12 +47,12 @@ def megatron():
         yield
 
 
-@pytest.mark.parametrize("pattern", ["C-2-", "C-*-2-", "C-*-/2-"])
+@pytest.mark.parametrize("pattern", ["C-2-", "C-*-2-", "C-*-/2-", "C-CE*E", "CE/2E"])
 def test_parameters_are_those_of_the_built_model(pattern):
     from megatron_carve import patches
     from megatron_carve.model.stack import MixerStack
 
-    recipe = small(f"model.pattern={pattern}")
+    recipe = small(f"model.pattern={pattern}", *(EXPERTS if "E" in pattern else []))
     patch = patches.mtp_stack(MixerStack)
     patch.apply()
     try:
@@ -54,35 +62,17 @@ def test_parameters_are_those_of_the_built_model(pattern):
     assert sum(estimate.parameters(recipe, 64).values()) == sum(p.numel() for p in model.parameters())
 
 
-EXPERTS = ["megatron.num_experts=4", "megatron.moe_ffn_hidden_size=24"]
-SHARED = ["megatron.moe_shared_expert_intermediate_size=40", "megatron.moe_shared_expert_gate=true"]
-
-
-def moe_layer(recipe):
-    """Megatron's, with the recipe's sizes, as it is without Transformer Engine."""
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-
-    x = recipe.megatron
-    sizes = {
-        "num_moe_experts": x["num_experts"], "moe_ffn_hidden_size": x["moe_ffn_hidden_size"],
-        "moe_router_topk": x.get("moe_router_topk", 2), "moe_token_dispatcher_type": "alltoall",
-        "moe_shared_expert_intermediate_size": x.get("moe_shared_expert_intermediate_size"),
-        "moe_shared_expert_gate": x.get("moe_shared_expert_gate", False),
-    }  # fmt: skip
-    built = get_moe_module_spec(use_te=False, num_experts=x["num_experts"], moe_grouped_gemm=False)
-    return built(config(bias_activation_fusion=True, **sizes), pg_collection=groups())
-
-
 @pytest.mark.parametrize("more", [[], SHARED, ["megatron.moe_router_topk=3"]], ids=["plain", "shared", "top 3"])
 def test_parameters_of_experts_are_those_of_the_built_layer(more):
     recipe = small("model.pattern=E", *EXPERTS, *more)
-    built = {name: p.numel() for name, p in moe_layer(recipe).named_parameters()}
+    (layer,) = hybrid_model("E", **megatron_sizes(recipe)).decoder.layers
+    built = {name: p.numel() for name, p in layer.named_parameters()}
     routed = {name: n for name, n in built.items() if ".local_experts." in name}
     x = recipe.experts
-    assert x.parameters == sum(built.values()) + 32  # and the norm before it
+    assert x.parameters == sum(built.values())
     assert x.number * x.of_one_expert == sum(routed.values())
     idle = x.parameters - x.active_parameters
-    assert idle == sum(n for name, n in routed.items() if int(name.split(".")[2]) >= x.top_k)
+    assert idle == sum(n for name, n in routed.items() if int(name.split(".")[3]) >= x.top_k)
     assert estimate.active_parameters(recipe, 64) == sum(estimate.parameters(recipe, 64).values()) - idle
 
 
@@ -90,7 +80,8 @@ def test_parameters_of_experts_are_those_of_the_built_layer(more):
 def test_saved_numbers_of_experts_are_those_that_the_layer_keeps(more):
     """With the fused SwiGLU of a GPU, uncompiled."""
     recipe = small("model.pattern=E", *EXPERTS, *more)
-    layer, tokens = moe_layer(recipe), 128
+    built = hybrid_model("E", bias_activation_fusion=True, **megatron_sizes(recipe))
+    layer, tokens = built.decoder.layers[0].mlp, 128
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept: dict[int, int] = {}
 
@@ -136,12 +127,34 @@ def test_memory_of_experts_falls_with_the_ranks_that_they_are_spread_over():
         ([], "megatron.num_experts: expected an integer of at least 1 with the layer E, got null"),
         (["megatron.num_experts=1"], "moe_router_topk: expected at most num_experts=1, got 2, Megatron's default"),
         ([*EXPERTS, "megatron.expert_model_parallel_size=3"], "expected a divisor of num_experts=4, got 3"),
+        (
+            [*EXPERTS, "parallel.tensor=2", "parallel.sequence=false"],
+            "parallel.sequence: expected true with the layer E",
+        ),
         ([*EXPERTS, "megatron.moe_latent_size=x"], "moe_latent_size: expected an integer of at least 1 .* got 'x'"),
     ],
 )
 def test_experts_that_could_not_be_built_end_in_one_line(words, message):
     with pytest.raises(ValueError, match=message):
         small("model.pattern=C-CE", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "gpus", "message"),
+    [
+        (["megatron.expert_model_parallel_size=4"], 2, "expert_model_parallel_size: expected, .* of the 2 .* got 4"),
+        (["megatron.expert_model_parallel_size=4", "parallel.tensor=2"], 4, "times .*=2 .* the 4 processes .* got 4"),
+        (["parallel.tensor=2", "megatron.moe_ffn_hidden_size=3"], 2, "moe_ffn_hidden_size: .* 2 tensor ranks, got 3"),
+        (
+            ["parallel.tensor=2", "megatron.moe_shared_expert_intermediate_size=3"], 2,
+            "moe_shared_expert_intermediate_size: expected a multiple of parallel.tensor=2, got 3",
+        ),
+    ],
+)  # fmt: skip
+def test_experts_that_do_not_spread_end_in_one_line(words, gpus, message):
+    recipe = small("model.pattern=C-CE", "model.vocab_multiple=2", "training.global_batch_size=64", *EXPERTS, *words)
+    with pytest.raises(ValueError, match=message):
+        check_layout(recipe, gpus)
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,32 @@ def test_tokens_spread_over_two_processes_train_as_one(folder):
         assert actual[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
 
 
+EXPERTS = (
+    "model.pattern=C-CE*E", "megatron.num_experts=4", "megatron.moe_ffn_hidden_size=32", "training.seq_length=48",
+    "megatron.moe_token_dispatcher_type=alltoall", "checkpoint.interval=2", "training.lr_schedule=constant",
+    "training.warmup_fraction=0",
+)  # fmt: skip
+SPREAD = "megatron.expert_model_parallel_size=2"
+
+
+@pytest.mark.long
+def test_experts_go_from_one_process_to_several_and_back(folder):
+    """Spread over ranks they have an optimizer of their own; the first of two stages here has none of them."""
+    words = ["tiny.yaml", "data.text=cats.txt", *EXPERTS]
+    whole = train(folder, *words, "run.name=experts_unmoved", "training.steps=8").stdout
+    walk = [(1, ()), (2, (SPREAD,)), (4, (SPREAD, "parallel.pipeline=2")), (1, ())]
+    for leg, (processes, layout) in enumerate(walk):
+        out = train_ranks(
+            processes, folder, *words, "run.name=experts", f"training.steps={2 * leg + 2}", *layout
+        ).stdout  # fmt: skip
+    expected, actual = losses(folder, "experts_unmoved"), losses(folder, "experts")
+    assert list(actual) == list(expected) == list(range(1, 9))
+    for step, loss in expected.items():
+        assert actual[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
+    said = [re.search(r"trained ([\d,]+) parameters", text) for text in (whole, out)]
+    assert said[0] and said[1] and said[0][1] == said[1][1]
+
+
 # Processes, and how the model is spread over them; data parallelism takes the rest.
 LAYOUTS = [
     (1, ()),

@@ -19,6 +19,7 @@ def real_patches():
         "saving_processes": patches.saving_processes,
         "mixed_precision_groups": patches.mixed_precision_groups,
         "muon_parameters": patches.muon_parameters,
+        "expert_optimizers": patches.expert_optimizers,
         "offloaded_optimizer": patches.offloaded_optimizer,
         "layer_wise_optimizer": patches.layer_wise_optimizer,
         "forward_hooks": patches.forward_hooks,

@@ -38,6 +38,8 @@ def main(job: dict) -> None:
         pipeline_model_parallel_size=job["pp"],
         context_parallel_size=job["cp"],
         virtual_pipeline_model_parallel_size=job["virtual"] if job["virtual"] > 1 else None,
+        expert_model_parallel_size=job["ep"],
+        expert_tensor_parallel_size=1 if job["ep"] > 1 else None,
     )
     model_parallel_cuda_manual_seed(7)
     config = transformer_config(job)
@@ -154,10 +156,22 @@ def transformer_config(job: dict):
         recompute_method="uniform" if job.get("recompute") == "full" else None,
         recompute_num_layers=1 if job.get("recompute") == "full" else None,
         recompute_modules=job.get("recompute_modules"),
+        **experts(job),
         # batched, two ranks would mistake each other's forward and backward messages
         batch_p2p_comm=job["virtual"] == 1,
         overlap_p2p_comm=job["virtual"] > 1,
     )
+
+
+def experts(job: dict) -> dict:
+    """Megatron's fields for E layers."""
+    if "E" not in job["pattern"]:
+        return {}
+    return {
+        "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24, "moe_token_dispatcher_type": "alltoall",
+        "moe_shared_expert_intermediate_size": 40, "expert_model_parallel_size": job["ep"],
+        "expert_tensor_parallel_size": 1 if job["ep"] > 1 else job["tp"],
+    }  # fmt: skip
 
 
 def build_model(config, job: dict, stage: int):
@@ -373,9 +387,13 @@ def gather_scattered_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """With the distributed optimizer a rank holds the sum over replicas for its own shard of the buffer only."""
     from megatron.core import parallel_state
 
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    buffers = {id(p.main_grad.untyped_storage()): p.main_grad for p in parameters}
-    for view in buffers.values():
+    groups = {
+        True: parallel_state.get_data_parallel_group(with_context_parallel=True),
+        False: parallel_state.get_expert_data_parallel_group(),  # of experts that are spread over ranks
+    }
+    buffers = {id(p.main_grad.untyped_storage()): p for p in parameters}
+    for parameter in buffers.values():
+        view, group = parameter.main_grad, groups[getattr(parameter, "allreduce", True)]
         whole = torch.empty(0, dtype=view.dtype).set_(view.untyped_storage())
         shards = list(whole.chunk(group.size()))
         for owner, shard in zip(dist.get_process_group_ranks(group), shards, strict=True):
