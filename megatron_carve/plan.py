@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_carve.recipe import Recipe, check_layout, estimate, load_recipe, recipe_names
+from megatron_carve.recipe.pipeline import better_pattern
 from megatron_carve.run.data import data_lines
 from megatron_carve.run.program import exit_status
 from megatron_carve.run.vocabulary import vocab_size
@@ -65,6 +66,7 @@ def report(recipe: Recipe, gpus: int | None, gpu_memory: float, tokens_per_secon
         f"Recurrent state of one sequence: {estimate.state_bytes(recipe) / 2**20:.1f} MiB, whatever its length",
         "",
         f"Layout: {gpus} GPUs = tensor {p.tensor} * pipeline {p.pipeline} * context {p.context} * data {replicas}",
+        *_stages(recipe, vocab),
         f"Step: {t.tokens_per_step:,} tokens in {micro_batches} micro-batches of {t.micro_batch_size} x {t.seq_length}",
         f"Run: {t.total_steps:,} steps, {all_tokens / 1e9:.1f}B tokens",
         *data_lines(recipe),
@@ -120,6 +122,17 @@ def _of_a_mixer(recipe: Recipe) -> list[str]:
         carve, gdn2 = (count(kind, recipe.model.hidden_size) for kind in ("carve", "gdn2"))
         lines.append(_row(name, f"{carve:,}", f"{carve / gdn2 - 1:+.1%} of GDN-2's {gdn2:,}{note}"))
     return lines
+
+
+def _stages(recipe: Recipe, vocab: int) -> list[str]:
+    """Another division of the layers over pipeline stages, where the pattern's own is not the best."""
+    if (found := better_pattern(recipe, vocab)) is None:
+        return []
+    pattern, slowest, own = found
+    return [
+        f"  by operations the slowest stage takes {own:.2f} times what a mean one does; {slowest:.2f} times with",
+        f"  model.pattern='{pattern}'",
+    ]
 
 
 def _memory(recipe: Recipe, vocab: int, gpus: int, gpu_memory: float) -> list[str]:
