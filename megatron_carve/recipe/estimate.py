@@ -126,7 +126,7 @@ def saved_numbers(recipe: Recipe, letter: str) -> dict[str, float]:
     """What a layer keeps for the backward, in numbers of the activations' size per token of a rank, by tensor.
 
     The fused kernels' way of a GPU. Tensor parallelism divides all but "input" and "normalised", which sequence
-    parallelism divides.
+    parallelism divides. What an op keeps more of a sequence that its ranks share by tokens is not counted.
     """
     h, x, t = recipe.model.hidden_size, recipe.mixer, recipe.parallel.tensor
     kept: dict[str, float] = {"input": h, "normalised": h}
@@ -164,11 +164,25 @@ def saved_numbers(recipe: Recipe, letter: str) -> dict[str, float]:
     erase_heads = x.num_value_heads if by_value_head else x.num_key_heads
     inside["inverses"] = CHUNK_TOKENS * erase_heads
     inside["states"] = x.num_value_heads * x.key_head_dim * x.value_head_dim / CHUNK_TOKENS
+    if recipe.parallel.context > 1:
+        # What the ranks have exchanged is another tensor than what was projected, of which the output gate is kept.
+        moved = [s for s in sections if s not in ("decay", "gate", "taps")]
+        taps = sections.get("taps", 0) * (recipe.parallel.context if _by_heads(recipe) else 1)
+        inputs["exchanged"] = sum(sections[name] for name in moved) + x.key_dim + taps
+        if recipe.model.mixer_recompute:  # begins from there
+            inputs.pop("decay", None)
     if recipe.model.mixer_recompute:
         inside = {}
     low_rank_gate = {"gate": x.value_dim} if x.has_low_rank_gate else {}
     after = {**low_rank_gate, "output": x.value_dim, "normalised output": x.value_dim}
     return kept | {name: size / t for name, size in {**inputs, **inside, **after}.items()}
+
+
+def _by_heads(recipe: Recipe) -> bool:
+    """Whether context-parallel ranks share a mixer's work by heads."""
+    p = recipe.parallel
+    divides = recipe.mixer.num_key_heads // p.tensor % p.context == 0
+    return p.context_method == "heads" or (p.context_method == "auto" and divides)
 
 
 def _saved_by_experts(recipe: Recipe) -> dict[str, float]:
