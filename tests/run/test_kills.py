@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from support.agents import AGENTS, train_with_a_kill
+from support.train import losses as run_losses
 
 from megatron_carve.run.progress import read_metrics
 
@@ -108,3 +110,11 @@ def test_a_program_that_is_killed_and_repeated(folder, name):
             found, expected = (losses(p) for p in (place, straight))
             assert found == pytest.approx(expected, rel=1e-6), f"kill {kill}"
         shutil.rmtree(place)
+
+
+@pytest.mark.long
+def test_two_agents_end_when_a_worker_is_killed_and_go_on(folder):
+    folder, _ = folder
+    train_with_a_kill(folder, TRAIN[2:], [{"CUDA_VISIBLE_DEVICES": ""}] * AGENTS)
+    found, expected = run_losses(folder, "run"), losses(folder / "straight/train")
+    assert found == pytest.approx(expected, rel=1e-5)
