@@ -6,6 +6,7 @@ Megatron has FlashAttention's kernels for that alone, which not every machine ha
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -101,4 +102,7 @@ def flash_attention_serves() -> bool:
     from megatron.core.transformer import attention
     from megatron.core.utils import is_fa_min_version
 
-    return bool(attention.HAVE_FA4 or attention.HAVE_FA3 or is_fa_min_version("2.7.3"))
+    if attention.HAVE_FA4 or attention.HAVE_FA3:
+        return True
+    # asked without the package, Megatron's question is an ImportError
+    return find_spec("flash_attn") is not None and is_fa_min_version("2.7.3")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import socket
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Literal
 
 import torch
-from torch.distributed import PrefixStore, Store, rendezvous
+from torch.distributed import PrefixStore, Store, TCPStore, rendezvous
 
 from megatron_carve.recipe import Recipe
 
@@ -28,8 +27,12 @@ def join_processes() -> tuple[Store, int, int]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     present = [n for n in names if n in os.environ]
     if not present or ("RANK" not in os.environ and "WORLD_SIZE" not in os.environ):
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
-    elif len(present) < len(names):
+        alone = TCPStore("127.0.0.1", 0, 1, is_master=True)  # takes a free port and keeps it
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(alone.port)
+        )
+        return alone, 0, 1
+    if len(present) < len(names):
         missing = ", ".join(n for n in names if n not in present)
         raise ValueError(f"environment: {missing} not set beside {', '.join(present)}; launch with torchrun")
     store, rank, world = next(rendezvous("env://"))
@@ -121,9 +124,3 @@ def use_device(device: str) -> Literal["cuda", "cpu"]:
     if device == "cuda" and not available:
         raise ValueError("run.device: expected a GPU for cuda, but torch finds none; use cpu or auto")
     return "cuda" if device == "cuda" or (device == "auto" and available) else "cpu"
-
-
-def _free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from megatron_carve.recipe import load_recipe
+from megatron_carve.run import launch
 from megatron_carve.run.launch import set_connections
 
 VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
@@ -32,3 +33,26 @@ def test_what_the_user_says_stays(monkeypatch):
     monkeypatch.setenv(VARIABLE, "8")
     set_connections(load_recipe("debug", ["parallel.tensor=2"]))
     assert os.environ[VARIABLE] == "8"
+
+
+def test_a_process_alone_takes_a_free_port_and_keeps_it(monkeypatch):
+    asked = []
+
+    class Recorded(launch.TCPStore):
+        def __init__(self, host, port, *args, **kwargs):
+            asked.append(port)
+            super().__init__(host, port, *args, **kwargs)
+
+    monkeypatch.setattr(launch, "TCPStore", Recorded)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    stores = []
+    for _ in range(2):
+        for name in names:
+            monkeypatch.setenv(name, "to be restored")
+            monkeypatch.delenv(name)
+        store, rank, processes = launch.join_processes()
+        assert (rank, processes, os.environ["MASTER_PORT"]) == (0, 1, str(store.port))
+        stores.append(store)
+    # A number chosen beforehand may be another program's by the time that it is taken.
+    assert asked == [0, 0]
+    assert stores[0].port != stores[1].port
