@@ -69,6 +69,9 @@ def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:
 
 
 def _by_number(probability: Tensor, number: Tensor) -> Tensor:
-    """Where the sum of the probabilities so far, of their sum in all, first exceeds the number: [N, V] -> [N, 1]."""
+    """Where the sum of the probabilities so far, of their sum in all, first exceeds the number: [N, V] -> [N, 1].
+
+    Sums that are no numbers never do: the last place, which is one at least.
+    """
     reached = probability.cumsum(-1)
-    return torch.searchsorted(reached, number * reached[:, -1:], right=True)
+    return torch.searchsorted(reached, number * reached[:, -1:], right=True).clamp(max=probability.shape[1] - 1)

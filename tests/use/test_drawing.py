@@ -50,3 +50,12 @@ def test_what_cannot_come_never_does():
     for number in (0.0, 0.5, 1 - 2**-32):
         for top_p in (0.0, 0.5):
             assert draw_tokens(logits, [PLAIN._replace(number=number, top_p=top_p)]).item() in (1, 3)
+
+
+def test_a_row_that_is_no_numbers_disturbs_no_other():
+    logits = torch.stack([LOGITS, torch.full((4,), torch.nan), LOGITS])
+    for draw in (PLAIN, PLAIN._replace(top_p=0.9), PLAIN._replace(top_k=3), PLAIN._replace(temperature=0)):
+        draws = [draw._replace(number=n) for n in (0.3, 0.4, 0.9)]
+        tokens = draw_tokens(logits, draws)
+        assert torch.equal(tokens[::2], draw_tokens(logits[::2], draws[::2]))
+        assert 0 <= tokens[1] < 4
