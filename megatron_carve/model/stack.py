@@ -10,12 +10,14 @@ from typing import Any
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import InferenceCudaGraphScope
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_carve.model.context.documents import Documents
+from megatron_carve.model.requests import set_requests
 from megatron_carve.model.variants import MIXER_LETTERS
 from megatron_carve.notices import say_once
 
@@ -93,6 +95,12 @@ class MixerStack(HybridStack):
                 rotary_pos_emb = rotary_pos_emb.repeat(packed_seq_params.rows, 1, 1, 1)
             if not self.pre_process:
                 self.input_tensor = self.input_tensor.view(-1, 1, self.input_tensor.shape[-1])
+        if (
+            inference_context is not None
+            and not inference_context.is_static_batching()
+            and self.config.inference_cuda_graph_scope != InferenceCudaGraphScope.layer
+        ):
+            set_requests(inference_context)
         out = super().forward(
             hidden_states, attention_mask, inference_context, rotary_pos_emb,
             packed_seq_params=packed_seq_params, **options,

@@ -54,8 +54,7 @@ def mix_requests(mixer: LinearAttentionMixer, context: Any, pieces: Sequence[Ten
     memory = _Memory(mixer, convolution, recurrence)
     outputs = []
     if requests.decoding:
-        slots = context.mamba_metadata.batch_indices_decode[: requests.decoding]
-        outputs.append(_next_tokens(mixer, memory, requests, slots, [x[: requests.decoding] for x in pieces]))
+        outputs.append(_next_tokens(mixer, memory, requests, [x[: requests.decoding] for x in pieces]))
     if requests.prompts:
         slots = context.mamba_metadata.batch_indices_prefill[: requests.prompts].long()
         boundaries = context.mamba_metadata.cu_seqlens[: requests.prompts + 1].long()
@@ -67,20 +66,15 @@ def mix_requests(mixer: LinearAttentionMixer, context: Any, pieces: Sequence[Ten
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
 
 
-def _next_tokens(
-    mixer: LinearAttentionMixer, memory: _Memory, requests: Requests, slots: Tensor, pieces: list[Tensor]
-) -> Tensor:
-    """A token of every request, [N, 1, channels] -> [1, N, HV, V]; of fixed shapes, so that a CUDA graph can hold it.
-
-    `slots`, [N] int64, say where a request's state is, or -1 for padding. That repeats the first request's tokens and
-    writes what that one writes; the op leaves it out.
-    """
-    source = torch.arange(requests.decoding, device=slots.device).masked_fill(slots < 0, 0)
-    pieces = [x[source].transpose(0, 1) for x in pieces]  # [1, N, channels]: requests are a batch
-    there = slots[source]
-    before = memory.tokens[there]
+def _next_tokens(mixer: LinearAttentionMixer, memory: _Memory, requests: Requests, pieces: list[Tensor]) -> Tensor:
+    """A token of every request, [N, 1, channels] -> [1, N, HV, V]; of fixed shapes, for a CUDA graph to hold."""
+    slots, pieces = requests.slots, [x.transpose(0, 1) for x in pieces]  # [1, N, channels]: requests are a batch
+    assert slots is not None
+    whose, where = requests.written or (None, slots)
+    before = memory.tokens[where]
     inputs = mixer.op_inputs(pieces, Span(None), before)
-    memory.tokens.index_copy_(0, there, torch.cat([before, pieces[0].transpose(0, 1)], 1)[:, 1:])
+    after = torch.cat([before, pieces[0].transpose(0, 1)], 1)[:, 1:]
+    memory.tokens.index_copy_(0, where, after if whose is None else after[whose])
     state = memory.states(requests.positions[: requests.decoding])
     call = replace(mixer.op_call(inputs), initial_state=state, inplace_state=True, state_rows=slots)
     return run_recurrent(call)[0].transpose(0, 1)
