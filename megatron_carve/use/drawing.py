@@ -15,7 +15,7 @@ class Draw(NamedTuple):
     Attributes:
         temperature: divides the logits; 0 takes the largest.
         top_k: among so many of the largest; 0 among all.
-        top_p: among the fewest of the largest whose probabilities add up to this; 0 among all.
+        top_p: among the fewest of the largest whose probabilities add up to this; 0 and 1 among all.
         number: at random, from 0 to below 1: which token it is to be, of those in question, by their probability.
     """
 
@@ -26,7 +26,8 @@ class Draw(NamedTuple):
 
     @property
     def filters(self) -> bool:
-        return bool(self.top_k or self.top_p)
+        """Whether some tokens are out of the question."""
+        return self.top_k > 0 or 0 < self.top_p < 1
 
 
 def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> Tensor:

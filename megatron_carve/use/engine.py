@@ -37,7 +37,7 @@ class Sampling:
         max_tokens: to generate at most.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: draw among so many of the likeliest; 0 among all.
-        top_p: draw among the fewest of the likeliest whose probabilities add up to this; 0 among all.
+        top_p: draw among the fewest of the likeliest whose probabilities add up to this; 0 and 1 among all.
         seed: of its random numbers, which no other request touches; None for one by chance. One seed gives one text on
             one kind of device, but for what rounding makes of probabilities: a step of other size is computed in
             another order.
