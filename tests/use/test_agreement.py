@@ -16,7 +16,11 @@ def megatron():
         yield
 
 
-@pytest.fixture(scope="module", params=["C-C*-", "2-2*-", "K-K*-"], ids=["carve", "gdn2", "kda"])
+@pytest.fixture(
+    scope="module",
+    params=["C-C*-", pytest.param("2-2*-", marks=pytest.mark.long), pytest.param("K-K*-", marks=pytest.mark.long)],
+    ids=["carve", "gdn2", "kda"],
+)
 def models(request):
     """One model in bfloat16 and in float32, with the same weights."""
     made = {}
