@@ -240,6 +240,14 @@ class RunFolder:
                 f"{self.checkpoints}: the checkpoint has the state of another optimizer (megatron.optimizer is "
                 f"{theirs!r} there and {ours!r} here); {remedy}"
             )
+        if ours == "adam" and recipe.parallel.distributed_optimizer:
+            return
+        there, here = (r.megatron.get("expert_model_parallel_size") or 1 for r in (self.saved_recipe(), recipe))
+        if there != here:
+            raise CheckpointError(
+                f"{self.checkpoints}: megatron.expert_model_parallel_size is {there} there and {here} here; only with "
+                f"adam and parallel.distributed_optimizer does an optimizer's state go on with another; {remedy}"
+            )
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint of this step."""

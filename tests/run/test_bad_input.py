@@ -325,6 +325,7 @@ CASES = {
     ),
     "no Triton kernels": Case("small.yaml model.mixer_backend=triton", ("'triton'", "use backend='torch' or 'auto'")),
     "letter M": Case("small.yaml model.pattern=M-C-", ("model.pattern: the layers M need Transformer Engine",)),
+    "experts without a number": Case("small.yaml model.pattern=C-E", ("megatron.num_experts: expected an integer",)),
     "letter G": Case("small.yaml model.pattern=G-C-", ("model.pattern: the layer G", "needs flash-linear-attention")),
     "a file in the place of the runs": Case("small.yaml", ("Not a directory", "runs/small"), {"runs": ""}),
     # Checkpoints.
@@ -459,6 +460,20 @@ def check(case, outcome):
 @pytest.mark.parametrize("name", CASES)
 def test_ends_in_one_line(outcomes, name):
     check(CASES[name], outcomes[name])
+
+
+def test_what_gloo_cannot_gather_of_experts():
+    """With four processes, which these cases have not."""
+    from megatron_carve.recipe import load_recipe
+    from megatron_carve.run.preflight import check_options
+
+    words = ["model.pattern=C-E", "megatron.num_experts=4", "parallel.tensor=2"]
+    spread = [*words, "megatron.expert_model_parallel_size=2"]
+    for allowed in (words, [*spread, "megatron.expert_tensor_parallel_size=1"]):
+        check_options(load_recipe("debug", allowed), "cpu")
+    check_options(load_recipe("debug", spread), "cuda")
+    with pytest.raises(ValueError, match=r"expert_tensor_parallel_size: expected 1 on a CPU .* got 2"):
+        check_options(load_recipe("debug", spread), "cpu")
 
 
 if __name__ == "__main__":

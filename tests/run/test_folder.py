@@ -9,6 +9,8 @@ import pickle
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -454,3 +456,24 @@ class TestNewFolder:
             with pytest.raises(FileExistsError, match="expected a new or empty folder"), new_folder(path):
                 pass
         assert (tmp_path / "file").read_text() == "1"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "refused"),
+    [
+        ([], False),
+        (["megatron.optimizer=muon"], True),
+        (["parallel.distributed_optimizer=false", "training.precision=fp32"], True),
+    ],
+)
+def test_only_some_optimizers_go_on_with_experts_on_another_number_of_ranks(monkeypatch, here, optimizer, refused):
+    index = SimpleNamespace(state_dict_metadata={"optimizer.state.exp_avg.decoder": None})
+    monkeypatch.setattr("megatron_carve.run.folder._index", lambda _: index)
+    words = ["model.pattern=C-*E", "megatron.num_experts=4", *optimizer]
+    folder = RunFolder(here / "runs/run")
+    folder.save_recipe(recipe(*words))
+    folder.check_optimizer(3, recipe(*words, "megatron.expert_model_parallel_size=1"))
+    spread = recipe(*words, "megatron.expert_model_parallel_size=2")
+    message = "expert_model_parallel_size is 1 there and 2 here; only with adam and"
+    with pytest.raises(CheckpointError, match=message) if refused else nullcontext():
+        folder.check_optimizer(3, spread)
