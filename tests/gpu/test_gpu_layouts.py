@@ -36,6 +36,7 @@ LAYOUTS = {
     "pipeline": (2, (), ["parallel.pipeline=2", "model.pattern=C-*|-2-"]),
     "interleaved pipeline": (2, (), ["parallel.pipeline=2", "model.pattern=C-|*|-2|-"]),
     "expert 2": (2, EXPERTS, ["megatron.expert_model_parallel_size=2"]),
+    "expert 2, local layers": (2, EXPERTS, ["megatron.expert_model_parallel_size=2", "model.layers=local"]),
     "tensor 4": (4, (), ["parallel.tensor=4"]),
     "context 4": (4, (), ["parallel.context=4"]),
     "tensor 2 x context 2": (4, (), ["parallel.tensor=2", "parallel.context=2"]),
