@@ -24,6 +24,7 @@ from .backends import (
     require_triton_convolution,
     require_triton_dynamic_taps,
     require_triton_support,
+    require_triton_width,
     resolve_backend,
 )
 from .call import OpCall
@@ -41,6 +42,7 @@ __all__ = [
     "require_triton_convolution",
     "require_triton_dynamic_taps",
     "require_triton_support",
+    "require_triton_width",
     "resolve_backend",
     "run_chunk",
     "run_recurrent",

@@ -106,15 +106,15 @@ def require_triton_convolution(width: int) -> None:
         )
 
 
-def require_triton_dynamic_taps(dtype: torch.dtype, key_head_dim: int, width: int, rank: int) -> None:
+def require_triton_dynamic_taps(dtype: torch.dtype, head_dim: int, width: int, rank: int) -> None:
     """Raise NotImplementedError for more features than the kernels' programs hold the table of, which makes taps of
     them for a head's channels; both count as powers of two, features from 16 on."""
-    number = LARGEST_TAPS_TABLE // (2 if dtype == torch.bfloat16 else 4) // (width << (key_head_dim - 1).bit_length())
+    number = LARGEST_TAPS_TABLE // (2 if dtype == torch.bfloat16 else 4) // (width << (head_dim - 1).bit_length())
     highest = 0 if number < 16 else 1 << number.bit_length() - 1
     if rank > highest:
         raise NotImplementedError(
             f"backend 'triton': expected at most {highest} features (convolution_rank) of dynamic taps, {width} of "
-            f"them with key_head_dim {key_head_dim} in {_name(dtype)}, got {rank}; use backend='torch'"
+            f"them for heads of {head_dim} in {_name(dtype)}, got {rank}; use backend='torch'"
         )
 
 

@@ -143,12 +143,8 @@ def check_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, key_channels: int, key_head_dim: int, cu_seqlens: Tensor | None
 ) -> None:
     """Check everything about a call of convolve_qkv that can be checked without reading values from the device."""
-    _check_first("x", x, "[B, T, D]")
+    check_taps(x, weight, cu_seqlens)
     channels = x.shape[2]
-    _check_tensor("weight", weight, x, like="x")
-    if weight.ndim != 2 or weight.shape[0] != channels or weight.shape[1] < 1:
-        expected = f"[D, W] with D = {channels} and W at least 1"
-        raise ValueError(f"weight: expected shape {expected}, got {_show(weight.shape)}")
     if bias is not None:
         _check_tensor("bias", bias, x, like="x")
         _check_shape("bias", bias, "[D]", (channels,))
@@ -157,6 +153,15 @@ def check_convolution(
         raise ValueError(f"key_channels: expected {expected}, got {key_channels}")
     if key_head_dim < 1 or key_channels % key_head_dim:
         raise ValueError(f"key_head_dim: expected a divisor of key_channels = {key_channels}, got {key_head_dim}")
+
+
+def check_taps(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Check what every short convolution takes."""
+    _check_first("x", x, "[B, T, D]")
+    _check_tensor("weight", weight, x, like="x")
+    if weight.ndim != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] < 1:
+        expected = f"[D, W] with D = {x.shape[2]} and W at least 1"
+        raise ValueError(f"weight: expected shape {expected}, got {_show(weight.shape)}")
     _check_cu_seqlens(cu_seqlens, x, like="x")
 
 
@@ -166,6 +171,23 @@ def check_dynamic_convolution(
 ) -> None:  # fmt: skip
     """Check a call of dynamic_convolve_qkv, as check_convolution does that of convolve_qkv."""
     check_convolution(x, weight, bias, key_channels=key_channels, key_head_dim=key_head_dim, cu_seqlens=cu_seqlens)
+    _check_features(x, features, weight, up)
+
+
+def check_dynamic_heads(
+    x: Tensor, features: Tensor, weight: Tensor, up: Tensor, *, head_dim: int, group: int, cu_seqlens: Tensor | None
+) -> None:
+    """Check a call of dynamic_convolve_heads."""
+    check_taps(x, weight, cu_seqlens)
+    if group < 3:
+        raise ValueError(f"group: expected at least 3 heads, of a query, a key and a value, got {group}")
+    if head_dim < 1 or x.shape[2] % (group * head_dim):
+        expected = f"one by whose product with group = {group} D = {x.shape[2]} can be divided"
+        raise ValueError(f"head_dim: expected {expected}, got {head_dim}")
+    _check_features(x, features, weight, up)
+
+
+def _check_features(x: Tensor, features: Tensor, weight: Tensor, up: Tensor) -> None:
     _check_tensor("up", up, x, like="x")
     if up.ndim != 3 or up.shape[:2] != weight.shape or up.shape[2] < 1:
         expected = f"[D, W, R] with D, W = {_show(weight.shape)} and R at least 1"

@@ -16,8 +16,17 @@ from .backends import (
     require_triton_width,
     resolve_backend,
 )
-from .checks import check_convolution, check_dynamic_convolution, check_gated_norm
+from .checks import (
+    check_convolution,
+    check_dynamic_convolution,
+    check_dynamic_heads,
+    check_gated_norm,
+    check_taps,
+)
 from .torch_backend import elementwise
+
+# Channels of a block where heads do not matter.
+BLOCK = 128
 
 
 def convolve_qkv(
@@ -116,6 +125,67 @@ def dynamic_convolve_qkv(
         channels=(key_channels, key_channels, x.shape[2] - 2 * key_channels), cu_seqlens=cu_seqlens,
     ).to(x.dtype)  # fmt: skip
     return _with_unit_heads(mixed, key_channels, key_head_dim)
+
+
+def convolve_heads(x: Tensor, weight: Tensor, *, cu_seqlens: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """The causal depthwise convolution of convolve_qkv alone, as attention takes it, whose queries and keys get their
+    positions after it; differentiable in x and weight.
+
+    Args:
+        x, weight, cu_seqlens, backend: as in convolve_qkv; the order of channels does not matter.
+
+    Returns:
+        [B, T, D] in the dtype of x.
+
+    Raises:
+        ValueError, NotImplementedError: as convolve_qkv.
+    """
+    check_taps(x, weight, cu_seqlens)
+    if resolve_backend(backend, x.device) == "triton":
+        require_triton_dtype(x.dtype)
+        require_triton_convolution(weight.shape[1])
+        from .triton_backend.short_convolution import ConvolveQKV
+
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        return ConvolveQKV.apply(x, weight, None, cu_seqlens, 0, BLOCK, False)[2]
+    return elementwise.short_convolution(x, weight, cu_seqlens=cu_seqlens, activate=False).to(x.dtype)
+
+
+def dynamic_convolve_heads(
+    x: Tensor, features: Tensor, weight: Tensor, up: Tensor, *, head_dim: int, group: int,
+    cu_seqlens: Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """convolve_heads with taps that depend on the token, beside the token itself, as in dynamic_convolve_qkv;
+    differentiable in x, features, weight and up.
+
+    Args:
+        x: [B, T, D], head after head: of every group of attention's queries their heads, that of its key and that of
+            its value, which is the order of Megatron's linear_qkv.
+        features, weight, up, cu_seqlens, backend: as in dynamic_convolve_qkv.
+        head_dim: channels of every head.
+        group: heads of a group.
+
+    Returns:
+        [B, T, D] in the dtype of x.
+
+    Raises:
+        ValueError, NotImplementedError: as convolve_qkv.
+    """
+    check_dynamic_heads(x, features, weight, up, head_dim=head_dim, group=group, cu_seqlens=cu_seqlens)
+    if resolve_backend(backend, x.device) == "triton":
+        require_triton_dtype(x.dtype)
+        require_triton_width("dynamic_convolve_heads", "head_dim", head_dim)
+        require_triton_convolution(weight.shape[1])
+        require_triton_dynamic_taps(x.dtype, head_dim, *up.shape[1:])
+        from .triton_backend.dynamic_convolution import DynamicConvolveQKV
+
+        x, features = (part if part.stride(-1) == 1 else part.contiguous() for part in (x, features))
+        return DynamicConvolveQKV.apply(x, features, weight, up, None, cu_seqlens, 0, head_dim, group)[2]
+    groups = x.shape[2] // (group * head_dim)
+    return elementwise.dynamic_convolution(
+        x, features.chunk(3, -1) * groups, weight, up, cu_seqlens=cu_seqlens, activate=False,
+        channels=((group - 2) * head_dim, head_dim, head_dim) * groups,
+    ).to(x.dtype)  # fmt: skip
 
 
 def _with_unit_heads(mixed: Tensor, key_channels: int, key_head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,7 +38,8 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_carve.model.attention import WindowedSelfAttention
-from megatron_carve.model.config import LayerImplementation
+from megatron_carve.model.config import Convolution, LayerImplementation
+from megatron_carve.model.convolved_attention import ConvolvedSelfAttention
 from megatron_carve.model.core_attention import LocalAttention
 from megatron_carve.model.local_layers import RMSNorm, StandaloneRMSNorm, fused_rms_norm_affine
 from megatron_carve.model.mixers.base import LinearAttentionMixer, MixerSubmodules
@@ -57,7 +58,8 @@ class Toolkit:
     """The building blocks of one layer implementation.
 
     With Transformer Engine the norm before a projection is part of it (`norm` is IdentityOp and the projection
-    normalises); `keys_map` makes local layers write the same checkpoint keys.
+    normalises); `keys_map` makes local layers write the same checkpoint keys. A `final_norm` is a module of its own in
+    both.
     """
 
     norm: Any
@@ -70,7 +72,7 @@ class Toolkit:
 
     def keys_map(self, norm: str, linear: str) -> dict[str, str]:
         """Checkpoint keys of the norm in front of `linear`, as Transformer Engine's fused layer names them."""
-        return {} if self.norm is IdentityOp else {f"{norm}.": f"{linear}.layer_norm_"}
+        return {} if self.norm in (IdentityOp, self.final_norm) else {f"{norm}.": f"{linear}.layer_norm_"}
 
 
 def default_layers() -> LayerImplementation:
@@ -135,13 +137,17 @@ def mixer_layer_spec(kind: MixerKind, layers: LayerImplementation, **params: Any
     )
 
 
-def stack_spec(layers: LayerImplementation, g_layer: MixerKind | Literal["gdn"] = "gdn") -> ModuleSpec:
+def stack_spec(
+    layers: LayerImplementation, g_layer: MixerKind | Literal["gdn"] = "gdn", *,
+    attention_convolution: Convolution = "none",
+) -> ModuleSpec:  # fmt: skip
     """A hybrid stack of mixers, `*` (attention), `-` (MLP), `E` (experts), `G`, and those that only Transformer Engine
     has.
 
     Args:
         layers: which implementation of norms, linear layers and attention.
         g_layer: what the letter `G` stands for: Megatron's GDN (needs flash-linear-attention), or one of the mixers.
+        attention_convolution: of the queries, keys and values of `*` layers.
     """
     tools = toolkit(layers)
     g_spec = _gdn_layer_spec(tools) if g_layer == "gdn" else mixer_layer_spec(g_layer, layers)
@@ -152,7 +158,7 @@ def stack_spec(layers: LayerImplementation, g_layer: MixerKind | Literal["gdn"] 
     own = {
         "mixer_layers": {letter: mixer_layer_spec(kind, layers) for letter, kind in MIXER_LETTERS.items()},
         "gdn_layer": g_spec,
-        "attention_layer": _mixing_layer(tools, _attention_spec(tools), "linear_qkv"),
+        "attention_layer": _attention_layer(tools, attention_convolution),
         "mlp_layer": _mlp_layer_spec(tools),
         "moe_layer": _moe_layer_spec(tools),
         "mtp_block_spec": _mtp_block_spec(tools),
@@ -189,7 +195,7 @@ def _gpt_spec(kind: MixerKind, model_config: Any, vp_stage: int | None) -> Trans
     tools = toolkit(layers)
     say_once(describe_layers(layers))
     mixer = mixer_layer_spec(kind, layers)
-    attention = _mixing_layer(tools, _attention_spec(tools), "linear_qkv")
+    attention = _attention_layer(tools)
     mlp = _mlp_layer_spec(tools).submodules
 
     def block(mixing: ModuleSpec) -> ModuleSpec:
@@ -223,14 +229,18 @@ def _mixing_layer(tools: Toolkit, mixing: ModuleSpec, first_linear: str) -> Modu
     )
 
 
-def _attention_spec(tools: Toolkit) -> ModuleSpec:
-    return ModuleSpec(
-        module=WindowedSelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+def _attention_layer(tools: Toolkit, convolution: Convolution = "none") -> ModuleSpec:
+    if convolution == "dynamic":  # its taps are made of normalised tokens, which stay inside of a fused projection
+        tools = dataclasses.replace(tools, norm=tools.final_norm, norm_linear=tools.column_linear)
+    options: dict[str, Any] = {"attn_mask_type": AttnMaskType.causal}
+    attention = ModuleSpec(
+        module=WindowedSelfAttention if convolution == "none" else ConvolvedSelfAttention,
+        params=options if convolution == "none" else {**options, "convolution": convolution},
         submodules=SelfAttentionSubmodules(
             linear_qkv=tools.norm_linear, core_attention=tools.attention, linear_proj=tools.row_linear
         ),
     )
+    return _mixing_layer(tools, attention, "linear_qkv")
 
 
 def _gdn_layer_spec(tools: Toolkit) -> ModuleSpec:

@@ -1,4 +1,4 @@
-"""Count the mixers' operations in Megatron's throughput figures."""
+"""Count the operations of our layers, and of what they add to Megatron's, in its throughput figures."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -7,12 +7,13 @@ from typing import Any
 from megatron_carve.patches.patch import Patch, Replacement
 
 
-def flops(mixer_flops: Callable[[Any, str], float], letters: Iterable[str]) -> Patch:
-    """A patch that adds our layers to Megatron's count, which is silent about letters it does not know.
+def flops(layer_flops: Callable[[Any, str], float], letters: Iterable[str]) -> Patch:
+    """A patch that adds to Megatron's count, which is silent about letters it does not know.
 
     Args:
-        mixer_flops: (Megatron's args, layer letter) -> forward floating-point operations per token of one layer.
-        letters: those that `mixer_flops` knows.
+        layer_flops: (Megatron's args, layer letter) -> forward floating-point operations per token of one layer that
+            Megatron does not count.
+        letters: those that `layer_flops` knows.
     """
 
     def make(original: Callable[..., float]) -> Callable[..., float]:
@@ -24,7 +25,7 @@ def flops(mixer_flops: Callable[[Any, str], float], letters: Iterable[str]) -> P
             pattern = getattr(args, "hybrid_layer_pattern", None) or ""
             tokens = total_real_tokens_in_batch or batch_size * args.seq_length
             # Forward once, backward twice the forward.
-            ours = sum(pattern.count(letter) * mixer_flops(args, letter) for letter in letters if letter in pattern)
+            ours = sum(pattern.count(letter) * layer_flops(args, letter) for letter in letters if letter in pattern)
             return total + 3 * tokens * ours
 
         return num_floating_point_operations

@@ -18,7 +18,7 @@ L2_EPSILON = 1e-6
 
 
 def short_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, cu_seqlens: Tensor | None = None, activate: bool = True
 ) -> Tensor:
     """Causal depthwise convolution followed by SiLU.
 
@@ -27,6 +27,7 @@ def short_convolution(
         weight: [D, W]; the last tap multiplies the present token.
         bias: [D] or None.
         cu_seqlens: [N+1] int, the boundaries of packed sequences (B = 1); taps never reach across one.
+        activate: False for the convolution alone.
 
     Returns:
         [B, T, D], dtype of x.
@@ -36,12 +37,13 @@ def short_convolution(
     out = x * weight[:, -1]
     for tap in reversed(range(width - 1)):
         out = out + seen[tap] * weight[:, tap]
-    return F.silu(out if bias is None else out + bias)
+    out = out if bias is None else out + bias
+    return F.silu(out) if activate else out
 
 
 def dynamic_convolution(
     x: Tensor, features: Sequence[Tensor], weight: Tensor, up: Tensor, bias: Tensor | None = None, *,
-    channels: Sequence[int], cu_seqlens: Tensor | None = None,
+    channels: Sequence[int], cu_seqlens: Tensor | None = None, activate: bool = True,
 ) -> Tensor:  # fmt: skip
     """Causal depthwise convolution whose taps depend on the token, beside the token itself, followed by SiLU.
 
@@ -54,7 +56,7 @@ def dynamic_convolution(
         up: [D, W, R].
         bias: [D] or None.
         channels: of each section, D together.
-        cu_seqlens: as in short_convolution.
+        cu_seqlens, activate: as in short_convolution.
 
     Returns:
         [B, T, D], dtype of x.
@@ -67,7 +69,8 @@ def dynamic_convolution(
         of_sections = zip(features, up[:, tap].split(list(channels)), strict=True)
         taps = torch.cat([z @ part.t().to(z.dtype) for z, part in of_sections], -1) + weight[:, tap]
         out = out + seen[tap] * taps
-    return F.silu(out if bias is None else out + bias)
+    out = out if bias is None else out + bias
+    return F.silu(out) if activate else out
 
 
 def _seen_by_taps(x: Tensor, width: int, cu_seqlens: Tensor | None) -> list[Tensor]:

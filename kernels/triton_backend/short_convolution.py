@@ -1,5 +1,7 @@
 """Short convolution, SiLU and the norm of queries and keys in Triton, as one pass over the tokens in each direction.
 
+Without activation, as attention takes it, the convolution alone, of channels that are all treated as those of v.
+
 Channels go in blocks: one head of q or k, or as many channels of v. A block needs nothing of its neighbours, so only
 tokens are read more than once, and those of other programs come from a cache.
 
@@ -36,12 +38,12 @@ AGE_BLOCK = 256
 
 
 class ConvolveQKV(torch.autograd.Function):
-    """x, weight, bias, cu_seqlens, then the sizes -> q, k, v."""
+    """x, weight, bias, cu_seqlens, then the sizes -> q, k, v; key_channels is 0 if it does not activate."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, key_channels: int,
-        key_head_dim: int,
+        key_head_dim: int, activate: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         B, T, D = x.shape
         value_channels = D - 2 * key_channels
@@ -54,9 +56,9 @@ class ConvolveQKV(torch.autograd.Function):
             forward_kernel[(blocks * triton.cdiv(T, BT) * B,)](
                 x, weight.t().contiguous(), bias, token_age(cu_seqlens, T), q, k, v,
                 x.stride(0), x.stride(1), T, key_channels, value_channels, blocks,
-                K=key_head_dim, W=weight.shape[1], BT=BT, BD=BD, num_warps=NUM_WARPS,
+                K=key_head_dim, W=weight.shape[1], BT=BT, BD=BD, ACT=activate, num_warps=NUM_WARPS,
             )  # fmt: skip
-        ctx.sizes = key_channels, key_head_dim
+        ctx.sizes = key_channels, key_head_dim, activate
         ctx.save_for_backward(x, weight, bias, cu_seqlens)
         return q, k, v
 
@@ -64,7 +66,7 @@ class ConvolveQKV(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, cu_seqlens = ctx.saved_tensors
-        key_channels, key_head_dim = ctx.sizes
+        key_channels, key_head_dim, activate = ctx.sizes
         (B, T, D), W = x.shape, weight.shape[1]
         value_channels = D - 2 * key_channels
         BD = triton.next_power_of_2(key_head_dim)
@@ -78,12 +80,12 @@ class ConvolveQKV(torch.autograd.Function):
                 x, weight.t().contiguous(), bias, token_age(cu_seqlens, T),
                 dq.contiguous(), dk.contiguous(), dv.contiguous(), dx, d_parameters,
                 x.stride(0), x.stride(1), T, key_channels, value_channels, blocks,
-                K=key_head_dim, W=W, RUN=RUN, BT=BT, BD=BD, num_warps=NUM_WARPS,
+                K=key_head_dim, W=W, RUN=RUN, BT=BT, BD=BD, ACT=activate, num_warps=NUM_WARPS,
             )  # fmt: skip
         d_parameters = d_parameters.sum(0)
         d_weight = d_parameters[:W].t().contiguous().to(weight.dtype)
         d_bias = None if bias is None else d_parameters[W].to(bias.dtype)
-        return dx, d_weight, d_bias, None, None, None
+        return dx, d_weight, d_bias, None, None, None, None
 
 
 def token_age(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
@@ -123,7 +125,7 @@ def token_age_kernel(cu_seqlens, age, T, N, steps, BLOCK: tl.constexpr):
 @triton.jit
 def forward_kernel(
     x, taps, bias, age, q, k, v, x_batch, x_token, T, key_channels, value_channels, blocks,
-    K: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    K: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """One program per BT tokens of a batch entry and block of channels.
 
@@ -138,20 +140,20 @@ def forward_kernel(
     o_t = i_t * BT + tl.arange(0, BT)
     if i_d < 2 * heads:
         out = tl.where(i_d < heads, q, k) + i_b * T * key_channels + i_d % heads * K
-        convolve(x, taps, bias, age, out, x_token, D, key_channels, T, i_d * K, K, o_t, W, BT, BD, True)
+        convolve(x, taps, bias, age, out, x_token, D, key_channels, T, i_d * K, K, o_t, W, BT, BD, ACT, True)
     else:
         i_v = (i_d - 2 * heads) * BD
         out = v + i_b * T * value_channels + i_v
         convolve(
             x, taps, bias, age, out, x_token, D, value_channels, T, 2 * key_channels + i_v, value_channels - i_v, o_t,
-            W, BT, BD, False,
+            W, BT, BD, ACT, False,
         )  # fmt: skip
 
 
 @triton.jit
 def convolve(
     x, taps, bias, age, out, x_token, D, out_token, T, first, channels, o_t,
-    W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr,
+    W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Channels `first` to `first + channels` of tokens o_t, written to `out`, whose tokens lie out_token apart."""
     o_d = tl.arange(0, BD)
@@ -162,13 +164,13 @@ def convolve(
         m_x = m_t & (b_age >= W - 1 - j)
         b_x = load_tokens(x + first, x_token, o_t - (W - 1) + j, m_x, o_d, m_d)
         b_y += b_x.to(tl.float32) * load_channels(taps + j * D + first, o_d, m_d)
-    store_tokens(out, out_token, o_t, m_t, o_d, m_d, activated(b_y, NORM))
+    store_tokens(out, out_token, o_t, m_t, o_d, m_d, activated(b_y, ACT, NORM))
 
 
 @triton.jit
 def backward_kernel(
     x, taps, bias, age, dq, dk, dv, dx, d_parameters, x_batch, x_token, T, key_channels, value_channels, blocks,
-    K: tl.constexpr, W: tl.constexpr, RUN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    K: tl.constexpr, W: tl.constexpr, RUN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """One program per BT runs of RUN tokens of a batch entry and block of channels.
 
@@ -188,21 +190,21 @@ def backward_kernel(
         d_out = tl.where(i_d < heads, dq, dk) + i_b * T * key_channels + i_d % heads * K
         convolve_gradient(
             x, taps, bias, age, d_out, dx, d_parameters, x_token, D, key_channels, T, i_d * K, K, o_t,
-            W, RUN, BT, BD, True,
+            W, RUN, BT, BD, ACT, True,
         )  # fmt: skip
     else:
         i_v = (i_d - 2 * heads) * BD
         d_out = dv + i_b * T * value_channels + i_v
         convolve_gradient(
             x, taps, bias, age, d_out, dx, d_parameters, x_token, D, value_channels, T,
-            2 * key_channels + i_v, value_channels - i_v, o_t, W, RUN, BT, BD, False,
+            2 * key_channels + i_v, value_channels - i_v, o_t, W, RUN, BT, BD, ACT, False,
         )  # fmt: skip
 
 
 @triton.jit
 def convolve_gradient(
     x, taps, bias, age, d_out, dx, d_parameters, x_token, D, out_token, T, first, channels, o_run,
-    W: tl.constexpr, RUN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr,
+    W: tl.constexpr, RUN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """The gradients of `convolve` for the RUN tokens from each of o_run on.
 
@@ -241,7 +243,7 @@ def convolve_gradient(
         for j in tl.static_range(W):
             b_seen += (within_reach(b_x[j], age, b_age, W - 1 - j),)
             b_y += b_taps[j] * b_seen[j]
-        b_dy = activation_gradient(b_y, b_d_out, NORM)
+        b_dy = activation_gradient(b_y, b_d_out, ACT, NORM)
         b_own = tl.where(i < RUN, b_dy, 0.0)
         for j in tl.static_range(W):
             b_more_dx += (b_dx[j] + within_reach(b_taps[j] * b_dy, age, b_age, W - 1 - j),)
@@ -258,24 +260,28 @@ def convolve_gradient(
 
 
 @triton.jit
-def activated(b_y, NORM: tl.constexpr):
-    """SiLU, then with NORM the L2 norm of each row."""
-    b_out = b_y * tl.sigmoid(b_y)
-    if NORM:
-        b_out *= tl.rsqrt(tl.sum(b_out * b_out, 1) + EPSILON)[:, None]
+def activated(b_y, ACT: tl.constexpr, NORM: tl.constexpr):
+    """SiLU, then with NORM the L2 norm of each row; without ACT y as it is."""
+    b_out = b_y
+    if ACT:
+        b_out = b_y * tl.sigmoid(b_y)
+        if NORM:
+            b_out *= tl.rsqrt(tl.sum(b_out * b_out, 1) + EPSILON)[:, None]
     return b_out
 
 
 @triton.jit
-def activation_gradient(b_y, b_d_out, NORM: tl.constexpr):
-    """The gradient of y, [BT, BD], where the output is a = SiLU(y), or with NORM a / ||a||."""
-    b_sigmoid = tl.sigmoid(b_y)
-    b_a = b_y * b_sigmoid
-    if NORM:
-        b_inverse = tl.rsqrt(tl.sum(b_a * b_a, 1) + EPSILON)
-        b_along = tl.sum(b_a * b_d_out, 1) * b_inverse * b_inverse
-        b_d_out = (b_d_out - b_a * b_along[:, None]) * b_inverse[:, None]
-    return b_d_out * (b_sigmoid + b_a * (1.0 - b_sigmoid))
+def activation_gradient(b_y, b_d_out, ACT: tl.constexpr, NORM: tl.constexpr):
+    """The gradient of y, [BT, BD], from that of `activated`."""
+    if ACT:
+        b_sigmoid = tl.sigmoid(b_y)
+        b_a = b_y * b_sigmoid
+        if NORM:
+            b_inverse = tl.rsqrt(tl.sum(b_a * b_a, 1) + EPSILON)
+            b_along = tl.sum(b_a * b_d_out, 1) * b_inverse * b_inverse
+            b_d_out = (b_d_out - b_a * b_along[:, None]) * b_inverse[:, None]
+        b_d_out = b_d_out * (b_sigmoid + b_a * (1.0 - b_sigmoid))
+    return b_d_out
 
 
 @triton.jit

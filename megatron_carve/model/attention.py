@@ -26,11 +26,13 @@ class KeyValueCache(NamedTuple):
 
     Attributes:
         keys, values: [B, groups, W, head dim]; keys with their rotary embedding.
+        tokens: [B, taps - 1, channels], the last projected tokens before a short convolution; empty without one.
         position: [B] int64, of the next token: sequences need not be equally long.
     """
 
     keys: Tensor
     values: Tensor
+    tokens: Tensor
     position: Tensor
 
     @property
@@ -47,6 +49,9 @@ class WindowedSelfAttention(SelfAttention):
     and reads nothing on the host, so that a CUDA graph can hold it.
     """
 
+    kept_tokens = (0, 0)
+    """Shape of a sequence's part in KeyValueCache.tokens."""
+
     def forward(self, hidden_states, attention_mask, *args, inference_context=None, rotary_pos_emb=None, **options):
         dynamic = inference_context is not None and not inference_context.is_static_batching()
         if inference_context is None or (dynamic and hidden_states.is_cuda and flash_attention_serves()):
@@ -56,10 +61,11 @@ class WindowedSelfAttention(SelfAttention):
             )  # fmt: skip
         self._check_inference()
         with torch.no_grad():
-            query, key, value = self.get_query_key_value_tensors(hidden_states, None)
             if dynamic:
+                query, key, value = self.get_query_key_value_tensors(hidden_states, None)
                 return self.linear_proj(self._step_of_requests(inference_context, query, key, value, rotary_pos_emb))
-            cache = self._cache(inference_context, key)
+            cache = self._cache(inference_context, hidden_states)
+            query, key, value = self.next_queries_keys_values(hidden_states, cache)
             if query.shape[0] == 1:
                 out = self._next_token(cache, query, key, value, rotary_pos_emb)
             else:
@@ -80,6 +86,10 @@ class WindowedSelfAttention(SelfAttention):
         )  # fmt: skip
         return attention(query, key, value)
 
+    def next_queries_keys_values(self, hidden_states: Tensor, cache: KeyValueCache) -> tuple[Tensor, Tensor, Tensor]:
+        """Of tokens that follow those in the cache: [T, B, heads, D], and [T, B, groups, D] twice."""
+        return self.get_query_key_value_tensors(hidden_states, None)
+
     def _check_inference(self) -> None:
         c = self.config
         unknown = {
@@ -92,9 +102,9 @@ class WindowedSelfAttention(SelfAttention):
         if chosen := [name for name, value in unknown.items() if value]:
             raise NotImplementedError(f"WindowedSelfAttention: {', '.join(chosen)} with an inference_context")
 
-    def _cache(self, context: Any, key: Tensor) -> KeyValueCache:
-        sequences = sequences_of_call(context, key.shape[1])
-        end = context.sequence_len_offset + key.shape[0]
+    def _cache(self, context: Any, hidden_states: Tensor) -> KeyValueCache:
+        sequences = sequences_of_call(context, hidden_states.shape[1])
+        end = context.sequence_len_offset + hidden_states.shape[0]
         if end > context.max_sequence_length:
             raise ValueError(
                 f"inference_context: expected at most max_sequence_length={context.max_sequence_length} tokens, got "
@@ -103,15 +113,17 @@ class WindowedSelfAttention(SelfAttention):
         kept = context.key_value_memory_dict.get(self.layer_number)
         if kept is None:
             slots = min(self._window() or context.max_sequence_length, context.max_sequence_length)
-            shape = context.max_batch_size, key.shape[2], slots, key.shape[3]
+            shape = self.num_query_groups_per_partition, slots, self.hidden_size_per_attention_head
             kept = (
-                key.new_zeros(shape),
-                key.new_zeros(shape),
-                torch.zeros(context.max_batch_size, dtype=torch.int64, device=key.device),
+                hidden_states.new_zeros(context.max_batch_size, *shape),
+                hidden_states.new_zeros(context.max_batch_size, *shape),
+                hidden_states.new_zeros(context.max_batch_size, *self.kept_tokens),
+                hidden_states.new_zeros(context.max_batch_size, dtype=torch.int64),
             )
             context.key_value_memory_dict[self.layer_number] = kept
         cache = KeyValueCache(*(x[sequences] for x in kept))
         if context.sequence_len_offset == 0:
+            cache.tokens.zero_()
             cache.position.zero_()
         return cache
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from megatron_carve.model.variants import VARIANTS, MixerKind
 
 LayerImplementation = Literal["transformer_engine", "local"]
+Convolution = Literal["static", "dynamic", "none"]
 
 # With an erase gate of about a half, bias 0, the state of CARVE's diagonal form halves at every token.
 DIAGONAL_ERASE_BIAS = -4.0
@@ -40,11 +41,12 @@ class MixerOptions:
     """hidden -> value head dim -> HV*V with a bias (low_rank), or hidden -> HV*V (full_rank)."""
     output_gate_activation: Literal["silu", "sigmoid", "none"] = "silu"
     """Activation of the gate that multiplies the normalised output; none: no gate."""
-    short_convolution: Literal["static", "dynamic", "none"] = "static"
+    short_convolution: Convolution = "static"
     """Convolution of queries, keys and values before their SiLU: of fixed taps (conv_width of them), of taps that
     depend on the token, beside the token itself (arXiv 2606.03825), or none."""
     convolution_rank: int = 16
-    """Features of a token that the dynamic taps of its queries are made of; as many for keys and for values."""
+    """Features of a token that the dynamic taps of its queries are made of; as many for keys and for values. Those of
+    model.attention_convolution are as many."""
     conv_bias: bool = False
     """A bias in the short convolution."""
     negative_eigenvalues: bool = False
@@ -102,7 +104,7 @@ class MixerConfig(MixerOptions):
     key_head_dim: int = 128
     value_head_dim: int = 128
     conv_width: int = 4
-    """Taps of the causal depthwise convolution on q, k and v."""
+    """Taps of the causal depthwise convolution on q, k and v, of model.attention_convolution too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -223,12 +225,23 @@ class MixerConfig(MixerOptions):
                 f"{', '.join(map(str, legal)) or 'none'}"
             )
 
+    def convolution_parameters(self, convolution: Convolution, channels: int) -> int:
+        """Of the taps of a short convolution of so many channels, without bias and projection of features."""
+        if convolution == "none":
+            return 0
+        return channels * self.conv_width * (1 if convolution == "static" else 1 + self.convolution_rank)
+
+    def attention_convolution_parameters(self, convolution: Convolution, channels: int, hidden_size: int) -> int:
+        """Of that of one attention layer: its taps, and what makes the features of dynamic ones."""
+        features = 3 * self.convolution_rank if convolution == "dynamic" else 0
+        return self.convolution_parameters(convolution, channels) + features * hidden_size
+
     def parameter_count(self, kind: MixerKind, hidden_size: int) -> int:
         """Parameters of one mixer layer, its input norm included."""
         count = hidden_size * sum(s.size for s in self.projection_sections(kind))
         if self.short_convolution != "none":
-            of_tap = 1 if self.short_convolution == "static" else 1 + self.convolution_rank
-            count += (2 * self.key_dim + self.value_dim) * (self.conv_width * of_tap + int(self.conv_bias))
+            channels = 2 * self.key_dim + self.value_dim
+            count += self.convolution_parameters(self.short_convolution, channels) + channels * int(self.conv_bias)
         count += self.num_key_heads + self.key_dim  # A_log, dt_bias
         if VARIANTS[kind].sees_state:  # A_log is one of every channel; bias of the erase logits, D and U of all heads
             count += self.key_dim - self.num_key_heads + self.key_dim

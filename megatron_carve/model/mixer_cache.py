@@ -36,6 +36,12 @@ def sequences_of_call(context: Any, batch: int) -> slice:
     return slice(first, last)
 
 
+def keep_newest(kept: Tensor, new: Tensor) -> None:
+    """Bring the last tokens of a sequence up to date with those that follow: [B, n, channels], [B, T, channels]."""
+    newest = new[:, max(0, new.shape[1] - kept.shape[1]) :]
+    kept.copy_(torch.cat([kept, newest], 1)[:, newest.shape[1] :])
+
+
 def mixer_cache(
     context: Any, layer_number: int, batch: int, tokens: tuple[tuple[int, ...], torch.dtype],
     state: Sequence[tuple[tuple[int, ...], torch.dtype]], device: torch.device,

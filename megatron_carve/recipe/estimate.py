@@ -53,7 +53,10 @@ def layer_parameters(recipe: Recipe, letter: str) -> int:
     if letter == EXPERTS:
         return recipe.experts.parameters
     queries, keys = attention_widths(recipe)
-    return h + h * (queries + 2 * keys) + queries * h
+    of_convolution = recipe.mixer.attention_convolution_parameters(
+        recipe.model.attention_convolution, queries + 2 * keys, h
+    )
+    return h + h * (queries + 2 * keys) + queries * h + of_convolution
 
 
 def parameters(recipe: Recipe, vocab_size: int) -> dict[str, int]:
@@ -140,7 +143,10 @@ def saved_numbers(recipe: Recipe, letter: str) -> dict[str, float]:
     if letter == "*":
         queries, keys = attention_widths(recipe)
         rotated = {"rotated": (queries + keys) / t} if recipe.model.position_embedding == "rope" else {}
-        return kept | {"projected": (queries + 2 * keys) / t, **rotated, "attended": queries / t}
+        convolved = {} if recipe.model.attention_convolution == "none" else {"convolved": (queries + 2 * keys) / t}
+        if recipe.model.attention_convolution == "dynamic":
+            convolved["features"] = 3 * recipe.mixer.convolution_rank
+        return kept | {"projected": (queries + 2 * keys) / t, **convolved, **rotated, "attended": queries / t}
     kind = MIXER_LETTERS[letter]
     sections = {s.name: s.size for s in x.projection_sections(kind)}
     inputs = {"projected": sum(sections.values())}

@@ -79,6 +79,8 @@ class Recipe:
             _ = self.experts  # raises if they are not what Megatron could build
             if self.parallel.tensor > 1 and not self.parallel.sequence:
                 raise ValueError("parallel.sequence: expected true with the layer E and parallel.tensor > 1, got false")
+        if self.model.attention_convolution != "none":
+            self._check_attention_convolution()
         for letter in set(self.model.pattern) & set(MIXER_LETTERS):
             try:
                 self.mixer.check_kind(MIXER_LETTERS[letter])
@@ -122,6 +124,14 @@ class Recipe:
     def experts(self) -> Experts:
         """What an E layer of the model is."""
         return Experts.of(self.model, self.parallel, self.megatron)
+
+    def _check_attention_convolution(self) -> None:
+        chosen = f"model.attention_convolution: {self.model.attention_convolution}"
+        if "*" not in self.model.pattern:
+            raise ValueError(f"{chosen} is for the layers *, got model.pattern {self.model.pattern!r}")
+        for name in ("attention_output_gate", "fused_single_qkv_rope", "multi_latent_attention"):
+            if self.megatron.get(name):
+                raise ValueError(f"{chosen} takes megatron.{name} false, got true")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, origin: str = "recipe") -> Recipe:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_carve.model.config import check_types
+from megatron_carve.model.config import Convolution, check_types
 from megatron_carve.model.variants import MIXER_LETTERS
 
 # Letters of a hybrid pattern; M D + are Megatron's and need Transformer Engine.
@@ -60,6 +60,9 @@ class Model(_Checked):
     """Key-value heads of attention; as many as query heads if null."""
     attention_window: int | None = None
     """Keys that a query sees, itself included; all earlier ones if null."""
+    attention_convolution: Convolution = "none"
+    """Of queries, keys and values of * layers before their positions: a convolution over mixer.conv_width tokens, of
+    fixed taps (static) or of mixer.convolution_rank features of the token (dynamic, arXiv 2606.03825)."""
     position_embedding: Literal["rope", "none"] = "rope"
     """Of the attention layers; recurrent layers need none."""
     rotary_base: int = 10000

@@ -8,6 +8,7 @@ from threading import Timer
 
 import torch
 
+from megatron_carve.model.convolved_attention import ConvolvedSelfAttention
 from megatron_carve.model.mixers.base import LinearAttentionMixer
 from megatron_carve.notices import say_once
 from megatron_carve.recipe import Recipe
@@ -17,18 +18,19 @@ READ = 2.0
 
 
 def compile_kernels(models: Sequence[torch.nn.Module], recipe: Recipe) -> None:
-    """Compile the Triton kernels of the mixers on this rank, as the recipe's steps will call them. All ranks call
-    it, with models that nothing is wrapped around yet.
+    """Compile the Triton kernels of the mixers on this rank, and of attention's convolution, as the recipe's steps will
+    call them. All ranks call it, with models that nothing is wrapped around yet.
 
     Kernels of an earlier start come from Triton's cache.
     """
-    by_kind = {m.kind: m for model in models for m in model.modules() if isinstance(m, LinearAttentionMixer)}
-    mixers = [m for m in by_kind.values() if next(m.parameters()).is_cuda and m.backend != "torch"]
-    if not mixers:
+    known = LinearAttentionMixer | ConvolvedSelfAttention
+    by_kind = {m.kind: m for model in models for m in model.modules() if isinstance(m, known)}
+    layers = [m for m in by_kind.values() if next(m.parameters()).is_cuda and m.backend != "torch"]
+    if not layers:
         return
     from megatron_carve.kernels.triton_backend.compiling import compiling
 
-    kinds = ", ".join(m.kind for m in mixers)
+    kinds = ", ".join(m.kind for m in layers)
     notice = Timer(
         READ, say_once, [f"compiling Triton kernels for {kinds}: once on a machine, while they are the same"]
     )
@@ -36,8 +38,8 @@ def compile_kernels(models: Sequence[torch.nn.Module], recipe: Recipe) -> None:
     notice.start()
     try:
         with compiling() as kernels:
-            for mixer in mixers:
-                mixer.rehearse(recipe.training.seq_length // recipe.parallel.context, recipe.training.micro_batch_size)
+            for layer in layers:
+                layer.rehearse(recipe.training.seq_length // recipe.parallel.context, recipe.training.micro_batch_size)
     finally:
         notice.cancel()
     torch.cuda.empty_cache()  # what a rehearsal took would lie between what stays

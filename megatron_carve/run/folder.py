@@ -318,6 +318,8 @@ def architecture(recipe: Recipe) -> dict[str, Any]:
     flat = {f"model.{k}": v for k, v in model.items()}
     if set(model["pattern"]) & {*MIXER_LETTERS, "G"}:
         flat |= {f"mixer.{k}": v for k, v in values["mixer"].items() if k not in ("content_grad", "erase_bias")}
+    elif model["attention_convolution"] != "none":
+        flat |= {f"mixer.{k}": values["mixer"][k] for k in ("conv_width", "convolution_rank")}
     if recipe.data.source == "recall":
         flat |= {f"data.recall.{k}": values["data"]["recall"][k] for k in ("num_keys", "num_values")}
     else:

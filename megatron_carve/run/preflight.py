@@ -22,6 +22,7 @@ from megatron_carve.kernels import (
     require_triton_convolution,
     require_triton_dynamic_taps,
     require_triton_support,
+    require_triton_width,
     resolve_backend,
 )
 from megatron_carve.model.config import LayerImplementation
@@ -130,6 +131,12 @@ def check_backend(recipe: Recipe, device: str) -> None:
                     require_triton_convolution(m.taps)
                     if m.short_convolution == "dynamic":
                         require_triton_dynamic_taps(dtype, m.key_head_dim, m.conv_width, m.convolution_rank)
+            if recipe.model.attention_convolution != "none":
+                require_triton_convolution(recipe.mixer.conv_width)
+            if recipe.model.attention_convolution == "dynamic":
+                width = recipe.model.attention_head_dim or recipe.model.hidden_size // recipe.model.num_attention_heads
+                require_triton_width("attention's dynamic taps", "model.attention_head_dim", width)
+                require_triton_dynamic_taps(dtype, width, recipe.mixer.conv_width, recipe.mixer.convolution_rank)
     except NotImplementedError as error:
         raise NotImplementedError(f"model.mixer_backend: {error}") from None
 

@@ -72,7 +72,7 @@ def patch_megatron(listener: TrainingListener | None = None) -> None:
     from megatron_carve import patches
     from megatron_carve.model.stack import MixerStack
     from megatron_carve.model.variants import MIXER_LETTERS
-    from megatron_carve.run.task import mixer_flops
+    from megatron_carve.run.task import layer_flops
 
     for patch in (
         patches.dataset_helpers,
@@ -89,7 +89,7 @@ def patch_megatron(listener: TrainingListener | None = None) -> None:
         patches.forward_hooks,
         patches.process_group_device,
         patches.mtp_stack(MixerStack),
-        patches.flops(mixer_flops, MIXER_LETTERS),
+        patches.flops(layer_flops, [*MIXER_LETTERS, "*"]),
         *([] if listener is None else [patches.training_events(listener)]),
     ):
         patch.apply()

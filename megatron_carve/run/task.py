@@ -161,6 +161,7 @@ def model_config(args: Any, recipe: Recipe, layers: LayerImplementation) -> Any:
     args.mixer_backend = recipe.model.mixer_backend
     args.mixer_recompute = recipe.model.mixer_recompute
     args.mixer_context = recipe.parallel.context_method
+    args.attention_convolution = recipe.model.attention_convolution
     # Beside weights it would keep only the bits that they lack of a float32 copy, which Megatron's checkpoints that can
     # be resharded, and any other optimizer, take for the copy.
     args.store_param_remainders = False
@@ -171,7 +172,7 @@ def model_config(args: Any, recipe: Recipe, layers: LayerImplementation) -> Any:
         args.num_attention_heads *= args.tensor_model_parallel_size
         args.num_query_groups, args.group_query_attention = None, False
     config = hybrid_config_from_args(args, config=core_transformer_config_from_args(args, MixerTransformerConfig))
-    config.hybrid_stack_spec = stack_spec(layers)
+    config.hybrid_stack_spec = stack_spec(layers, attention_convolution=recipe.model.attention_convolution)
     return config
 
 
@@ -255,8 +256,9 @@ def right_predictions(logits: Tensor, labels: Tensor) -> Tensor:
     return (first == labels).float()
 
 
-def mixer_flops(args: Any, letter: str) -> float:
-    """Forward floating-point operations per token of one `C` or `2` layer, from Megatron's arguments."""
+def layer_flops(args: Any, letter: str) -> float:
+    """Forward floating-point operations per token of one layer that Megatron does not count, from its arguments: all of
+    a mixer's, and of attention those of its convolution."""
     sizes = MixerConfig(
         num_key_heads=args.linear_num_key_heads,
         num_value_heads=args.linear_num_value_heads,
@@ -265,7 +267,11 @@ def mixer_flops(args: Any, letter: str) -> float:
         conv_width=args.linear_conv_kernel_dim,
         **args.mixer,
     )
-    return sizes.flops_per_token(MIXER_LETTERS[letter], args.hidden_size)
+    if letter in MIXER_LETTERS:
+        return sizes.flops_per_token(MIXER_LETTERS[letter], args.hidden_size)
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    channels = (args.num_attention_heads + 2 * groups) * args.kv_channels
+    return 2 * sizes.attention_convolution_parameters(args.attention_convolution, channels, args.hidden_size)
 
 
 def _training_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -16,6 +16,7 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from torch import nn
 
 from megatron_carve.model.attention import WindowedSelfAttention
+from megatron_carve.model.convolved_attention import ConvolvedSelfAttention
 from megatron_carve.model.mixers.base import LinearAttentionMixer
 from megatron_carve.model.mixers.dynamic import StateShapes, state_shapes_per_request
 
@@ -41,7 +42,7 @@ class Layers:
         dtypes: of those.
 
     Raises:
-        NotImplementedError: a layer that is none of the mixers, attention as here and MLP.
+        NotImplementedError: a layer that is none of the mixers, attention as here, without convolution, and MLP.
     """
 
     def __init__(self, model: Any) -> None:
@@ -119,6 +120,10 @@ def dynamic_context(
 def _letter(letter: str, mixing: Any, layer: Any) -> str:
     if isinstance(mixing, LinearAttentionMixer):
         return str(Symbols.MAMBA)
+    if isinstance(mixing, ConvolvedSelfAttention):
+        raise NotImplementedError(
+            "dynamic batching: expected model.attention_convolution none; static batching takes it"
+        )
     if isinstance(mixing, WindowedSelfAttention):
         return str(Symbols.ATTENTION)
     if letter == Symbols.MLP:

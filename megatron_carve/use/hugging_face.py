@@ -89,11 +89,22 @@ def _attention(recipe: Recipe) -> list[Link]:
     def join(*parts: Tensor) -> Tensor:
         return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
 
-    return [
+    found = [
         Link("input_layernorm.weight", ("norm.weight",)),
         Link("self_attention.linear_qkv.weight", tuple(f"mixer.{n}_proj.weight" for n in "qkv"), split, join),
         Link("self_attention.linear_proj.weight", ("mixer.o_proj.weight",)),
     ]
+    dynamic = m.attention_convolution == "dynamic"
+    by_channel = [] if m.attention_convolution == "none" else ["weight", *(["up"] if dynamic else [])]
+    channels = [size * groups for size in sizes]
+    found += [
+        Link(
+            f"self_attention.conv.{name}", (f"mixer.conv_{name}",),
+            lambda x: [torch.cat(split(x))], lambda x: join(*x.split(channels)),
+        )
+        for name in by_channel
+    ]  # fmt: skip
+    return [*found, Link("self_attention.taps_proj.weight", ("mixer.taps_proj.weight",))] if dynamic else found
 
 
 def _mixer(recipe: Recipe, kind: MixerKind) -> list[Link]:
@@ -236,6 +247,7 @@ def configuration(recipe: Recipe, padded_vocab: int, eod: int | None, step: int)
         "num_key_value_heads": m.num_query_groups or m.num_attention_heads,
         "attention_head_dim": m.attention_head_dim or m.hidden_size // m.num_attention_heads,
         "attention_window": m.attention_window,
+        "attention_convolution": m.attention_convolution,
         "position_embedding": m.position_embedding,
         "rotary_base": m.rotary_base,
         "norm_epsilon": m.norm_epsilon,

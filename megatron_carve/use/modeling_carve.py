@@ -59,7 +59,8 @@ class CarveConfig(PretrainedConfig):
 
     Args:
         pattern: a letter for each layer: C (CARVE), 2 (GDN-2), K (KDA), * (attention), - (MLP).
-        mixer: heads, widths and options of the C, 2 and K layers, those that differ from DEFAULT_MIXER.
+        mixer: heads, widths and options of the C, 2 and K layers, those that differ from DEFAULT_MIXER. Of
+            attention_convolution (static, dynamic or none) it says how many taps and features there are.
         recipe: the model, mixer and precision of the recipe, from which megatron_carve imports the folder again.
     """
 
@@ -75,6 +76,7 @@ class CarveConfig(PretrainedConfig):
         num_key_value_heads: int = 2,
         attention_head_dim: int = 32,
         attention_window: int | None = None,
+        attention_convolution: str = "none",
         position_embedding: str = "rope",
         rotary_base: int = 10000,
         norm_epsilon: float = 1e-5,
@@ -91,6 +93,7 @@ class CarveConfig(PretrainedConfig):
         self.num_key_value_heads = num_key_value_heads
         self.attention_head_dim = attention_head_dim
         self.attention_window = attention_window
+        self.attention_convolution = attention_convolution
         self.position_embedding = position_embedding
         self.rotary_base = rotary_base
         self.norm_epsilon = norm_epsilon
@@ -181,13 +184,21 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, heads * D, bias=False)
         self.k_proj, self.v_proj = (nn.Linear(config.hidden_size, groups * D, bias=False) for _ in range(2))
         self.o_proj = nn.Linear(heads * D, config.hidden_size, bias=False)
+        self.taps_proj = None
+        if config.attention_convolution != "none":
+            self.sections = [heads * D, groups * D, groups * D]
+            taps, rank = config.mixer["conv_width"], config.mixer["convolution_rank"]
+            self.conv_weight = nn.Parameter(torch.empty(sum(self.sections), taps))
+            if config.attention_convolution == "dynamic":
+                self.taps_proj = nn.Linear(config.hidden_size, 3 * rank, bias=False)
+                self.conv_up = nn.Parameter(torch.empty(sum(self.sections), taps, rank))
 
     def forward(self, x: Tensor, memory: Memory | None, position: int, real: Tensor | None) -> Tensor:
         c, T = self.config, x.shape[1]
-        q, k, v = (
-            p(x).unflatten(-1, (-1, c.attention_head_dim)).transpose(1, 2)
-            for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected: Any = [p(x) for p in (self.q_proj, self.k_proj, self.v_proj)]
+        if c.attention_convolution != "none":
+            projected = self._convolve(torch.cat(projected, -1), x, memory, real)
+        q, k, v = (part.unflatten(-1, (-1, c.attention_head_dim)).transpose(1, 2) for part in projected)
         if c.position_embedding == "rope":
             q, k = (rotate(part, position, c.rotary_base) for part in (q, k))
         if memory is not None:
@@ -208,6 +219,49 @@ class Attention(nn.Module):
             seen = (seen & real[:, None, None, :]) | (age == 0)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+    def _convolve(self, projected: Tensor, x: Tensor, memory: Memory | None, real: Tensor | None) -> tuple[Tensor, ...]:
+        if real is not None:  # what is before a sequence's first token is zero
+            projected = projected * real[..., None]
+        wide = with_tokens_before(projected, self.conv_weight.shape[1] - 1, memory)
+        if self.taps_proj is None:
+            convolved = convolve(wide, self.conv_weight, None)
+        else:
+            convolved = convolve_dynamically(
+                wide, self.taps_proj(x), self.conv_weight, self.conv_up, None, self.sections
+            )  # fmt: skip
+        return convolved.split(self.sections, -1)
+
+
+def with_tokens_before(x: Tensor, before: int, memory: Memory | None) -> Tensor:
+    """x, [B, T, D], with so many tokens before it in front, zeros before the first; the memory keeps the last ones."""
+    if not before:
+        return x
+    earlier = None if memory is None else memory.parts.get("tokens")
+    wide = F.pad(x, (0, 0, before, 0)) if earlier is None else torch.cat([earlier, x], 1)
+    if memory is not None:
+        memory.parts["tokens"] = wide[:, wide.shape[1] - before :].clone()
+    return wide
+
+
+def convolve(wide: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Causal depthwise convolution, weight [D, W], of [B, W - 1 + T, D] -> [B, T, D]."""
+    return F.conv1d(wide.transpose(1, 2), weight[:, None], bias, groups=wide.shape[2]).transpose(1, 2)
+
+
+def convolve_dynamically(
+    wide: Tensor, features: Tensor, weight: Tensor, up: Tensor, bias: Tensor | None, sections: list[int]
+) -> Tensor:
+    """As convolve, beside the token itself; of features of queries, keys and values, [B, T, 3 * rank], is made what is
+    added to the taps, by up [D, W, rank]. sections: channels of the three."""
+    taps = weight.shape[1]
+    T, x = features.shape[1], wide[:, taps - 1 :]
+    # one product for each tap and section: all at once would be as many numbers as taps for every channel
+    y = x if bias is None else x + bias
+    for tap in range(taps):
+        parts = zip(features.chunk(3, -1), up[:, tap].split(sections), strict=True)
+        y = y + (torch.cat([F.linear(z, part) for z, part in parts], -1) + weight[:, tap]) * wide[:, tap : tap + T]
+    return y
 
 
 def rotate(x: Tensor, position: int, base: int) -> Tensor:
@@ -326,27 +380,14 @@ class Mixer(nn.Module):
 
         Of features, [B, T, 3 * rank] of queries, keys and values, taps are made that depend on the token.
         """
-        m, before, T = self.m, self.taps - 1, x.shape[1]
+        m = self.m
         keys = m["num_key_heads"] * m["key_head_dim"]
         sections = [keys, keys, x.shape[2] - 2 * keys]
-        if before:
-            earlier = None if memory is None else memory.parts.get("tokens")
-            wide = F.pad(x, (0, 0, before, 0)) if earlier is None else torch.cat([earlier, x], 1)
-            if memory is not None:
-                memory.parts["tokens"] = wide[:, wide.shape[1] - before :].clone()
-            x = wide
+        x = with_tokens_before(x, self.taps - 1, memory)
         if m["short_convolution"] == "static":
-            x = F.conv1d(
-                x.transpose(1, 2), self.conv_weight[:, None], self.conv_bias, groups=x.shape[2]
-            ).transpose(1, 2)  # fmt: skip
+            x = convolve(x, self.conv_weight, self.conv_bias)
         elif features is not None:
-            # one product for each tap and section: all at once would be as many numbers as taps for every channel
-            y = x[:, before:] if self.conv_bias is None else x[:, before:] + self.conv_bias
-            for tap in range(self.taps):
-                parts = zip(features.chunk(3, -1), self.conv_up[:, tap].split(sections), strict=True)
-                taps = torch.cat([F.linear(z, up) for z, up in parts], -1) + self.conv_weight[:, tap]
-                y = y + taps * x[:, tap : tap + T]
-            x = y
+            x = convolve_dynamically(x, features, self.conv_weight, self.conv_up, self.conv_bias, sections)
         q, k, v = F.silu(x).split(sections, -1)
         return unit_heads(q, m["key_head_dim"]), unit_heads(k, m["key_head_dim"]), v
 

@@ -24,6 +24,7 @@ def test_both_kinds_of_layers_keep_documents_apart_alike(tmp_path, window):
         "debug", "data.text=texts.jsonl", "model.pattern=C-*-2-*-", f"model.attention_window={window}",
         "training.precision=bf16", "training.steps=20", "training.seq_length=256", "training.micro_batch_size=4",
         "training.global_batch_size=4", "checkpoint.interval=20", "run.log_interval=1",
+        f"model.attention_convolution={'dynamic' if window == '40' else 'none'}",
     ]  # fmt: skip
     # One start for all: the kinds of layers draw their weights in other orders.
     train(tmp_path, *common, "training.steps=1", "run.name=start", "model.layers=local")

@@ -18,7 +18,8 @@ def models(request):
         for dtype, options in (torch.bfloat16, {"bf16": True, "params_dtype": torch.bfloat16}), (torch.float32, {}):
             made[dtype] = hybrid_model(
                 "C-2*-", vocab_size=VOCAB, length=LENGTH, window_size=(16, 0),
-                mixer={"short_convolution": request.param}, **options, **SIZES,
+                kv_channels=32, attention_convolution=request.param, mixer={"short_convolution": request.param},
+                **options, **SIZES,
             ).cuda().eval()  # fmt: skip
         with torch.no_grad():
             for rounded, exact in zip(made[torch.bfloat16].parameters(), made[torch.float32].parameters(), strict=True):

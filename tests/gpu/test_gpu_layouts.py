@@ -20,7 +20,7 @@ STEPS = 30
 WORDS = (
     "debug", "model.layers=transformer_engine", "model.pattern=C-*-2-", "training.precision=bf16",
     "training.micro_batch_size=4", "training.global_batch_size=8", f"training.steps={STEPS}", "run.log_interval=1",
-    "training.eval_interval=100", "checkpoint.interval=10", "run.name=run",
+    "training.eval_interval=100", "checkpoint.interval=10", "run.name=run", "model.attention_convolution=dynamic",
 )  # fmt: skip
 EXPERTS = (
     "model.pattern=C-CE*E", "megatron.num_experts=4", "megatron.moe_ffn_hidden_size=176",

@@ -10,16 +10,21 @@ import pytest
 import torch
 from support.gpu import assert_no_host_synchronisation, memory_of_nan
 from support.interpreter import DEVICE
-from support.surroundings import Convolution, Norm
+from support.surroundings import Convolution, Heads, Norm
 from support.tolerances import error
 
-from megatron_carve.kernels.surroundings import convolve_qkv, dynamic_convolve_qkv
+from megatron_carve.kernels.surroundings import (
+    convolve_heads,
+    convolve_qkv,
+    dynamic_convolve_heads,
+    dynamic_convolve_qkv,
+)
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROUNDING = {"bf16": 2.0**-8, "fp32": 2.0**-22}
-CASES: dict[str, Convolution | Norm] = {
+CASES: dict[str, Convolution | Heads | Norm] = {
     "convolution": Convolution(B=2, T=1000, H=16, K=128, V=2048, bias=True, extra=2064),
     "convolution, unaligned": Convolution(B=2, T=1000, H=16, K=128, V=2048, extra=3),
     "convolution, packed": Convolution(lengths=(1, 700, 0, 64, 65, 3, 500), H=16, K=128, V=2048, bias=True),
@@ -33,6 +38,11 @@ CASES: dict[str, Convolution | Norm] = {
     "dynamic, eight taps": Convolution(lengths=(1, 700, 0, 64), H=4, K=64, V=500, W=8, R=16, bias=True),
     "dynamic, narrow heads, 64 features": Convolution(B=2, T=3000, H=4, K=32, V=256, R=64),
     "dynamic, wide heads": Convolution(B=2, T=1000, H=4, K=256, V=1024, W=2, R=16),
+    "heads": Heads(B=2, T=1000, groups=16, K=128),
+    "heads, packed, grouped queries": Heads(lengths=(1, 700, 0, 64, 65, 3, 500), groups=4, group=6, K=80),
+    "dynamic heads": Heads(B=2, T=1000, groups=16, K=128, R=16),
+    "dynamic heads, packed, grouped queries": Heads(lengths=(1, 700, 0, 64, 3), groups=4, group=6, K=64, R=16, extra=0),
+    "dynamic heads, 96 channels": Heads(B=2, T=1000, groups=2, group=4, K=96, R=5),
     "norm": Norm(B=2, T=1000, H=16, V=128),
     "norm, sigmoid": Norm(B=2, T=1000, H=16, V=128, activation="sigmoid", gate="whole"),
     "norm, 96 channels": Norm(B=2, T=1000, H=16, V=96, gate="heads", x="heads"),
@@ -61,7 +71,9 @@ def test_values_and_gradients(case: str, dtype: str) -> None:
     assert not failures, "; ".join(failures)
 
 
-@pytest.mark.parametrize("case", ["convolution", "convolution, packed", "dynamic", "dynamic, packed", "norm"])
+@pytest.mark.parametrize(
+    "case", ["convolution", "convolution, packed", "dynamic", "dynamic, packed", "heads", "dynamic heads", "norm"]
+)
 def test_two_runs_are_equal_in_every_bit(case: str) -> None:
     first, second = (CASES[case].run(torch.bfloat16, torch.bfloat16, DEVICE, "triton") for _ in range(2))
     for name, x in first.items():
@@ -89,5 +101,11 @@ def test_no_host_synchronisation() -> None:
         for op, leaves in ((convolve_qkv, [x, weight]), (dynamic_convolve_qkv, [x, features, weight, up])):
             out = op(*leaves, **options)
             torch.autograd.grad(out, leaves, [torch.ones_like(part) for part in out])
+        for op, leaves, sizes in (
+            (convolve_heads, [x, weight], {}),
+            (dynamic_convolve_heads, [x, features, weight, up], {"head_dim": case.K, "group": D // case.K}),
+        ):
+            out = op(*leaves, **sizes, cu_seqlens=ends, backend="triton")
+            torch.autograd.grad(out, leaves, torch.ones_like(out))
 
     assert_no_host_synchronisation(step)

@@ -70,10 +70,22 @@ def test_checkpoint_of_one_kind_of_layers_resumes_in_the_other(runs, source, tar
 
 
 @needs_te
+@pytest.mark.parametrize("convolution", ["static", "dynamic"])
+@pytest.mark.parametrize(("source", "target"), [("local", "transformer_engine"), ("transformer_engine", "local")])
+def test_attention_is_convolved_alike_in_both_kinds_of_layers(tmp_path, source, target, convolution):
+    words = [f"model.attention_convolution={convolution}", "model.num_query_groups=2"]
+    train(tmp_path, *SHORT, *words, f"run.name={source}", f"model.layers={source}")
+    branch_off_at_step_20(tmp_path, source, target, f"model.layers={target}", *words)
+    resumed, straight = losses(tmp_path, target), losses(tmp_path, source)
+    for step in range(21, STEPS + 1):
+        assert resumed[step] == pytest.approx(straight[step], rel=SAME_CURVE), f"step {step}"
+
+
+@needs_te
 def test_deterministic_mode_resumes_to_the_last_bit(tmp_path):
     words = [
         "model.layers=transformer_engine", "model.pattern=C-*-2-*-", "training.precision=bf16",
-        "megatron.deterministic_mode=true", "mixer.short_convolution=dynamic",
+        "megatron.deterministic_mode=true", "mixer.short_convolution=dynamic", "model.attention_convolution=dynamic",
     ]  # fmt: skip
     train(tmp_path, *SHORT, *words)
     branch_off_at_step_20(tmp_path, "debug", "resumed", *words)

@@ -257,7 +257,11 @@ def test_auto_is_triton_on_a_gpu_and_torch_elsewhere(caplog: pytest.LogCaptureFi
         ("mixer.conv_width=9", "expected at most 8 taps in the short convolution, got 9"),
         (
             "mixer={short_convolution: dynamic, convolution_rank: 65}",
-            "at most 64 features .* of dynamic taps, 4 of them with key_head_dim 32 in float32, got 65",
+            "at most 64 features .* of dynamic taps, 4 of them for heads of 32 in float32, got 65",
+        ),
+        (
+            "model={pattern: '*', attention_convolution: dynamic, attention_head_dim: 48}",
+            "expected model.attention_head_dim of 32, .* for attention's dynamic taps, got 48",
         ),
         ("mixer.key_head_dim=48", "expected K of 32, 64 for carve with diagonal erase in float32, got 48"),
     ],

@@ -6,15 +6,21 @@ import pytest
 import torch
 from support.dispatch import Copies
 from support.interpreter import DEVICE
-from support.surroundings import Convolution, Norm
+from support.surroundings import Convolution, Heads, Norm
 from support.tolerances import TOLERANCES, error
 
-from megatron_carve.kernels.surroundings import convolve_qkv, dynamic_convolve_qkv, gated_head_norm
+from megatron_carve.kernels.surroundings import (
+    convolve_heads,
+    convolve_qkv,
+    dynamic_convolve_heads,
+    dynamic_convolve_qkv,
+    gated_head_norm,
+)
 from megatron_carve.kernels.torch_backend.elementwise import _position_in_sequence
 from megatron_carve.kernels.triton_backend import dynamic_convolution
 from megatron_carve.kernels.triton_backend.short_convolution import token_age
 
-CASES: dict[str, Convolution | Norm] = {
+CASES: dict[str, Convolution | Heads | Norm] = {
     "two batch entries, bias": Convolution(B=2, T=70, H=2, bias=True),
     "one tap": Convolution(B=2, T=5, W=1, bias=True),
     "two taps": Convolution(T=20, W=2),
@@ -35,6 +41,10 @@ CASES: dict[str, Convolution | Norm] = {
     "dynamic, packed": Convolution(lengths=(1, 70, 0, 1, 2, 0, 3, 64, 5), R=5, bias=True),
     "dynamic, 96 channels, values that fill no block": Convolution(B=2, T=9, H=2, K=96, V=200, R=16),
     "dynamic, several programs": Convolution(T=200, V=3, R=15, extra=0),
+    "heads": Heads(B=2, T=20, groups=1, group=4, K=40),
+    "heads, packed": Heads(lengths=(1, 70, 0, 2, 5), W=8),
+    "dynamic heads": Heads(B=2, T=20, groups=2, group=4, R=16),
+    "dynamic heads, packed, 96 channels": Heads(lengths=(1, 33, 0, 1, 2, 5), K=96, R=5),
     "norm": Norm(B=2, T=70, H=3),
     "norm, sigmoid": Norm(B=2, T=9, H=2, activation="sigmoid"),
     "norm, no gate": Norm(B=2, T=70, H=2, V=96, activation="none", x="time first"),
@@ -53,7 +63,7 @@ def test_values_and_gradients(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
     compare(found, truth, "float32")
 
 
-@pytest.mark.parametrize("case", ["two batch entries, bias", "packed", "dynamic", "norm, sigmoid"])
+@pytest.mark.parametrize("case", ["two batch entries, bias", "packed", "dynamic", "dynamic heads", "norm, sigmoid"])
 def test_float16_values(case: str) -> None:
     found = CASES[case].run(torch.float16, torch.float16, DEVICE, "triton")
     truth = CASES[case].run(torch.float16, torch.float64, "cpu", "torch")
@@ -67,6 +77,14 @@ def test_dynamic_taps_are_what_a_loop_over_tokens_finds(lengths: tuple[int, ...]
     found = case.run(torch.float64, torch.float64, "cpu", "torch")
     truth = case.run(torch.float64, torch.float64, "cpu", "oracle")
     compare(found, truth, "float64")
+
+
+@pytest.mark.parametrize("R", [0, 3])
+@pytest.mark.parametrize("lengths", [(), (1, 9, 0, 2, 3, 5)])
+def test_heads_are_convolved_as_a_loop_over_tokens_does(lengths: tuple[int, ...], R: int) -> None:
+    case = Heads(B=1 if lengths else 2, T=12, groups=2, group=4, K=3, R=R, lengths=lengths)
+    found = case.run(torch.float64, torch.float64, "cpu", "torch")
+    compare(found, case.run(torch.float64, torch.float64, "cpu", "oracle"), "float64")
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [("torch", torch.float64), ("triton", torch.float32)])
@@ -216,6 +234,25 @@ def test_dynamic_convolution_refuses_wrong_arguments(changes: dict[str, Any], me
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"weight": X(95, 4)}, r"weight: expected shape \[D, W\] with D = 96"),
+        ({"features": X(2, 5, 14)}, r"features: expected shape \[B, T, 3 R\] = \[2, 5, 15\], got \[2, 5, 14\]"),
+        ({"group": 2}, "group: expected at least 3 heads, of a query, a key and a value, got 2"),
+        ({"head_dim": 5}, "head_dim: expected one by whose product with group = 3 D = 96 can be divided, got 5"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "x: expected B = 1 with cu_seqlens .* got B = 2"),
+    ],
+)
+def test_convolution_of_heads_refuses_wrong_arguments(changes: dict[str, Any], message: str) -> None:
+    given = {"x": X(2, 5, 96), "features": X(2, 5, 15), "weight": X(96, 4), "up": X(96, 4, 5), "head_dim": 32}
+    with pytest.raises(ValueError, match=message):
+        dynamic_convolve_heads(**{**given, "group": 3, **changes})
+    if changes.keys() & {"weight", "cu_seqlens"}:
+        with pytest.raises(ValueError, match=message):
+            convolve_heads(**{"x": given["x"], "weight": given["weight"], **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"x": X(5, 3, 32)}, r"x: expected shape \[B, T, H, V\], every size at least 1, got \[5, 3, 32\]"),
         ({"gate": X(2, 5, 1, 32)}, r"gate: expected shape \[B, T, H, V\] = \[2, 5, 3, 32\], got \[2, 5, 1, 32\]"),
         ({"gate": X(2, 5, 3, 32).double()}, "gate: expected dtype float32, got float64"),
@@ -239,12 +276,16 @@ def test_norm_refuses_wrong_arguments(changes: dict[str, Any], message: str) -> 
         (Convolution(T=5, K=48), torch.float32, "key_head_dim of 32, 64, 96, 128, 256 for convolve_qkv, got 48"),
         (Convolution(T=5, W=9), torch.float32, "expected at most 8 taps in the short convolution, got 9"),
         (Convolution(T=5, R=65), torch.float32, r"at most 64 features \(convolution_rank\) of dynamic taps, 4 of them"),
-        (Convolution(T=5, K=96, W=8, R=1), torch.float32, "at most 0 features .* 8 of them with key_head_dim 96"),
+        (Convolution(T=5, K=96, W=8, R=1), torch.float32, "at most 0 features .* 8 of them for heads of 96"),
+        (Heads(T=5), torch.float64, "backend 'triton': no float64"),
+        (Heads(T=5, W=9), torch.float32, "expected at most 8 taps in the short convolution, got 9"),
+        (Heads(T=5, K=48, R=4), torch.float32, "head_dim of 32, .* for dynamic_convolve_heads, got 48"),
+        (Heads(T=5, R=65), torch.float32, r"at most 64 features \(convolution_rank\) of dynamic taps, 4 of them"),
         (Norm(T=5), torch.float64, "backend 'triton': no float64"),
         (Norm(T=5, V=512), torch.float32, "expected V of 32, 64, 96, 128, 256 for gated_head_norm, got 512"),
     ],
 )
-def test_what_the_kernels_lack_is_refused(case: Convolution | Norm, dtype: torch.dtype, message: str) -> None:
+def test_what_the_kernels_lack_is_refused(case: Convolution | Heads | Norm, dtype: torch.dtype, message: str) -> None:
     with pytest.raises(NotImplementedError, match=message):
         case.run(dtype, dtype, DEVICE, "triton")
     case.run(dtype, dtype, DEVICE, "torch")

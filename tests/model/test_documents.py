@@ -40,7 +40,11 @@ def logits_and_gradient(model, tokens: torch.Tensor, weight: torch.Tensor, packe
 
 
 @pytest.mark.parametrize(
-    "options", [{"window_size": (15, 0)}, {"num_query_groups": 2, "mixer": {"content_rank": 4, **DYNAMIC}}]
+    "options",
+    [
+        {"window_size": (15, 0), "attention_convolution": "static"},
+        {"num_query_groups": 2, "attention_convolution": "dynamic", "mixer": {"content_rank": 4, **DYNAMIC}},
+    ],
 )
 def test_each_document_gives_what_it_gives_alone(options):
     model = hybrid_model("C-*-2-K-", length=len(ROWS) * T, **options)

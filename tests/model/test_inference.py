@@ -52,6 +52,16 @@ PATTERNS = {
     ),
     "attention": ("*-*-", {"num_query_groups": 2}),
     "window": ("*-*-", {"window_size": (16, 0)}),
+    "attention, static taps": ("*-*-", {"attention_convolution": "static"}),
+    "attention, dynamic taps": (
+        "*-2*",
+        {
+            "attention_convolution": "dynamic",
+            "num_query_groups": 2,
+            "window_size": (16, 0),
+            "mixer": {"convolution_rank": 4},
+        },
+    ),
     "hybrid": ("C-2*-", {"window_size": (16, 0), "num_query_groups": 2}),
     "delta": (
         "C2",
@@ -60,7 +70,7 @@ PATTERNS = {
     "decayed": ("C2", {"mixer": {"prediction": "decayed", "content_rank": 0}}),
     "least": ("C2", {"mixer": {"short_convolution": "none", "output_gate_activation": "none"}}),
     "window of one": ("*-", {"window_size": (0, 0)}),
-    "short convolution": ("2C", {"linear_conv_kernel_dim": 1}),
+    "short convolution": ("2C*", {"linear_conv_kernel_dim": 1, "attention_convolution": "static"}),
 }
 
 
@@ -121,7 +131,7 @@ def test_attention_in_many_blocks_after_earlier_tokens(monkeypatch, window):
 
 def test_sequences_of_different_lengths_go_on_together():
     """Prompts are read one by one, each at its own place in the batch; then all get a token at a time."""
-    model = perturbed("C-2*-", window_size=(16, 0), num_query_groups=2)
+    model = perturbed("C-2*-", window_size=(16, 0), num_query_groups=2, attention_convolution="dynamic")
     prompts = [torch.randint(VOCAB, (1, n)) for n in (1, 70, 23)]
     rest = torch.randint(VOCAB, (3, 30))
     memory = context(batch=3)

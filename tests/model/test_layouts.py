@@ -12,6 +12,9 @@ HYBRID, CARVE, GDN2 = {"pattern": "C-2-*-"}, {"pattern": "C-C-"}, {"pattern": "2
 DYNAMIC = {"short_convolution": "dynamic", "convolution_rank": 4}
 KDA = {"pattern": "K-K-", "mixer": DYNAMIC}
 DELTA = {"pattern": "C-C-", "mixer": {"content_rank": 4, "erase": "delta", **DYNAMIC}}
+# Two groups of queries, each with its key and value.
+CONVOLVED = {"pattern": "*-*-", "attention_convolution": "dynamic", "mixer": {"convolution_rank": 3}, "groups": 2}
+STATIC = {"pattern": "*-*-", "attention_convolution": "static"}
 # Documents of random lengths that 2 * cp divides, packed into one sequence. Local attention does not take them.
 PACKED = {"pattern": "C-2-", "documents": [24, 80, 8, 72], "seq_length": 184, "steps": 2}
 # Documents of any lengths in the rows of a batch, kept apart.
@@ -55,6 +58,12 @@ def single(tmp_path_factory):
         pytest.param(HYBRID, {"cp": 4, **SEQUENCE}, marks=pytest.mark.slow),
         (HYBRID, {"tp": 2, "sp": True, "cp": 2}),
         pytest.param(HYBRID, FULL, marks=pytest.mark.slow),
+        (CONVOLVED, {"tp": 2, "sp": True, "cp": 2}),
+        pytest.param(CONVOLVED, {"tp": 2}, marks=pytest.mark.slow),
+        pytest.param(CONVOLVED, {"tp": 2, "pp": 2, "pattern": "*-|*-", **FULL}, marks=pytest.mark.long),
+        pytest.param(CONVOLVED, {"cp": 4}, marks=pytest.mark.long),
+        pytest.param(STATIC, {"tp": 4, "sp": True}, marks=pytest.mark.long),
+        pytest.param(STATIC, {"cp": 2, "dp": 2}, marks=pytest.mark.long),
         pytest.param(CARVE, {"tp": 4, "sp": True}, marks=pytest.mark.long),
         pytest.param(DELTA, {"tp": 4, "sp": True}, marks=pytest.mark.long),
         pytest.param(DELTA, {"tp": 2, "cp": 2, **SEQUENCE}, marks=pytest.mark.slow),
@@ -72,6 +81,7 @@ def single(tmp_path_factory):
         pytest.param(PACKED, {"tp": 2, "sp": True, "cp": 2, "mixer_recompute": True}, marks=pytest.mark.slow),
         pytest.param(APART_HYBRID, {"tp": 2, "sp": True, "pp": 2}, marks=pytest.mark.slow),
         pytest.param(APART_HYBRID, {"tp": 2, "dp": 2, **FULL}, marks=pytest.mark.long),
+        pytest.param({**CONVOLVED, **ROWS}, {"tp": 2, "sp": True}, marks=pytest.mark.long),
         pytest.param(APART_HYBRID, {"pp": 4, "pattern": "C-|2|-|*-"}, marks=pytest.mark.long),
         pytest.param(APART, {"tp": 2, "sp": True, "cp": 2}, marks=pytest.mark.long),
         pytest.param(APART, {"cp": 4, **SEQUENCE, "mixer_recompute": True}, marks=pytest.mark.slow),
@@ -98,6 +108,9 @@ def test_layout_equals_one_process(single, model, layout, tmp_path):
         (HYBRID, {"tp": 2}, "low_rank"),
         (HYBRID, {"tp": 2}, "content_maps"),
         (HYBRID, {"tp": 2, "sp": True}, "norm_weight_mark"),
+        (CONVOLVED, {"tp": 2}, "tap_features"),
+        (CONVOLVED, {"tp": 2, "sp": True}, "tap_features_mark"),
+        (STATIC, {"cp": 2}, "tokens_before"),
         (HYBRID, {"tp": 2, "sp": True}, "content_maps_mark"),
         (HYBRID, {"tp": 2, "sp": True}, "sequence_parallel_norms"),
         (HYBRID, {"dp": 2, "distributed_optimizer": False}, "data_and_context"),

@@ -7,7 +7,7 @@ from support.models import config, hybrid_model, one_process
 PATTERN = "C-2-K-*-"
 LINEAR_MAPS = {
     "C": {"in_proj.weight", "decay_up.weight", "gate_up.weight", "out_proj.weight"},
-    "*": {"linear_qkv.weight", "linear_proj.weight"},
+    "*": {"linear_qkv.weight", "linear_proj.weight", "taps_proj.weight"},
     "-": {"linear_fc1.weight", "linear_fc2.weight"},
 }
 LINEAR_MAPS |= {"2": LINEAR_MAPS["C"], "K": LINEAR_MAPS["C"]}
@@ -16,7 +16,7 @@ OTHERS = {
         "conv.weight", "conv.up", "conv.bias", "decay.A_log", "decay.dt_bias", "gate_up.bias", "out_norm.weight",
         "erase_bias.bias", "content_down", "content_up",
     },
-    "*": set(), "-": set(),
+    "*": {"conv.weight", "conv.up"}, "-": set(),
 }  # fmt: skip
 OTHERS |= {kind: OTHERS["C"] - {"erase_bias.bias", "content_down", "content_up"} for kind in "2K"}
 LR = 0.01
@@ -30,7 +30,8 @@ def megatron():
 
 @pytest.fixture(scope="module")
 def model():
-    return hybrid_model(PATTERN, mixer={"content_rank": 4, "conv_bias": True, "short_convolution": "dynamic"})
+    options = {"content_rank": 4, "conv_bias": True, "short_convolution": "dynamic"}
+    return hybrid_model(PATTERN, attention_convolution="dynamic", mixer=options)
 
 
 @pytest.fixture(scope="module")

@@ -464,6 +464,14 @@ class TestRanges:
                 "parallel.distributed_optimizer: expected true with mixer layers in bf16, since Megatron's plain "
                 "optimizer cannot save their float32 decay",
             ),
+            (
+                ["model.attention_convolution=static", "model.pattern=C-2-"],
+                "model.attention_convolution: static is for the layers *, got model.pattern 'C-2-'",
+            ),
+            (
+                ["model.attention_convolution=dynamic", "model.pattern=C-*-", "megatron.attention_output_gate=true"],
+                "model.attention_convolution: dynamic takes megatron.attention_output_gate false, got true",
+            ),
         ],
     )
     def test_across_sections(self, overrides, complaint):

@@ -1,11 +1,13 @@
 """The plan: its arithmetic against models that are built, and what a user sees."""
 
+import argparse
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.transformer.spec_utils import build_module
 from support.models import config, groups, hybrid_model, one_process
 
 from megatron_carve import plan
@@ -47,16 +49,26 @@ def megatron():
         yield
 
 
-@pytest.mark.parametrize("pattern", ["C-2-", "C-*-2-", "C-*-/2-", "C-CE*E", "CE/2E"])
-def test_parameters_are_those_of_the_built_model(pattern):
+@pytest.mark.parametrize(
+    ("pattern", "convolution"),
+    [
+        ("C-2-", "none"), ("C-*-2-", "static"), ("C-*-/2-", "none"), ("C-CE*E", "none"), ("CE/2E", "none"),
+        ("*-/*-", "dynamic"),
+    ],
+)  # fmt: skip
+def test_parameters_are_those_of_the_built_model(pattern, convolution):
     from megatron_carve import patches
     from megatron_carve.model.stack import MixerStack
 
-    recipe = small(f"model.pattern={pattern}", *(EXPERTS if "E" in pattern else []))
+    options = [f"model.attention_convolution={convolution}", "model.num_query_groups=2", "mixer.convolution_rank=3"]
+    recipe = small(f"model.pattern={pattern}", *options, *(EXPERTS if "E" in pattern else []))
     patch = patches.mtp_stack(MixerStack)
     patch.apply()
     try:
-        model = hybrid_model(pattern, mtp_num_layers=pattern.count("/") or None, **megatron_sizes(recipe))
+        model = hybrid_model(
+            pattern, attention_convolution=convolution, num_query_groups=2,
+            mtp_num_layers=pattern.count("/") or None, **megatron_sizes(recipe),
+        )  # fmt: skip
     finally:
         patch.revert()
     assert sum(estimate.parameters(recipe, 64).values()) == sum(p.numel() for p in model.parameters())
@@ -164,6 +176,21 @@ class OneOfSeveral:
         self.size, self.rank = lambda: size, lambda: 0
 
 
+def numbers_of_layer(layer: torch.nn.Module, tokens: int) -> int:
+    """Float32 numbers that a layer keeps for the backward of so many tokens, its input among them."""
+    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in parameters and x.dtype == torch.float32:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // 4
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        layer(torch.randn(tokens, 1, 32, requires_grad=True), None)
+    return sum(kept.values())
+
+
 def numbers_kept(recipe, letter, tokens) -> tuple[int, int]:
     """(those of all tensors that a mixer keeps for the backward, those of copies of its parameters' shares), with the
     kernels of a GPU, in Triton's interpreter."""
@@ -179,19 +206,11 @@ def numbers_kept(recipe, letter, tokens) -> tuple[int, int]:
     if context > 1:
         collection.cp = OneOfSeveral(context)
     mixer = spec.module(settings, spec.submodules, 1, options=recipe.mixer.options, pg_collection=collection)
-    parameters = {p.untyped_storage().data_ptr() for p in mixer.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        if x.untyped_storage().data_ptr() not in parameters and x.dtype == torch.float32:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // 4
-        return x
-
-    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "all_to_all", lambda group, x: x.clone())
-        mixer(torch.randn(tokens, 1, 32, requires_grad=True))
+        kept = numbers_of_layer(mixer, tokens)
     copied = not recipe.model.mixer_recompute and context > 1
-    return sum(kept.values()), copied * sum(p.numel() for p in mixer.conv.parameters()) // context
+    return kept, copied * sum(p.numel() for p in mixer.conv.parameters()) // context
 
 
 DYNAMIC = [
@@ -235,6 +254,35 @@ def test_memory_of_one_sequence_over_four_gpus():
     for more, measured in (([], 56.1), (carve, 52.2)):
         recipe = load_recipe("gdn2_1p3b_recurrent", [*words, *more])
         assert sum(estimate.memory(recipe, 32000, 4).values()) / 2**30 == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("convolution", ["static", "dynamic"])
+def test_what_a_convolution_adds_to_attention(convolution):
+    """To what its layer keeps, with the kernels of a GPU in Triton's interpreter, and to the operations of a step."""
+    from support import interpreter  # noqa: F401
+
+    from megatron_carve.run.task import layer_flops
+    from megatron_carve.specs import stack_spec
+
+    heads = ["model.attention_head_dim=32", "model.num_query_groups=2", "model.pattern='*'"]
+    recipe, without = (small(*heads, f"model.attention_convolution={kind}") for kind in (convolution, "none"))
+    tokens, kept = 128, {}
+    for kind in (convolution, "none"):
+        spec = stack_spec("local", attention_convolution=kind).submodules.attention_layer.submodules.self_attention
+        sizes = {"kv_channels": 32, "num_query_groups": 2, **megatron_sizes(recipe)}
+        attention = build_module(spec, config(mixer_backend="triton", **sizes), layer_number=1, pg_collection=groups())
+        kept[kind] = numbers_of_layer(attention, tokens)
+    names = estimate.saved_numbers(recipe, "*").keys() - estimate.saved_numbers(without, "*").keys()
+    assert names == ({"convolved", "features"} if convolution == "dynamic" else {"convolved"})
+    added = (sum(estimate.saved_numbers(r, "*").values()) for r in (recipe, without))
+    assert kept[convolution] - kept["none"] == tokens * (next(added) - next(added))
+    args = argparse.Namespace(
+        **{k: v for k, v in megatron_sizes(recipe).items() if k != "mixer"}, mixer=recipe.mixer.options,
+        linear_conv_kernel_dim=4, hidden_size=32, kv_channels=32, num_attention_heads=4, num_query_groups=2,
+        group_query_attention=True, attention_convolution=convolution,
+    )  # fmt: skip
+    more = estimate.layer_parameters(recipe, "*") - estimate.layer_parameters(without, "*")
+    assert layer_flops(args, "*") == 2 * more > 0
 
 
 def test_attention_sees_its_window_in_the_count_of_operations():

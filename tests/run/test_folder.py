@@ -313,6 +313,7 @@ class TestSameModel:
             ("model.num_attention_heads=2", "model.num_attention_heads", 4, 2),
             ("model.num_query_groups=2", "model.num_query_groups", None, 2),
             ("model.attention_window=null", "model.attention_window", 32, None),
+            ("model.attention_convolution=static", "model.attention_convolution", "none", "static"),
             ("model.position_embedding=none", "model.position_embedding", "rope", "none"),
             ("model.vocab_size=50", "model.vocab_size", None, 50),
             ("model.vocab_multiple=64", "model.vocab_multiple", 128, 64),

@@ -209,6 +209,7 @@ def test_an_interrupted_run_resumes_with_the_same_losses(folder, straight, how):
 def test_a_bf16_run_resumes_with_the_same_losses(folder):
     """Its model has float32 parameters among 16-bit ones."""
     words = ["tiny.yaml", "run.name=bf16", "training.precision=bf16", "training.steps=6", "checkpoint.interval=3"]
+    words += ["model.pattern=C-*-", "model.attention_convolution=dynamic"]
     train(folder, *words)
     straight = losses(folder, "bf16")
     (folder / "runs" / "bf16" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")

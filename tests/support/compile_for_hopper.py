@@ -1,12 +1,13 @@
 """Compile the kernels of the ops for a Hopper GPU, on any machine: Triton needs a GPU to launch, not to compile.
 
-    python tests/support/compile_for_hopper.py gdn2|previous|decayed|delta|dynamic DTYPE WIDTH
+    python tests/support/compile_for_hopper.py gdn2|previous|decayed|delta|dynamic|heads DTYPE WIDTH
 
 calls the chunk op, forward and backward with what a mixer gives it, and a step of decoding, of all of a state and of
-chosen rows (of "gdn2" also attention's; of "dynamic" the dynamic convolution, forward and backward), with launches
-replaced by compilation; prints a line of JSON for each kernel: its name, its shared memory in bytes, the registers of a
-thread, the bytes that it spills, and how many of Hopper's instructions multiply tiles and how many wait for them. A
-script of its own: what it changes in Triton stays for the life of a process.
+chosen rows (of "gdn2" also attention's; of "dynamic" the dynamic convolution, of "heads" both convolutions of
+attention's heads, forward and backward), with launches replaced by compilation; prints a line of JSON for each kernel:
+its name, its shared memory in bytes, the registers of a thread, the bytes that it spills, and how many of Hopper's
+instructions multiply tiles and how many wait for them. A script of its own: what it changes in Triton stays for the
+life of a process.
 """
 
 import json
@@ -23,7 +24,7 @@ from triton.runtime import driver
 
 from megatron_carve import kernels
 from megatron_carve.kernels import backends
-from megatron_carve.kernels.surroundings import dynamic_convolve_qkv
+from megatron_carve.kernels.surroundings import convolve_heads, dynamic_convolve_heads, dynamic_convolve_qkv
 from megatron_carve.kernels.triton_backend import content
 from megatron_carve.kernels.triton_backend.compiling import compiling
 from megatron_carve.kernels.triton_backend.paged_attention import attend_to_blocks
@@ -91,6 +92,12 @@ def main(form: str, dtype: torch.dtype, width: int) -> None:
     def convolve() -> None:
         channels = HEADS * width
         given = [leaf(1, T, 3 * channels), leaf(1, T, 3 * RANK), leaf(3 * channels, 4), leaf(3 * channels, 4, RANK)]
+        if form == "heads":
+            static = convolve_heads(given[0], given[2], backend="triton")
+            torch.autograd.grad(static, [given[0], given[2]], torch.zeros_like(static))
+            dynamic = dynamic_convolve_heads(*given, head_dim=width, group=3, backend="triton")
+            torch.autograd.grad(dynamic, given, torch.zeros_like(dynamic))
+            return
         out = dynamic_convolve_qkv(*given, key_channels=channels, key_head_dim=width, backend="triton")
         torch.autograd.grad(out, given, [torch.zeros_like(part) for part in out])
 
@@ -100,7 +107,7 @@ def main(form: str, dtype: torch.dtype, width: int) -> None:
         attend_to_blocks(query, keys, keys, blocks, positions, block_tokens=64, scale=1.0, window=None)
 
     def call() -> None:
-        if form == "dynamic":
+        if form in ("dynamic", "heads"):
             convolve()
             return
         given, options = inputs(T)

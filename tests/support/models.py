@@ -65,7 +65,9 @@ def config(num_layers: int = 1, **changes):
     )  # fmt: skip
 
 
-def hybrid_model(pattern: str, spec=None, *, vocab_size: int = 64, length: int = 128, **changes):
+def hybrid_model(
+    pattern: str, spec=None, *, vocab_size: int = 64, length: int = 128, attention_convolution: str = "none", **changes
+):
     """A HybridModel of `pattern` on one process."""
     from megatron.core.models.hybrid.hybrid_layer_allocation import get_hybrid_total_layer_count
     from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -74,7 +76,7 @@ def hybrid_model(pattern: str, spec=None, *, vocab_size: int = 64, length: int =
 
     return HybridModel(
         config(get_hybrid_total_layer_count(pattern), **changes),
-        spec or stack_spec("local"),
+        spec or stack_spec("local", attention_convolution=attention_convolution),
         vocab_size=vocab_size,
         max_sequence_length=length,
         hybrid_layer_pattern=pattern,

@@ -71,6 +71,26 @@ def content_maps_mark() -> None:
     CarveMixer._build_head_parameters = unmarked  # type: ignore[method-assign]
 
 
+def tap_features() -> None:
+    """The all-reduce of the gradient of the features of attention's dynamic taps."""
+    from megatron_carve.model import convolved_attention
+
+    convolved_attention.copy_to_tensor_model_parallel_region = lambda x, group: x
+
+
+def tap_features_mark() -> None:
+    """The mark by which Megatron sums the gradient of their projection under sequence parallelism."""
+    from megatron_carve.model.convolved_attention import TapFeatures
+
+    build = TapFeatures.__init__
+
+    def unmarked(self: Any, *arguments: Any) -> None:
+        build(self, *arguments)
+        self.weight.sequence_parallel = False
+
+    TapFeatures.__init__ = unmarked  # type: ignore[method-assign]
+
+
 def low_rank() -> None:
     """The reduction of the gradient of the low-rank features."""
     from megatron_carve.model.mixers import base

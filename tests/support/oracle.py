@@ -35,6 +35,28 @@ def oracle_dynamic_convolution(
     return q.flatten(-2), k.flatten(-2), out[..., 2 * key_channels :]
 
 
+def oracle_convolution_of_heads(
+    x: Tensor, weight: Tensor, features: Tensor | None = None, up: Tensor | None = None, *, head_dim: int, group: int,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Arguments as those of convolve_heads, with features as those of dynamic_convolve_heads."""
+    x, weight = x.double(), weight.double()
+    W = weight.shape[1]
+    section = (torch.arange(x.shape[2]).div(head_dim, rounding_mode="floor") % group - (group - 3)).clamp(min=0)
+    rows = []
+    for row, start, end in _sequences(x, cu_seqlens):
+        for t in range(start, end):
+            y = torch.zeros_like(x[row, t])
+            for i in range(min(W, t - start + 1)):
+                tap = weight[:, W - 1 - i]
+                if features is not None and up is not None:
+                    z = features[row, t].double().view(3, -1)[section]
+                    tap = tap + (up[:, W - 1 - i].double() * z).sum(-1) + (i == 0)
+                y = y + tap * x[row, t - i]
+            rows.append(y)
+    return torch.stack(rows).view(x.shape)
+
+
 def oracle_gdn2(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, *, scale: float | None = None,
     initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,

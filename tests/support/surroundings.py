@@ -8,10 +8,16 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from support.oracle import oracle_dynamic_convolution
+from support.oracle import oracle_convolution_of_heads, oracle_dynamic_convolution
 from torch import Tensor
 
-from megatron_carve.kernels.surroundings import convolve_qkv, dynamic_convolve_qkv, gated_head_norm
+from megatron_carve.kernels.surroundings import (
+    convolve_heads,
+    convolve_qkv,
+    dynamic_convolve_heads,
+    dynamic_convolve_qkv,
+    gated_head_norm,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,51 @@ class Convolution:
         else:
             q, k, v = convolve_qkv(x, leaves["weight"], leaves.get("bias"), **options)
         return with_gradients({"q": q, "k": k, "v": v}, leaves, draw)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A call of convolve_heads, or with R of dynamic_convolve_heads, on a projection [T, B, F].
+
+    Attributes:
+        B, T, W, R, lengths, extra: as those of Convolution.
+        groups, group: groups of queries, and heads in one; K: their channels.
+    """
+
+    B: int = 1
+    T: int = 0
+    groups: int = 1
+    group: int = 3
+    K: int = 32
+    W: int = 4
+    R: int = 0
+    lengths: tuple[int, ...] = ()
+    extra: int = 5
+
+    def run(self, dtype: torch.dtype, compute: torch.dtype, device: str, backend: str) -> dict[str, Tensor]:
+        """The call with values of `dtype` held in `compute`; the backend may also be "oracle"."""
+        draw = Draw(dtype, compute, device)
+        T = sum(self.lengths) or self.T
+        D = self.groups * self.group * self.K
+        leaves = {"projected": draw(T, self.B, D + self.extra), "weight": draw(D, self.W)}
+        ends = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=device)
+        x = leaves["projected"].transpose(0, 1)[..., :D]
+        options: dict[str, Any] = {"cu_seqlens": ends if self.lengths else None}
+        features = []
+        if self.R:
+            leaves |= {"features": draw(T, self.B, 3 * self.R + self.extra), "up": draw(D, self.W, self.R)}
+            features = [leaves["features"].transpose(0, 1)[..., : 3 * self.R]]
+        sizes = {"head_dim": self.K, "group": self.group}
+        if backend == "oracle":
+            dynamic = [*features, *([leaves["up"]] if self.R else [])]
+            out = oracle_convolution_of_heads(x, leaves["weight"], *dynamic, **sizes, **options)
+        elif self.R:
+            out = dynamic_convolve_heads(
+                x, *features, leaves["weight"], leaves["up"], **sizes, **options, backend=backend
+            )  # fmt: skip
+        else:
+            out = convolve_heads(x, leaves["weight"], **options, backend=backend)
+        return with_gradients({"out": out}, leaves, draw)
 
 
 @dataclass(frozen=True)

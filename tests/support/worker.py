@@ -123,6 +123,7 @@ def transformer_config(job: dict):
         mtp_num_layers=job["pattern"].count("/") or None,
         hidden_size=32,
         num_attention_heads=4,
+        num_query_groups=job.get("groups"),
         ffn_hidden_size=48,
         linear_num_key_heads=4,
         linear_num_value_heads=8,
@@ -181,7 +182,7 @@ def build_model(config, job: dict, stage: int):
 
     from megatron_carve.specs import stack_spec
 
-    spec = stack_spec("local")
+    spec = stack_spec("local", attention_convolution=job.get("attention_convolution", "none"))
     if job["cp"] > 1:
         attention = spec.submodules.attention_layer.submodules.self_attention.submodules
         attention.core_attention = GatheredAttention

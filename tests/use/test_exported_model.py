@@ -11,19 +11,23 @@ from megatron_carve.use import modeling_carve
 SIZES = {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 16, "value_head_dim": 16, "content_rank": 4}
 FORMS = {
     "diagonal": {},
-    "decayed": {"prediction": "decayed", "conv_bias": True, "short_convolution": "dynamic", "convolution_rank": 5},
-    "delta": {"erase": "delta", "content_chunk": 128},
+    "decayed": {
+        "prediction": "decayed", "conv_bias": True, "short_convolution": "dynamic", "convolution_rank": 5,
+        "attention": "dynamic",
+    },
+    "delta": {"erase": "delta", "content_chunk": 128, "attention": "static"},
     "without": {"content_rank": 0, "short_convolution": "none"},
-}
+}  # fmt: skip
 PAD = 0
 
 
-def made(pattern="C-*-2-K-", window=None, **options):
+def made(pattern="C-*-2-K-", window=None, attention="none", **options):
     torch.manual_seed(0)
     config = modeling_carve.CarveConfig(
         pattern=pattern,
         vocab_size=96,
         attention_window=window,
+        attention_convolution=attention,
         mixer=dataclasses.asdict(MixerConfig(**SIZES | options)),
     )
     model = modeling_carve.CarveForCausalLM(config).eval()

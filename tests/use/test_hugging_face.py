@@ -20,7 +20,8 @@ from megatron_carve.use import modeling_carve
 
 TINY = """
 inherit: debug
-model: {pattern: C-*-2-, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 4, num_query_groups: 2}
+model: {pattern: C-*-2-, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 4, num_query_groups: 2,
+  attention_convolution: dynamic}
 mixer: {num_key_heads: 2, num_value_heads: 4, key_head_dim: 16, value_head_dim: 12, content_rank: 4}
 training: {steps: 30, seq_length: 150, micro_batch_size: 2, global_batch_size: 2}
 checkpoint: {interval: 30}
@@ -32,11 +33,11 @@ OTHER = [
     "model.tie_embeddings=true", "model.position_embedding=none", "model.attention_window=null", "mixer.conv_bias=true",
     "mixer.decay_projection=full_rank", "mixer.output_gate_projection=full_rank", "mixer.negative_eigenvalues=true",
     "mixer.output_gate_activation=sigmoid", "mixer.content_chunk=128", "mixer.conv_width=2", "mixer.erase=delta",
-    "mixer.short_convolution=dynamic", "mixer.convolution_rank=3",
+    "mixer.short_convolution=dynamic", "mixer.convolution_rank=3", "model.attention_convolution=static",
 ]  # fmt: skip
 LEAST = [
     "mixer.prediction=decayed", "mixer.content_rank=0", "mixer.short_convolution=none",
-    "mixer.output_gate_activation=none",
+    "mixer.output_gate_activation=none", "model.attention_convolution=none",
 ]  # fmt: skip
 RUNS = {"plain": [], "other": OTHER, "least": LEAST}
 EACH = ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("other", "least"))]

@@ -22,7 +22,7 @@ from megatron_carve.model.checkpoint import sharded_mixer_state
 from megatron_carve.model.config import MixerConfig, MixerOptions
 from megatron_carve.model.context.exchange import PackedOrder, Span, context_exchange, packed_boundaries
 from megatron_carve.model.context.state_passing import chunk_on_span
-from megatron_carve.model.mixer_cache import MixerCache, mixer_cache
+from megatron_carve.model.mixer_cache import MixerCache, keep_newest, mixer_cache
 from megatron_carve.model.mixers.dynamic import mix_requests
 from megatron_carve.model.mixers.parts import (
     DynamicConvolution,
@@ -260,9 +260,7 @@ class LinearAttentionMixer(MegatronModule):
     def _recurrence_from(self, cache: MixerCache, span: Span, *pieces: Tensor) -> Tensor:
         """As _recurrence, of tokens that follow those in the cache, which then holds these too."""
         inputs = self.op_inputs(pieces, span, cache.tokens)
-        tokens, kept = pieces[0].shape[0], cache.tokens.shape[1]
-        newest = pieces[0][max(0, tokens - kept) :].transpose(0, 1)
-        cache.tokens.copy_(torch.cat([cache.tokens, newest], 1)[:, newest.shape[1] :])
+        keep_newest(cache.tokens, pieces[0].transpose(0, 1))
         return _go_on(self.op_call(inputs), cache.state)
 
     def _cache(self, context: Any, convolved: Tensor) -> MixerCache:

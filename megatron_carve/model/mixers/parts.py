@@ -73,7 +73,7 @@ class ShortConvolution(nn.Module):
     def forward(
         self, x: Tensor, exchange: Exchange, span: Span, backend: str, tokens_before: Tensor | None = None,
         *features: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """x holds the tokens and the heads' channels that the exchange gave to this context-parallel rank.
 
         Args:
@@ -90,16 +90,18 @@ class ShortConvolution(nn.Module):
             x, cu_seqlens = with_tokens_before(x, span, before)
         if before:  # those tokens give no output
             features = tuple(F.pad(part, (0, 0, before, 0)) for part in features)
-        mixed = self._convolve(
-            x, exchange, *features, bias=None if self.bias is None else self._share(self.bias, exchange),
-            key_channels=self.key_channels // exchange.shares, key_head_dim=self.key_head_dim, cu_seqlens=cu_seqlens,
-            backend=backend,
-        )  # fmt: skip
-        q, k, v = (part[:, before:] for part in mixed)
-        return q, k, v
+        mixed = self._convolve(x, exchange, *features, cu_seqlens=cu_seqlens, backend=backend)
+        return tuple(part[:, before:] for part in mixed)
 
     def _convolve(self, x: Tensor, exchange: Exchange, *features: Tensor, **options: Any) -> tuple[Tensor, ...]:
-        return convolve_qkv(x, self._share(self.weight, exchange), **options)
+        return convolve_qkv(x, self._share(self.weight, exchange), **self._sections(exchange), **options)
+
+    def _sections(self, exchange: Exchange) -> dict[str, Any]:
+        return {
+            "bias": None if self.bias is None else self._share(self.bias, exchange),
+            "key_channels": self.key_channels // exchange.shares,
+            "key_head_dim": self.key_head_dim,
+        }
 
     def _share(self, parameter: Tensor, exchange: Exchange) -> Tensor:
         if exchange.shares == 1:
@@ -125,7 +127,7 @@ class DynamicConvolution(ShortConvolution):
 
     def _convolve(self, x: Tensor, exchange: Exchange, *features: Tensor, **options: Any) -> tuple[Tensor, ...]:
         weight, up = (self._share(parameter, exchange) for parameter in (self.weight, self.up))
-        return dynamic_convolve_qkv(x, features[0], weight, up, **options)
+        return dynamic_convolve_qkv(x, features[0], weight, up, **self._sections(exchange), **options)
 
 
 class PlainActivation(nn.Module):
@@ -140,7 +142,7 @@ class PlainActivation(nn.Module):
 
     def forward(
         self, x: Tensor, exchange: Exchange, span: Span, backend: str, tokens_before: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """As ShortConvolution.forward; no token depends on those before."""
         return convolve_qkv(  # with one tap of 1
             x, x.new_ones(x.shape[2], 1), key_channels=self.key_channels // exchange.shares,
