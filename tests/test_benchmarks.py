@@ -64,6 +64,28 @@ def test_every_answer_of_a_training_document_is_in_it_before(needles_benchmark):
 
 
 @pytest.mark.slow
+def test_convolutions_of_small_models(tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 400)
+    words = [tmp_path / "out", "--text", tmp_path / "text.txt", "--mixers", "attention", "--seeds", "1"]
+    words += ["--steps", "12", "--recall-steps", "3", "training.seq_length=64", "training.micro_batch_size=2"]
+    words += ["data.recall.num_pairs=8", "data.recall.num_overwrites=2"]
+    for models in (6, 0):  # the second time none is missing
+        done = subprocess.run(
+            [sys.executable, BENCHMARKS / "bench_convolutions.py", *words],
+            check=True, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        assert done.stdout.count("accuracy") == models
+    rows = json.loads((tmp_path / "out/results.json").read_text())
+    text = [r for r in rows if r["task"] == "text"]
+    assert max(r["parameters"] for r in text) < 1.01 * min(r["parameters"] for r in text)
+    assert all(r["loss"] < r["curve"][0][1] and r["seconds_per_step"] > 0 for r in text)
+    assert len({r["loss"] for r in rows}) == len(rows) == 6
+    lines = (tmp_path / "out/table.md").read_text().splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["none", "static", "dynamic"]
+    assert all(line.count("%") == 1 for line in lines[2:])
+
+
+@pytest.mark.slow
 def test_preparing_by_number_of_workers(tmp_path):
     (tmp_path / "words.txt").write_text("some words to draw from\nand others\n" * 50)
     words = [tmp_path / "words.txt", "--megabytes", "3", "--workers", "1", "2", "--tokenizer", "bytes"]
