@@ -278,7 +278,7 @@ class TestWriter:
     def test_bytes_that_are_no_characters_come_too(self, capsys):
         live, rest = self.written([0xFF] * 30 + [65, 0xC3], capsys, live=True)
         assert "".join(live) + rest == "\ufffd" * 30 + "A\ufffd\n"
-        assert live[8] == "\ufffd" * 9
+        assert live[8] == "\ufffd" * 6  # the last three may begin a character
 
     def test_what_may_be_a_stop_waits(self, capsys):
         live, rest = self.written("one END two ENDING", capsys, live=True, stop=["ENDI", "zz"])
