@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from support.chats import TEMPLATE, write_chat_tokenizer
 
 from megatron_carve.data import blocks, text
 from megatron_carve.data.blend import indexed_blend, text_blend
@@ -16,27 +17,11 @@ from megatron_carve.data.text import Texts, prepare_folder
 from megatron_carve.data.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
-    """A Hugging Face tokenizer of bytes, with a chat template and its control tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("chat")
-    control = ["<eos>", "<|user|>", "<|assistant|>", "<|end|>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate([*letters, *control])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens(control)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return load_tokenizer(f"huggingface:{folder}")
+    return load_tokenizer(write_chat_tokenizer(tmp_path_factory.mktemp("chat")))
 
 
 def test_the_completion_and_the_end_are_learned():

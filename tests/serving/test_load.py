@@ -1,0 +1,192 @@
+"""Many clients, and clients that go away, do not read, or ask for too much."""
+
+import asyncio
+import json
+import logging
+import socket
+import struct
+
+import pytest
+from support.engine import Parrot
+from support.serving import served
+
+
+def asked(body, *, host="x"):
+    """The bytes of a request for a completion."""
+    data = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+def raw(address):
+    """A connection that keeps little for its reader."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    host, port = address.removeprefix("http://").split(":")
+    sock.connect((host, int(port)))
+    return sock
+
+
+def run(scenario, engine=None, **options):
+    async def whole():
+        async with served(engine, **options) as client:
+            await scenario(client)
+            await client.until_free()
+
+    asyncio.run(whole())
+
+
+@pytest.fixture(autouse=True)
+def quiet_logs(caplog):
+    """Nothing that clients do is an error of the program."""
+    with caplog.at_level(logging.WARNING):
+        yield
+    assert not caplog.records, [record.getMessage() for record in caplog.records]
+
+
+def test_100_clients_each_get_their_own_text():
+    async def scenario(client):
+        async def one(number):
+            prompt, length = f"client {number}: é", 20 + number
+            wanted = ((prompt * 10).encode()[:length]).decode(errors="replace")
+            if number % 2:
+                found = (await client.complete(prompt, max_tokens=length))["choices"][0]["text"]
+            else:
+                events = await client.events("/v1/completions", {"prompt": prompt, "max_tokens": length})
+                found = "".join(event["choices"][0]["text"] for event in events)
+            assert found == wanted
+
+        await asyncio.gather(*(one(number) for number in range(100)))
+
+    run(scenario, Parrot(max_requests=16))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_request(stream):
+    async def scenario(client):
+        for end in ("close", "reset"):
+            socks = [raw(client.address) for _ in range(5)]
+            for sock in socks:
+                sock.send(asked({"prompt": "abc", "max_tokens": 10**6, "stream": stream}))
+            while client.worker.running < 5:
+                await asyncio.sleep(0.01)
+            assert not client.engine.idle()
+            for sock in socks:
+                if end == "reset":
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                sock.close()
+            await client.until_free()
+        assert len(client.engine.cancelled) == 10 and client.engine.steps < 5000
+        assert 'path="/v1/completions",status="499"} 10.0' in (await client.get("/metrics"))[1]
+
+    run(scenario, Parrot(max_sequence=2 * 10**6, seconds=0.001))
+
+
+def test_a_request_that_never_comes_whole_takes_nothing_with_it():
+    async def scenario(client):
+        socks = [raw(client.address) for _ in range(20)]
+        for number, sock in enumerate(socks):
+            sock.send(asked({"prompt": "abc"})[: 20 + 7 * number])
+        await asyncio.sleep(0.1)
+        assert (await client.complete("abc", max_tokens=3))["choices"][0]["text"] == "abc"
+        for sock in socks:
+            sock.close()
+        garbage = raw(client.address)
+        garbage.send(b"\x00\xff nothing of HTTP\r\n\r\n")
+        await asyncio.sleep(0.05)
+        assert garbage.recv(100).startswith(b"HTTP/1.0 400")
+        garbage.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_does_not_read_is_cut_off_and_stalls_nobody(stream):
+    """Long before all that it asked for has been made, and with little of it in memory."""
+
+    async def scenario(client):
+        slow = raw(client.address)
+        body = {"prompt": "abc" * 500, "max_tokens": 10**5, "stream": stream}
+        slow.send(asked(body if stream else {**body, "n": 10, "max_tokens": 500, "logprobs": 3}))
+        await asyncio.sleep(0.1)
+        for _ in range(20):
+            async with asyncio.timeout(2):
+                assert (await client.complete("abc", max_tokens=3))["choices"][0]["text"] == "abc"
+        async with asyncio.timeout(20):
+            await client.until_free()
+        slow.settimeout(5)
+        with pytest.raises(ConnectionResetError):
+            while await asyncio.to_thread(slow.recv, 2**16):
+                pass
+        slow.close()
+
+    run(scenario, Parrot(max_requests=101, max_sequence=2 * 10**5), write_seconds=0.3)
+
+
+def test_who_reads_slowly_gets_it_all():
+    async def scenario(client):
+        reader, writer = await asyncio.open_connection(*client.address.removeprefix("http://").split(":"), limit=2**12)
+        writer.write(asked({"prompt": "abcdefgh", "max_tokens": 4000, "stream": True}))
+        received = b""
+        while not received.endswith(b"0\r\n\r\n"):
+            received += await reader.read(2000)
+            await asyncio.sleep(0.001)
+        events = [line[6:] for line in received.decode().splitlines() if line.startswith("data: {")]
+        assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == "abcdefgh" * 500
+        writer.close()
+
+    run(scenario, Parrot(max_sequence=10**5, seconds=1e-5))
+
+
+def test_a_full_queue_refuses_and_says_so():
+    async def scenario(client):
+        body = {"prompt": "abc", "max_tokens": 10**5}
+        held = [asyncio.create_task(client.post("/v1/completions", body)) for _ in range(5)]
+        while client.worker.running < 5:
+            await asyncio.sleep(0.01)
+        metrics = (await client.get("/metrics"))[1]
+        assert "megatron_carve_choices_running 4.0" in metrics and "megatron_carve_choices_waiting 1.0" in metrics
+        status, answer = await client.post("/v1/completions", {"prompt": "abc", "n": 2})
+        assert status == 429, answer
+        wanted = "5 of at most 6 choices are running or waiting; try again later"
+        assert answer["error"] == {"message": wanted, "type": "rate_limit_error", "param": None, "code": "queue_full"}
+        held.append(asyncio.create_task(client.post("/v1/completions", body)))
+        while client.worker.running < 6:
+            await asyncio.sleep(0.01)
+        async with client.session.post("/v1/completions", json=body) as refused:  # before its body is read
+            assert refused.status == 429 and refused.headers["Retry-After"] == "1"
+            assert (await refused.json())["error"][
+                "message"
+            ] == "6 requests are open, the most that are taken; try again later"
+        for task in held:
+            task.cancel()
+        await client.until_free()
+        assert (await client.complete("abc", max_tokens=3))["choices"][0]["text"] == "abc"
+
+    run(scenario, Parrot(max_sequence=10**6, seconds=0.001), waiting=2)
+
+
+def test_a_request_that_takes_too_long_ends_with_an_error():
+    async def scenario(client):
+        body = {"prompt": "abc", "max_tokens": 10**5}
+        status, answer = await client.post("/v1/completions", body)
+        assert status == 504 and answer["error"]["code"] == "timeout"
+        *parts, last = await client.events("/v1/completions", body)
+        assert len(parts) > 3 and last["error"]["message"] == "the request took too long"
+
+    run(scenario, Parrot(max_sequence=10**6, seconds=0.01), timeout=0.3)
+
+
+def test_the_event_loop_answers_while_the_engine_steps():
+    async def scenario(client):
+        task = asyncio.create_task(client.complete("abc", max_tokens=3))
+        await asyncio.sleep(0.05)
+        clock = asyncio.get_running_loop().time
+        start = clock()
+        for _ in range(10):
+            assert (await client.get("/health"))[0] == 200
+        assert clock() - start < 0.15  # a step takes 0.2
+        assert not task.done()
+        await task
+
+    run(scenario, Parrot(seconds=0.2))

@@ -1,0 +1,133 @@
+"""Servers for tests: in the event loop of a test, or as a process of its own with an engine that needs no model."""
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+from support.engine import Parrot
+
+from megatron_carve.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_carve.serving.app import App, Settings
+from megatron_carve.serving.server import bound_socket, serve, url
+from megatron_carve.serving.worker import Worker
+
+
+class Client:
+    """A server and a client of it in one event loop.
+
+    Attributes:
+        engine: the server's.
+        app, worker: its parts.
+    """
+
+    def __init__(self, engine: Any, app: App, worker: Worker, session: aiohttp.ClientSession, address: str) -> None:
+        self.engine, self.app, self.worker, self.session, self.address = engine, app, worker, session, address
+
+    async def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any]:
+        """Status and JSON of an answer; `body` is JSON, or bytes as they are."""
+        kind = {"data": body, "headers": {"Content-Type": "application/json"}} if isinstance(body, bytes) else {}
+        async with self.session.post(path, **(kind or {"json": body}), **options) as answer:
+            return answer.status, await answer.json()
+
+    async def get(self, path: str) -> tuple[int, str]:
+        async with self.session.get(path) as answer:
+            return answer.status, await answer.text()
+
+    async def complete(self, prompt: Any, **fields: Any) -> Any:
+        """The JSON of a completion that succeeds."""
+        status, answer = await self.post("/v1/completions", {"prompt": prompt, **fields})
+        assert status == 200, answer
+        return answer
+
+    async def events(self, path: str, body: Any) -> list[Any]:
+        """All of a stream, which must have ended as streams do unless the last event is an error."""
+        async with self.session.post(path, json={**body, "stream": True}) as answer:
+            assert answer.status == 200, await answer.text()
+            assert answer.content_type == "text/event-stream"
+            lines = (await answer.read()).decode().split("\n\n")
+        assert lines.pop() == ""
+        events = [line.removeprefix("data: ") for line in lines]
+        if events[-1] == "[DONE]":
+            return [json.loads(event) for event in events[:-1]]
+        assert "error" in json.loads(events[-1])
+        return [json.loads(event) for event in events]
+
+    async def until_free(self) -> None:
+        """Wait until the engine has nothing to do, and the server remembers no request."""
+        async with asyncio.timeout(10):
+            while not self.engine.idle() or self.worker.running or self.app._open or self.worker._owners:
+                await asyncio.sleep(0.005)
+
+
+@contextlib.asynccontextmanager
+async def served(
+    engine: Any = None, *, tokenizer: Tokenizer | str | None = "bytes", waiting: int = 300, **settings: Any
+) -> AsyncIterator[Client]:
+    """A server in this event loop."""
+    engine = Parrot() if engine is None else engine
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    worker = Worker(lambda: engine, waiting=waiting)
+    await worker.start()
+    app = App(worker, Settings("parrot", tokenizer, 257 if tokenizer is None else tokenizer.vocab_size, **settings))
+    runner = web.AppRunner(app.build(), handler_cancellation=True, access_log=None, shutdown_timeout=1)
+    await runner.setup()
+    sock = bound_socket("127.0.0.1", 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)  # so that who does not read shows soon
+    await web.SockSite(runner, sock).start()
+    connector = aiohttp.TCPConnector(limit=0)
+    try:
+        async with aiohttp.ClientSession(url(sock), connector=connector) as session:
+            yield Client(engine, app, worker, session, url(sock))
+    finally:
+        await runner.cleanup()
+        await worker.close(5)
+
+
+@contextlib.contextmanager
+def server_process(
+    command: list[str], *, ends_with: int = 143, timeout: float = 120, **options: Any
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server and its address; it must end as it should when it is stopped."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        line = process.stdout.readline()
+        assert "http://" in line, process.stderr.read()[-4000:]
+        yield process, line.split()[-1]
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=timeout) == ends_with, process.stderr.read()[-4000:]
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+PARROT = [sys.executable, "-P", __file__]
+
+
+def main() -> None:
+    """A server of its own with the engine that needs no model; words are its options, as JSON."""
+    options = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
+    with bound_socket("127.0.0.1", 0) as sock:
+        settings = Settings("parrot", load_tokenizer("bytes"), 257)
+        by = asyncio.run(
+            serve(
+                lambda: Parrot(**options), settings, sock, waiting=300, grace=1,
+                ready=lambda: print(url(sock), flush=True),
+            )
+        )  # fmt: skip
+    sys.exit(128 + by)
+
+
+if __name__ == "__main__":
+    main()
