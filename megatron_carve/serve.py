@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,9 @@ from megatron_carve.run.stopping import Stopped
 
 if TYPE_CHECKING:
     import socket
+
+    from megatron_carve.use.engine import Engine
+    from megatron_carve.use.trained import Trained
 
 # Those of the engine.
 MAX_REQUESTS, MAX_TOKENS = 64, 4096
@@ -70,7 +75,6 @@ def _run(chosen: argparse.Namespace, sock: socket.socket) -> None:
     # Here because torch and Megatron take seconds to import; a typing mistake need not wait.
     from megatron_carve.serving.app import Settings
     from megatron_carve.serving.server import serve, url
-    from megatron_carve.use.engine import Engine
     from megatron_carve.use.trained import trained_model
 
     name = chosen.name or Path(chosen.run).resolve().name
@@ -78,15 +82,29 @@ def _run(chosen: argparse.Namespace, sock: socket.socket) -> None:
         settings = Settings(name, trained.tokenizer, trained.vocab_size, timeout=chosen.timeout)
         stopped_by = asyncio.run(
             serve(
-                lambda: Engine(
-                    trained, max_requests=chosen.max_requests, max_tokens=chosen.max_tokens,
-                    max_sequence=chosen.max_sequence,
-                ),
-                settings, sock, waiting=chosen.queue, grace=chosen.grace,
+                partial(_engine, trained, chosen), settings, sock, waiting=chosen.queue, grace=chosen.grace,
                 ready=lambda: print(f"{name}, step {trained.step}: {url(sock)}", flush=True),
             )
         )  # fmt: skip
     raise Stopped("stopped", stopped_by)
+
+
+@contextlib.contextmanager
+def _engine(trained: Trained, chosen: argparse.Namespace) -> Iterator[Engine]:
+    """For a thread of its own, which shares with the one that loaded the model what torch keeps by thread."""
+    import torch
+
+    from megatron_carve.patches import cpu_mode_in_this_thread
+    from megatron_carve.use.engine import Engine
+
+    with cpu_mode_in_this_thread():
+        if trained.device.type == "cuda":
+            torch.cuda.set_device(next(trained.model.parameters()).device)
+        engine = Engine(
+            trained, max_requests=chosen.max_requests, max_tokens=chosen.max_tokens, max_sequence=chosen.max_sequence
+        )
+        with contextlib.closing(engine):
+            yield engine
 
 
 def _check(chosen: argparse.Namespace) -> None:

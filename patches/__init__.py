@@ -3,7 +3,7 @@
 from megatron_carve.patches.adam_resume import adam_resume
 from megatron_carve.patches.checkpoint_checksums import checkpoint_checksums
 from megatron_carve.patches.checkpoint_index import ForeignObject, checkpoint_index, read_index
-from megatron_carve.patches.cpu_mode import cpu_mode
+from megatron_carve.patches.cpu_mode import cpu_mode, cpu_mode_in_this_thread
 from megatron_carve.patches.dataset_helpers import dataset_helpers
 from megatron_carve.patches.expert_optimizers import expert_optimizers
 from megatron_carve.patches.flops import flops
@@ -30,6 +30,7 @@ __all__ = [
     "checkpoint_checksums",
     "checkpoint_index",
     "cpu_mode",
+    "cpu_mode_in_this_thread",
     "dataset_helpers",
     "expert_optimizers",
     "flops",

@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -171,6 +171,13 @@ def _leave() -> None:
     if _entered.pop("mode", None):
         _mode.__exit__(None, None, None)
     _tracker_logger.setLevel(logging.NOTSET)
+
+
+@contextlib.contextmanager
+def cpu_mode_in_this_thread() -> Iterator[None]:
+    """For a thread other than the one that applied the patch, if it is applied: torch has such modes by thread."""
+    with _CudaTensorsOnCpu() if _entered else contextlib.nullcontext():
+        yield
 
 
 cpu_mode = Patch(

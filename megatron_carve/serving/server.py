@@ -55,15 +55,15 @@ def url(sock: socket.socket) -> str:
 
 
 async def serve(
-    make: Callable[[], Engine], settings: Settings, sock: socket.socket, *, waiting: int, grace: float,
-    ready: Callable[[], None],
+    make: Callable[[], contextlib.AbstractContextManager[Engine]], settings: Settings, sock: socket.socket, *,
+    waiting: int, grace: float, ready: Callable[[], None],
 ) -> signal.Signals:  # fmt: skip
     """Serve until SIGINT or SIGTERM comes; returns which.
 
     From then on requests are refused, and those that run have `grace` seconds; a second signal ends these.
 
     Args:
-        make: the engine, called in the thread that runs it.
+        make: the engine, in a context that is entered and left in the thread that runs it.
         settings: what is served.
         sock: bound; closed at the end.
         waiting: choices that may wait for the engine.

@@ -92,7 +92,7 @@ class Worker:
     """Runs an engine in a thread, for requests of one event loop.
 
     Args:
-        make: the engine; called in the thread that runs it.
+        make: the engine, in a context that is entered and left in the thread that runs it.
         waiting: choices that may wait while the engine has as many as it runs at once.
 
     Attributes:
@@ -100,7 +100,7 @@ class Worker:
         error: by which it ended.
     """
 
-    def __init__(self, make: Callable[[], Engine], *, waiting: int) -> None:
+    def __init__(self, make: Callable[[], contextlib.AbstractContextManager[Engine]], *, waiting: int) -> None:
         self.ended = asyncio.Event()
         self.error: BaseException | None = None
         self.max_sequence = self.max_requests = 0
@@ -174,7 +174,7 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            with contextlib.closing(self._make()) as engine:
+            with self._make() as engine:
                 self._post(self._started, engine.max_sequence, engine.max_requests)
                 while self._obey(engine):
                     if steps := engine.step():

@@ -65,6 +65,19 @@ facts["devices"] = {
     "meta": str(torch.zeros(1, device="meta").device),
     "module": str(torch.nn.Linear(2, 2, device="cuda").cuda().weight.device),
 }
+
+def in_another_thread():
+    from concurrent.futures import ThreadPoolExecutor
+
+    def look():
+        with patches.cpu_mode_in_this_thread():
+            inside = cuda_tensor(), torch.empty(2, pin_memory=True).device.type
+        return [*inside, len(_get_current_function_mode_stack())]
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(look).result()
+
+facts["another_thread"] = in_another_thread()
 double = torch.zeros(1, dtype=torch.float64)
 facts["values"] = [
     x.cuda() is x, x.to("cuda", torch.float64).dtype == torch.float64, x.to(torch.int32).dtype == torch.int32,
@@ -141,6 +154,9 @@ class TestCpuMode:
         assert elsewhere == {"meta": "meta"}
         assert len(facts["devices"]) == 15
         assert facts["values"] == [True] * 5
+
+    def test_another_thread_asks_for_it(self, facts):
+        assert facts["another_thread"] == ["cpu", "cpu", 0]
 
     def test_types_are_named_as_megatrons_optimizers_expect(self, facts):
         assert facts["type"] == ["torch.cuda.FloatTensor", "torch.cuda.BFloat16Tensor", True]

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -74,7 +75,7 @@ async def served(
     """A server in this event loop."""
     engine = Parrot() if engine is None else engine
     tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    worker = Worker(lambda: engine, waiting=waiting)
+    worker = Worker(lambda: contextlib.closing(engine), waiting=waiting)
     await worker.start()
     app = App(worker, Settings("parrot", tokenizer, 257 if tokenizer is None else tokenizer.vocab_size, **settings))
     runner = web.AppRunner(app.build(), handler_cancellation=True, access_log=None, shutdown_timeout=1)
@@ -112,7 +113,9 @@ def server_process(
         process.stderr.close()
 
 
-PARROT = [sys.executable, "-P", __file__]
+TESTS = str(Path(__file__).parents[1])
+START = f"import sys; sys.path.insert(0, {TESTS!r}); from support.serving import main; main()"
+PARROT = [sys.executable, "-P", "-c", START]
 
 
 def main() -> None:
@@ -122,12 +125,8 @@ def main() -> None:
         settings = Settings("parrot", load_tokenizer("bytes"), 257)
         by = asyncio.run(
             serve(
-                lambda: Parrot(**options), settings, sock, waiting=300, grace=1,
+                lambda: contextlib.closing(Parrot(**options)), settings, sock, waiting=300, grace=1,
                 ready=lambda: print(url(sock), flush=True),
             )
         )  # fmt: skip
     sys.exit(128 + by)
-
-
-if __name__ == "__main__":
-    main()
