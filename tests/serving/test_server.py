@@ -3,14 +3,11 @@
 import asyncio
 import contextlib
 import os
-import random
 import signal
 
 import aiohttp
-import psutil
 import pytest
 from support.engine import Parrot
-from support.serving import PARROT, server_process
 
 from megatron_carve.data.tokenizer import load_tokenizer
 from megatron_carve.serving.app import Settings
@@ -121,50 +118,3 @@ def test_an_address_that_cannot_be_had_is_named():
             bound_socket("127.0.0.1", port)
     with pytest.raises(OSError, match=r"^--host, --port: cannot listen on no\.such\.host\.invalid port 1: "):
         bound_socket("no.such.host.invalid", 1)
-
-
-async def mixed_requests(session, count, seed):
-    """Whole answers, streams, mistakes, and clients that go away, eight at a time."""
-    draw = random.Random(seed)
-    turns = asyncio.Semaphore(8)
-
-    async def one(kind):
-        body = {"prompt": "some text é" * draw.randrange(1, 20), "max_tokens": draw.randrange(1, 50)}
-        async with turns:
-            if kind == "wrong":
-                async with session.post("/v1/completions", json={**body, "n": 0}) as answer:
-                    assert answer.status == 400
-            elif kind == "gone":
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(0.02):
-                        await status_and_json(session, {**body, "max_tokens": 10**5})
-            else:
-                async with session.post(
-                    "/v1/completions", json={**body, "logprobs": 2, "stream": kind == "stream"}
-                ) as a:
-                    assert a.status == 200
-                    await a.read()
-
-    await asyncio.gather(*(one(draw.choice(["whole", "stream", "wrong", "gone"])) for _ in range(count)))
-
-
-@pytest.mark.slow
-def test_1000_requests_leave_no_memory_behind():
-    with server_process([*PARROT, '{"max_sequence": 200000, "max_requests": 16}']) as (process, address):
-        memory = psutil.Process(process.pid).memory_info
-
-        async def measure():
-            async with aiohttp.ClientSession(address) as session:
-                await mixed_requests(session, 500, seed=1)
-                before = memory().rss
-                await mixed_requests(session, 1000, seed=2)
-                await asyncio.sleep(0.2)
-                async with session.get("/metrics") as metrics:
-                    text = await metrics.text()
-                assert "megatron_carve_choices_running 0.0" in text
-                return before, memory().rss, psutil.Process(process.pid).num_fds()
-
-        before, after, descriptors = asyncio.run(measure())
-        print(f"resident: {before / 2**20:.1f} MiB after 500 requests, {after / 2**20:.1f} after 1500")
-        assert after - before < 3 * 2**20
-        assert descriptors < 40

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import random
 import signal
 import socket
 import subprocess
@@ -111,6 +112,36 @@ def server_process(
         process.wait()
         process.stdout.close()
         process.stderr.close()
+
+
+async def mixed_requests(address: str, count: int, *, seed: int, tokens: int, abandoned: int) -> None:
+    """Whole answers, streams, mistakes, and clients that go away, eight at a time.
+
+    Args:
+        tokens: at most, of an answer.
+        abandoned: tokens of an answer that its client does not wait for.
+    """
+    draw = random.Random(seed)
+    turns = asyncio.Semaphore(8)
+
+    async def one(session: aiohttp.ClientSession, kind: str) -> None:
+        body = {"prompt": "some text é" * draw.randrange(1, 4), "max_tokens": draw.randrange(1, tokens), "logprobs": 2}
+        async with turns:
+            if kind == "wrong":
+                async with session.post("/v1/completions", json={**body, "n": 0}) as answer:
+                    assert answer.status == 400
+            elif kind == "gone":
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.02):
+                        await (await session.post("/v1/completions", json={**body, "max_tokens": abandoned})).read()
+            else:
+                async with session.post("/v1/completions", json={**body, "stream": kind == "stream"}) as answer:
+                    assert answer.status == 200
+                    await answer.read()
+
+    async with aiohttp.ClientSession(address) as session:
+        kinds = [draw.choice(["whole", "stream", "wrong", "gone"]) for _ in range(count)]
+        await asyncio.gather(*(one(session, kind) for kind in kinds))
 
 
 TESTS = str(Path(__file__).parents[1])

@@ -1,14 +1,20 @@
-"""Drawing tokens, and generating with models built here; the program that does it with a checkpoint."""
+"""Drawing tokens, and generating with models built here; the programs that do it with a checkpoint."""
 
+import asyncio
+import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from types import SimpleNamespace
 
+import aiohttp
+import psutil
 import pytest
 import torch
 from support.models import hybrid_model, one_process
 from support.programs import assert_complaints, program
+from support.serving import mixed_requests, server_process
 from support.train import train, train_ranks
 
 from megatron_carve.data.tokenizer import load_tokenizer
@@ -241,6 +247,35 @@ def test_a_stream_can_be_interrupted_or_cut_off(folder):
     run.stdout.close()
     assert run.wait(timeout=60) == 141
     assert b"Traceback" not in run.stderr.read()
+
+
+@pytest.mark.slow
+def test_a_server_gives_the_programs_texts_and_keeps_nothing_of_1000_requests(folder):
+    command = [sys.executable, "-P", "-m", "megatron_carve.serve", "runs/one", "--port", "0", "--max-sequence", "500"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with server_process([*command, "--max-requests", "16"], cwd=folder, env=environment) as (process, address):
+        asked = {"prompt": "the cat", "max_tokens": 60, "temperature": 0, "model": "one"}
+        answer = asyncio.run(posted(address, asked))
+        words = ["runs/one", "--prompt", "the cat", "--max-new-tokens", "60", "--temperature", "0"]
+        assert answer["choices"][0]["text"] + "\n" == program(folder, "generate", *words).stdout
+        memory = psutil.Process(process.pid).memory_info
+        asyncio.run(mixed_requests(address, 300, seed=1, tokens=8, abandoned=400))
+        before = memory().rss
+        asyncio.run(mixed_requests(address, 1000, seed=2, tokens=8, abandoned=400))
+        after = memory().rss
+        with urllib.request.urlopen(f"{address}/metrics") as metrics:
+            assert "megatron_carve_choices_running 0.0" in metrics.read().decode()
+        print(f"resident: {before / 2**20:.1f} MiB after 300 requests, {after / 2**20:.1f} after 1300")
+        assert after - before < 5 * 2**20
+        assert asyncio.run(posted(address, {**asked, "n": 3}))["choices"][2]["text"] == answer["choices"][0]["text"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 143
+        assert process.stderr.read().endswith("\nstopped\n")
+
+
+async def posted(address, body):
+    async with aiohttp.ClientSession(address) as session, session.post("/v1/completions", json=body) as answer:
+        return await answer.json()
 
 
 class Pieces:
