@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from megatron_carve.use.trained import Trained
 
 # Those of the engine.
-MAX_REQUESTS, MAX_TOKENS = 64, 4096
+MAX_REQUESTS, STEP_TOKENS = 64, 4096
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,12 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="that the model runs at a time (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--max-tokens",
-        type=int,
-        default=MAX_TOKENS,
-        metavar="N",
-        help="of one step of the model (default: %(default)s)",
-    )
+        "--step-tokens", type=int, default=STEP_TOKENS, metavar="N",
+        help="that it reads in a step, of all requests together (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--queue", type=int, default=256, metavar="N", help="requests that may wait; more are refused (default: 256)"
     )
@@ -101,23 +98,26 @@ def _engine(trained: Trained, chosen: argparse.Namespace) -> Iterator[Engine]:
         if trained.device.type == "cuda":
             torch.cuda.set_device(next(trained.model.parameters()).device)
         engine = Engine(
-            trained, max_requests=chosen.max_requests, max_tokens=chosen.max_tokens, max_sequence=chosen.max_sequence
+            trained, max_requests=chosen.max_requests, max_tokens=chosen.step_tokens, max_sequence=chosen.max_sequence
         )
         with contextlib.closing(engine):
             yield engine
 
 
 def _check(chosen: argparse.Namespace) -> None:
-    for name, least in (("max_requests", 1), ("max_tokens", 2), ("max_sequence", 2), ("queue", 0)):
+    for name, least in (("max_requests", 1), ("step_tokens", 2), ("max_sequence", 2), ("queue", 0)):
         value = getattr(chosen, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+    if chosen.step_tokens <= chosen.max_requests:
+        wanted = f"expected more than --max-requests {chosen.max_requests}"
+        raise ValueError(f"--step-tokens: {wanted}, got {chosen.step_tokens}")
     if not 0 <= chosen.port < 2**16:
         raise ValueError(f"--port: expected 0 to {2**16 - 1}, got {chosen.port}")
-    for name in ("timeout", "grace"):
-        value = getattr(chosen, name)
-        if not 0 <= value < math.inf or (name == "timeout" and value == 0):
-            raise ValueError(f"--{name}: expected a number of seconds, got {value}")
+    if not 0 < chosen.timeout < math.inf:
+        raise ValueError(f"--timeout: expected seconds above 0, got {chosen.timeout}")
+    if not 0 <= chosen.grace < math.inf:
+        raise ValueError(f"--grace: expected seconds of at least 0, got {chosen.grace}")
 
 
 def _require_libraries() -> Any:

@@ -34,6 +34,7 @@ def test_wheel_holds_the_packages_under_one_name(wheel):
         "model/mixers/carve.py",
         "patches/cpu_mode.py",
         "recipes/debug.yaml",
+        "serving/page.html",
         "recipes/carve_1p3b_hybrid.yaml",
         "py.typed",
     ):

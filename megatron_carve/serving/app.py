@@ -100,9 +100,14 @@ class App:
         app.on_cleanup.append(self._close)
         return app
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request for a completion is open."""
+        return self._open > 0
+
     async def quiet(self) -> None:
-        """Wait until no request for a completion is open."""
-        while self._open:
+        """Wait until none is."""
+        while self.busy:
             await asyncio.sleep(0.02)
 
     async def _close(self, app: web.Application) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from megatron_carve.serving.worker import Closed, Worker
 
 if TYPE_CHECKING:
     from megatron_carve.use.engine import Engine
+
+logger = logging.getLogger("megatron_carve")
 
 # Seconds that clients have to take the last they get, and that the engine has for its last step.
 LAST_SECONDS = 5.0
@@ -90,6 +93,8 @@ async def serve(
             stopped_by = came.last
             if not worker.ended.is_set():
                 came.clear()
+                if app.busy:
+                    logger.info("stopping: requests have %g s to end; another signal ends them now", grace)
                 await _first(came.wait(), worker.ended.wait(), app.quiet(), seconds=grace)
             worker.abort(Closed("the server is stopping"))
             await _first(app.quiet(), seconds=LAST_SECONDS)
