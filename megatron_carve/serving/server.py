@@ -81,7 +81,7 @@ async def serve(
     app = App(worker, settings)
     runner = web.AppRunner(
         app.build(), handler_cancellation=True, access_log=None, keepalive_timeout=IDLE_SECONDS,
-        shutdown_timeout=LAST_SECONDS,
+        shutdown_timeout=1.0,
     )  # fmt: skip
     with _signals() as came:
         try:

@@ -123,6 +123,25 @@ def test_who_does_not_read_is_cut_off_and_stalls_nobody(stream):
     run(scenario, Parrot(max_requests=101, max_sequence=2 * 10**5), write_seconds=0.3)
 
 
+def test_who_falls_too_far_behind_is_given_up_at_once():
+    """While it may still take what was written before."""
+
+    async def scenario(client):
+        reader, writer = await asyncio.open_connection(*client.address.removeprefix("http://").split(":"), limit=2**12)
+        writer.write(asked({"prompt": "abc" * 500, "max_tokens": 10**5, "stream": True}))
+        async with asyncio.timeout(10):
+            while not client.engine.cancelled:
+                await asyncio.sleep(0.01)
+        assert client.engine.idle() and client.app.busy
+        received = b""
+        while not received.endswith(b"0\r\n\r\n"):
+            received += await reader.read(2**16)
+        assert b'"message":"the reader is 1024 steps behind"' in received.splitlines()[-5]
+        writer.close()
+
+    run(scenario, Parrot(max_sequence=2 * 10**5))
+
+
 def test_who_reads_slowly_gets_it_all():
     async def scenario(client):
         reader, writer = await asyncio.open_connection(*client.address.removeprefix("http://").split(":"), limit=2**12)

@@ -83,6 +83,18 @@ def test_a_second_signal_ends_what_runs():
     assert (by, status) == (signal.SIGINT, 503)
 
 
+def test_who_does_not_read_holds_up_no_end(monkeypatch):
+    monkeypatch.setattr("megatron_carve.serving.server.LAST_SECONDS", 0.2)
+
+    async def scenario(session):
+        body = {"prompt": "abc" * 100, "max_tokens": 10**5, "n": 100, "stream": True}
+        await session.post("/v1/completions", json=body)  # and its answer is not read
+        await asyncio.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert life(scenario, Parrot(max_sequence=10**6, max_requests=100))[0] == signal.SIGTERM
+
+
 def test_when_the_engine_fails_clients_are_told_and_the_server_ends(caplog):
     async def scenario(session):
         long = asyncio.create_task(status_and_json(session, {"prompt": "abc", "max_tokens": 10**5}))
