@@ -294,9 +294,11 @@ class App:
             if first:
                 self.metrics.first.observe(time.monotonic() - start)
                 first = False
-            for number, step in steps:
+            assert steps, "a request has ended without a word of the engine"
+            live = [(number, step) for number, step in steps if choices[number].finish is None]
+            for number, step in live:
                 choices[number].add(step)
-            for number in dict.fromkeys(number for number, _ in steps):
+            for number in dict.fromkeys(number for number, _ in live):
                 choice = choices[number]
                 if choice.finish is not None:
                     self.worker.drop(stream, number)  # where a text ended it, the engine does not know

@@ -9,6 +9,7 @@ from support.engine import Parrot, logprob
 from support.serving import served
 
 from megatron_carve.data.tokenizer import load_tokenizer
+from megatron_carve.serving.app import App
 
 TEXT = "héllo 🙂 €!"
 
@@ -87,6 +88,26 @@ def test_nothing_of_a_stop_or_after_it_comes(stop):
         await client.until_free()
         assert len(client.engine.cancelled) == 2  # the engine does not go on to 500
 
+    answered(scenario, engine=Parrot(seconds=0.001))
+
+
+def test_a_choice_that_a_stop_ends_is_over_while_others_go_on(monkeypatch):
+    """Although the engine has gone on with it, while what came before was written."""
+    send = App._send
+
+    async def slowly(*arguments):
+        await asyncio.sleep(0.005)
+        await send(*arguments)
+
+    async def scenario(client):
+        body = {"prompt": ["abcdefgh", "ab!"], "stop": "!", "max_tokens": 400}
+        events = await client.events("/v1/completions", body)
+        assert [joined(events, number) for number in (0, 1)] == ["abcdefgh" * 50, "ab"]
+        ends = [c for event in events for c in event["choices"] if c["finish_reason"]]
+        assert [(end["index"], end["finish_reason"]) for end in ends] == [(1, "stop"), (0, "length")]
+        assert client.engine.cancelled == [2]  # its number there
+
+    monkeypatch.setattr(App, "_send", slowly)
     answered(scenario, engine=Parrot(seconds=0.001))
 
 
