@@ -1,6 +1,7 @@
 """Tokenizers: round trips, end of document, and what each refuses."""
 
 import base64
+import copy
 import json
 import re
 import sys
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_carve.data.tokenizer import load_tokenizer
+from megatron_carve.serving.choice import TokenTexts
+from megatron_carve.use.continuation import Continuation
 
 TEXT = "A naïve café: 42 — 日本語 🙂 and\ttabs\r\n\n  two  spaces\n"
 CORPUS = [
@@ -302,3 +305,27 @@ def test_fingerprint_follows_the_file_behind_one_path(tmp_path):
     assert first.spec == other.spec
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert other.encode("ht").tolist() == [256]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "tiktoken", "huggingface"])
+def test_a_text_comes_token_by_token_and_from_a_copy(kind, sentencepiece_model, huggingface_folder, tmp_path):
+    """As a server reads and writes it: whole characters, and spaces where they belong."""
+    if kind == "sentencepiece":
+        spec = f"sentencepiece:{sentencepiece_model('plain')}"
+    elif kind == "tiktoken":
+        spec = f"tiktoken:{write_ranks(tmp_path / 'tiny.tiktoken', merges=[b'th', b'the', b' t'])}"
+    else:
+        spec = (
+            kind if kind == "bytes" else f"huggingface:{huggingface_folder('ours', bos_token='<s>', eos_token='</s>')}"
+        )
+    tokenizer = load_tokenizer(spec)
+    ids = copy.deepcopy(tokenizer).encode(TEXT).tolist()
+    assert ids == tokenizer.encode(TEXT).tolist()
+    continuation, names = Continuation(tokenizer), TokenTexts(tokenizer)
+    for token in ids:
+        continuation.add(token)
+        assert TEXT.startswith(continuation.text)
+        text, is_text = names.text(token)
+        assert text in TEXT if is_text else text == f"token:{token}"
+    assert continuation.finish() == TEXT
+    assert any(names.text(token)[0].startswith(" ") for token in ids)
