@@ -36,7 +36,6 @@ def test_mistakes_are_said_in_one_line(tmp_path):
                 (["run", "--max-sequence", "1"], "--max-sequence: expected at least 2, got 1"),
                 (["run", "--timeout", "0"], "--timeout: expected seconds above 0, got 0.0"),
                 (["run", "--grace", "nan"], "--grace: expected seconds of at least 0, got nan"),
-                (["run", "--port", "0"], "expected the folder of a run"),
             ],
         )
 

@@ -14,7 +14,7 @@ from megatron_carve.serving.app import Settings
 from megatron_carve.serving.server import bound_socket, serve, url
 
 
-def life(scenario, engine, *, grace=0.5):
+def life(scenario, engine, *, grace=1.0):
     """The signal that ended a server, which `scenario` has sent; what it returns, after the end."""
 
     async def whole():
@@ -51,7 +51,7 @@ def test_told_to_stop_it_finishes_what_it_can_and_tells_the_others(number):
     engine = Parrot(seconds=0.01, max_sequence=10**6)
 
     async def scenario(session):
-        short = asyncio.create_task(status_and_json(session, {"prompt": "abc", "max_tokens": 30}))
+        short = asyncio.create_task(status_and_json(session, {"prompt": "abc", "max_tokens": 10}))
         long = asyncio.create_task(status_and_json(session, {"prompt": "abc", "max_tokens": 10**5}))
         stream = await session.post("/v1/completions", json={"prompt": "abc", "max_tokens": 10**5, "stream": True})
         await asyncio.sleep(0.05)
@@ -64,7 +64,7 @@ def test_told_to_stop_it_finishes_what_it_can_and_tells_the_others(number):
 
     by, (refused, short, long, stream) = life(scenario, engine)
     assert by == number
-    assert short[0] == 200 and len(short[1]["choices"][0]["text"]) == 30
+    assert short[0] == 200 and len(short[1]["choices"][0]["text"]) == 10
     for status, answer in (refused, long):
         assert status == 503 and answer["error"]["message"] == "the server is stopping"
     assert stream.rstrip().splitlines()[-1].startswith('data: {"error":{"message":"the server is stopping"')

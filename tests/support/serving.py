@@ -64,7 +64,7 @@ class Client:
 
     async def until_free(self) -> None:
         """Wait until the engine has nothing to do, and the server remembers no request."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not self.engine.idle() or self.worker.running or self.app.busy or self.worker._owners:
                 await asyncio.sleep(0.005)
 

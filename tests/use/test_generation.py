@@ -249,33 +249,51 @@ def test_a_stream_can_be_interrupted_or_cut_off(folder):
     assert b"Traceback" not in run.stderr.read()
 
 
-@pytest.mark.slow
-def test_a_server_gives_the_programs_texts_and_keeps_nothing_of_1000_requests(folder):
+@pytest.fixture
+def server(folder):
+    """The program `serve` with the run of this file, and its address."""
     command = [sys.executable, "-P", "-m", "megatron_carve.serve", "runs/one", "--port", "0", "--max-sequence", "500"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with server_process([*command, "--max-requests", "16"], cwd=folder, env=environment) as (process, address):
-        asked = {"prompt": "the cat", "max_tokens": 60, "temperature": 0, "model": "one"}
-        answer = asyncio.run(posted(address, asked))
-        words = ["runs/one", "--prompt", "the cat", "--max-new-tokens", "60", "--temperature", "0"]
-        assert answer["choices"][0]["text"] + "\n" == program(folder, "generate", *words).stdout
-        memory = psutil.Process(process.pid).memory_info
-        asyncio.run(mixed_requests(address, 300, seed=1, tokens=8, abandoned=400))
-        before = memory().rss
-        asyncio.run(mixed_requests(address, 1000, seed=2, tokens=8, abandoned=400))
-        after = memory().rss
-        with urllib.request.urlopen(f"{address}/metrics") as metrics:
-            assert "megatron_carve_choices_running 0.0" in metrics.read().decode()
-        print(f"resident: {before / 2**20:.1f} MiB after 300 requests, {after / 2**20:.1f} after 1300")
-        assert after - before < 5 * 2**20
-        assert asyncio.run(posted(address, {**asked, "n": 3}))["choices"][2]["text"] == answer["choices"][0]["text"]
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 143
-        assert process.stderr.read().endswith("\nstopped\n")
+    with server_process([*command, "--max-requests", "16"], cwd=folder, env=environment) as started:
+        yield started
 
 
-async def posted(address, body):
-    async with aiohttp.ClientSession(address) as session, session.post("/v1/completions", json=body) as answer:
-        return await answer.json()
+@pytest.mark.slow
+def test_a_server_gives_the_programs_texts(folder, server):
+    process, address = server
+    asked = {"prompt": "the cat", "max_tokens": 60, "temperature": 0, "model": "one", "n": 3}
+    words = ["runs/one", "--prompt", "the cat", "--max-new-tokens", "60", "--temperature", "0"]
+    wanted = program(folder, "generate", *words).stdout.removesuffix("\n")
+
+    async def between_others():
+        others = asyncio.create_task(mixed_requests(address, 100, seed=1, tokens=8, abandoned=400))
+        async with aiohttp.ClientSession(address) as session, session.post("/v1/completions", json=asked) as answer:
+            texts = [choice["text"] for choice in (await answer.json())["choices"]]
+        await others
+        return texts
+
+    assert asyncio.run(between_others()) == [wanted] * 3
+    assert "megatron_carve_choices_running 0.0" in metrics(address)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    assert process.stderr.read().endswith("\nstopped\n")
+
+
+@pytest.mark.long
+def test_a_server_keeps_nothing_of_1000_requests(server):
+    process, address = server
+    memory = psutil.Process(process.pid).memory_info
+    asyncio.run(mixed_requests(address, 300, seed=1, tokens=8, abandoned=400))
+    before = memory().rss
+    asyncio.run(mixed_requests(address, 1000, seed=2, tokens=8, abandoned=400))
+    print(f"resident: {before / 2**20:.1f} MiB after 300 requests, {memory().rss / 2**20:.1f} after 1300")
+    assert memory().rss - before < 5 * 2**20
+    assert "megatron_carve_choices_running 0.0" in metrics(address)
+
+
+def metrics(address):
+    with urllib.request.urlopen(f"{address}/metrics") as answer:
+        return answer.read().decode()
 
 
 class Pieces:
