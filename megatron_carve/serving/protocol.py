@@ -91,7 +91,7 @@ def _only(*allowed: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
-type Nothing = Annotated[Any, AfterValidator(_nothing)]
+Nothing = Annotated[Any, AfterValidator(_nothing)]
 
 
 class _Body(BaseModel):

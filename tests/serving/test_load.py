@@ -135,7 +135,7 @@ def test_who_falls_too_far_behind_is_given_up_at_once():
                 await asyncio.sleep(0.01)
         assert client.engine.idle() and client.app.busy
         received = b""
-        while not received.endswith(b"0\r\n\r\n"):
+        while not received.endswith(b"\n0\r\n\r\n"):
             received += await reader.read(2**16)
         assert b'"message":"the reader is 1024 steps behind"' in received.splitlines()[-5]
         writer.close()
@@ -148,7 +148,7 @@ def test_who_reads_slowly_gets_it_all():
         reader, writer = await asyncio.open_connection(*client.address.removeprefix("http://").split(":"), limit=2**12)
         writer.write(asked({"prompt": "abcdefgh", "max_tokens": 4000, "stream": True}))
         received = b""
-        while not received.endswith(b"0\r\n\r\n"):
+        while not received.endswith(b"\n0\r\n\r\n"):
             received += await reader.read(2000)
             await asyncio.sleep(0.001)
         events = [line[6:] for line in received.decode().splitlines() if line.startswith("data: {")]
