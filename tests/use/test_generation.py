@@ -1,7 +1,10 @@
 """Drawing tokens, and generating with models built here; the programs that do it with a checkpoint."""
 
 import asyncio
+import contextlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +15,7 @@ import aiohttp
 import psutil
 import pytest
 import torch
+from support.chats import write_chat_tokenizer
 from support.models import hybrid_model, one_process
 from support.programs import assert_complaints, program
 from support.serving import mixed_requests, server_process
@@ -249,12 +253,17 @@ def test_a_stream_can_be_interrupted_or_cut_off(folder):
     assert b"Traceback" not in run.stderr.read()
 
 
+@contextlib.contextmanager
+def serving(folder, run, *options):
+    """The program `serve` with a run, and its address."""
+    command = [sys.executable, "-P", "-m", "megatron_carve.serve", run, "--port", "0", "--max-requests", "16", *options]
+    with server_process(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}) as started:
+        yield started
+
+
 @pytest.fixture
 def server(folder):
-    """The program `serve` with the run of this file, and its address."""
-    command = [sys.executable, "-P", "-m", "megatron_carve.serve", "runs/one", "--port", "0", "--max-sequence", "500"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with server_process([*command, "--max-requests", "16"], cwd=folder, env=environment) as started:
+    with serving(folder, "runs/one", "--max-sequence", "500") as started:
         yield started
 
 
@@ -289,6 +298,33 @@ def test_a_server_keeps_nothing_of_1000_requests(server):
     print(f"resident: {before / 2**20:.1f} MiB after 300 requests, {memory().rss / 2**20:.1f} after 1300")
     assert memory().rss - before < 5 * 2**20
     assert "megatron_carve_choices_running 0.0" in metrics(address)
+
+
+@pytest.mark.long
+def test_a_model_of_chats_answers_by_its_template(folder):
+    """Trained on chats, with a tokenizer that is gone since: the run has a copy."""
+    (folder / "words").mkdir()
+    spec = write_chat_tokenizer(folder / "words")
+    turns = [("user", "say {}"), ("assistant", "{} é!")]
+    with (folder / "chats.jsonl").open("w") as file:
+        for word in ["one", "two", "three", "four"] * 200:
+            messages = [{"role": role, "content": content.format(word)} for role, content in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    data = ["data.text=chats.jsonl", "data.loss_on=completion", f"data.tokenizer={spec}"]
+    train(folder, "tiny.yaml", "run.name=chats", "training.steps=400", "checkpoint.interval=400", *data)
+    shutil.rmtree(folder / "words")
+    with serving(folder, "runs/chats") as (_, address):
+        for word in ("two", "three"):
+            body = {"messages": [{"role": "user", "content": f"say {word}"}], "temperature": 0}
+            answer = asyncio.run(posted(f"{address}/v1/chat/completions", body))
+            message = {"role": "assistant", "content": f"{word} é!"}
+            wanted = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+            assert answer["choices"] == [wanted]
+
+
+async def posted(url, body):
+    async with aiohttp.ClientSession() as session, session.post(url, json=body) as answer:
+        return await answer.json()
 
 
 def metrics(address):
