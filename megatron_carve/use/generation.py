@@ -12,6 +12,7 @@ from megatron.core.inference.utils import InferenceMode
 from torch import Tensor, nn
 
 from megatron_carve.model.variants import MIXER_LETTERS
+from megatron_carve.use.graphs import rehearse
 
 # Tokens of a prompt that are read at once; bounds the memory that a long one takes.
 PREFILL_TOKENS = 16384
@@ -154,12 +155,7 @@ class Memory:
         """
         other = StaticInferenceContext(self.sequences, TRIALS)
         other.sequence_len_offset = 1
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(TRIALS):
-                self._forward(self._token, other)
-        torch.cuda.current_stream().wait_stream(stream)
+        rehearse(lambda: self._forward(self._token, other), TRIALS)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._logits = self._forward(self._token, self.context)

@@ -10,6 +10,8 @@ from megatron.core.inference.inference_request import DynamicInferenceRequest
 from megatron.core.inference.utils import InferenceMode
 from torch import Tensor
 
+from megatron_carve.use.graphs import rehearse
+
 # Steps before one is recorded as a CUDA graph: compiling cannot be recorded.
 TRIALS = 2
 
@@ -111,12 +113,7 @@ class Steps:
 
     @torch.no_grad()
     def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(TRIALS):
-                self._forward()
-        torch.cuda.current_stream().wait_stream(stream)
+        rehearse(self._forward, TRIALS)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
         with torch.cuda.graph(graph, pool=pool):

@@ -38,6 +38,7 @@ from support.models import hybrid_model, one_process
 from megatron_carve.data.recall import RecallDataset
 from megatron_carve.recipe import Recipe, estimate, load_recipe
 from megatron_carve.run.vocabulary import vocab_size
+from megatron_carve.use.graphs import rehearse
 
 MIXERS = {"CARVE": "C-", "GDN-2": "2-", "attention": "*-"}
 CONVOLUTIONS = ("none", "static", "dynamic")
@@ -221,12 +222,7 @@ class Training:
         beginning = min(steps, max(0, 3 - int(self.done)))
         self._wait()
         if self.graph and beginning:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(beginning):
-                    self._step()
-            torch.cuda.current_stream().wait_stream(side)
+            rehearse(self._step, beginning)
         elif beginning:
             for _ in range(beginning):
                 self._step()
