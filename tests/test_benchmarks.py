@@ -51,6 +51,17 @@ def test_generation_beside_a_transformer(tmp_path):
     assert (tmp_path / "generation.png").stat().st_size > 1000
 
 
+@pytest.mark.long
+def test_the_engine_beside_static_generation_and_megatrons_engine(tmp_path):
+    words = ["--models", "Transformer", "--recipe", "debug", "--requests", "3", "--prompt", "20", "--new", "6"]
+    command = [sys.executable, BENCHMARKS / "bench_engine.py", tmp_path, *words]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    found = json.loads((tmp_path / "results.json").read_text())["Transformer"]["3"]
+    assert set(found) == {"static", "engine", "Megatron's engine"}
+    assert all(way["tokens_per_second"] > 0 for way in found.values())
+    assert (tmp_path / "table.md").read_text().count("| Transformer, 3 ") == 1
+
+
 def test_every_answer_of_a_training_document_is_in_it_before(needles_benchmark):
     hay = " ".join(f"Sentence {i} says nothing." for i in range(500))
     texts = [json.loads(line)["text"] for line in needles_benchmark.documents(40, hay, seed=1)]
