@@ -127,6 +127,7 @@ class Engine:
         max_sequence: tokens of a request, prompt and generated; None for the length that the run was trained with.
         memory: bytes for keys and values; None for what max_requests of max_sequence tokens need, as far as there is.
         cuda_graphs: None for whether there is a GPU.
+        block_tokens: in a block of keys and values; a request takes whole blocks.
 
     Attributes:
         max_sequence, max_requests, max_batch_tokens: the limits.
@@ -231,7 +232,7 @@ class Engine:
     def step(self) -> list[Step]:
         """Read and generate for all that run; what came of it, by request. Nothing where none waits or runs.
 
-        After an error other than KeyboardInterrupt nothing can be relied on but close.
+        After an error, Ctrl-C among them, nothing can be relied on but close.
         """
         batch = self._require_open()
         steps = [Step(r.number, finish="cancelled") for r in self._drop_cancelled()]
