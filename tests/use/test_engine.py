@@ -380,6 +380,13 @@ def test_what_dynamic_batching_does_not_do_is_refused(small):
     from megatron_carve.use.dynamic_context import dynamic_context
     from megatron_carve.use.steps import Steps
 
+    convolved = perturbed("C*", attention_convolution="static")
+    with pytest.raises(NotImplementedError, match=r"expected model\.attention_convolution none"):
+        dynamic_context(convolved, max_requests=2, max_tokens=8, max_sequence=64, blocks=4)
+    with pytest.raises(NotImplementedError, match="attention's convolution takes static batching, got dynamic"):
+        convolved.decoder.layers[1].self_attention(
+            None, None, inference_context=SimpleNamespace(is_static_batching=lambda: False)
+        )
     other = perturbed("C*")
     other.decoder.layer_type_list = ["C", "E"]
     other.decoder.layers[1].self_attention = torch.nn.Identity()
