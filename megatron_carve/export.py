@@ -9,15 +9,16 @@ from pathlib import Path
 from megatron_carve.run.folder import new_folder
 from megatron_carve.run.program import exit_status, run_parser
 
+DESCRIPTION = """
+Writes the model of a run, trained in whatever layout, as a folder for transformers
+(AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)): safetensors, config, tokenizer and modelling
+code. `python -m megatron_carve.import` goes back.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status. A user's mistake ends in one line on stderr and status 2."""
-    parser = run_parser(
-        "export",
-        "Writes the model of a run, trained in whatever layout, as a folder for transformers "
-        "(AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)): safetensors, config, tokenizer and "
-        "modelling code. `python -m megatron_carve.import` goes back.",
-    )
+    parser = run_parser("export", DESCRIPTION)
     parser.add_argument("out", type=Path, help="folder to write; new, or empty")
     chosen = parser.parse_args(arguments)
     return exit_status(lambda: _export(chosen.run, chosen.out, chosen.step))

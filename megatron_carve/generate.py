@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from megatron_carve.use.generation import Sampling
     from megatron_carve.use.trained import Trained
 
+DESCRIPTION = """
+Continues texts with the model of a run. The continuation of one prompt is printed as it comes, those of several at
+the end, one after another. An empty prompt begins a document. Speed is reported on standard error.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status. A user's mistake ends in one line on stderr and status 2."""
-    parser = run_parser(
-        "generate",
-        "Continues texts with the model of a run. The continuation of one prompt is printed as it comes, "
-        "those of several at the end, one after another. An empty prompt begins a document. Speed is reported on "
-        "standard error.",
-    )
+    parser = run_parser("generate", DESCRIPTION)
     for name, metavar, what in (
         ("--prompt", "TEXT", "can be given several times, as can the next two"),
         ("--prompt-file", "FILE", "a text"),

@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 # Those of the engine.
 MAX_REQUESTS, STEP_TOKENS = 64, 4096
 
+DESCRIPTION = """
+Serves the model of a run over HTTP, in the form of OpenAI's completions and chat completions, until Ctrl-C or
+SIGTERM. The address is printed on standard output when it takes requests; opened in a browser, it is a page for
+trying prompts.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status. A user's mistake ends in one line on stderr and status 2."""
-    parser = run_parser(
-        "serve",
-        "Serves the model of a run over HTTP, in the form of OpenAI's completions and chat completions, until Ctrl-C "
-        "or SIGTERM. The address is printed on standard output when it takes requests; opened in a browser, it is a "
-        "page for trying prompts.",
-    )
+    parser = run_parser("serve", DESCRIPTION)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
     parser.add_argument("--name", help="of the model, for clients (default: the run's)")

@@ -40,8 +40,7 @@ def _with_their_override(original: Callable[..., Any]) -> Callable[..., Any]:
 
 muon_parameters = Patch(
     name="muon_parameters",
-    reason="Muon takes every parameter of two dimensions but embeddings for a linear map, also the taps of a depthwise "
-    "convolution",
+    reason="Muon takes all matrices but embeddings for linear maps, also the taps of a depthwise convolution",
     upstream="megatron/core/optimizer/emerging_optimizers.py, _is_nonlinear_or_embedding, and "
     "is_managed_by_layer_wise_optimizer beside it",
     remove_when="a parameter can say which optimizer updates it",

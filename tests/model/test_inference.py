@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.models import hybrid_model, one_process
+from support.models import DELTA, hybrid_model, one_process
 
 VOCAB, LENGTH = 64, 150
 
@@ -63,10 +63,7 @@ PATTERNS = {
         },
     ),
     "hybrid": ("C-2*-", {"window_size": (16, 0), "num_query_groups": 2}),
-    "delta": (
-        "C2",
-        {"mixer": {"conv_bias": True, "content_chunk": 128, "negative_eigenvalues": True, "erase": "delta"}},
-    ),
+    "delta": ("C2", DELTA),
     "decayed": ("C2", {"mixer": {"prediction": "decayed", "content_rank": 0}}),
     "least": ("C2", {"mixer": {"short_convolution": "none", "output_gate_activation": "none"}}),
     "window of one": ("*-", {"window_size": (0, 0)}),

@@ -9,6 +9,7 @@ from support.serving import served
 
 from megatron_carve.serving.protocol import ApiError, Chat, Completion, parse
 
+STOP = "stop: expected a text that is not empty, or a list of such"
 HELLO = '"messages": [{"role": "user", "content": "hi"}]'
 
 
@@ -40,15 +41,9 @@ HELLO = '"messages": [{"role": "user", "content": "hi"}]'
         ),
         (Completion, '{"prompt": "a", "seed": -1}', "seed: input should be greater than or equal to 0, got -1"),
         (Completion, '{"prompt": "a", "logprobs": 21}', "logprobs: input should be less than or equal to 20, got 21"),
-        (Completion, '{"prompt": "a", "stop": 7}', "stop: expected a text that is not empty, or a list of such, got 7"),
-        (
-            Completion, '{"prompt": "a", "stop": [""]}',
-            "stop: expected a text that is not empty, or a list of such, got ['']",
-        ),
-        (
-            Completion, json.dumps({"prompt": "a", "stop": ["x"] * 17}),
-            "stop: expected at most 16 texts, got 17",
-        ),
+        (Completion, '{"prompt": "a", "stop": 7}', f"{STOP}, got 7"),
+        (Completion, '{"prompt": "a", "stop": [""]}', f"{STOP}, got ['']"),
+        (Completion, json.dumps({"prompt": "a", "stop": ["x"] * 17}), "stop: expected at most 16 texts, got 17"),
         (Completion, '{"prompt": "a", "best_of": 2}', "best_of: only None or 1 is served, got 2"),
         (Completion, '{"prompt": "a", "suffix": "b"}', "suffix: this is not served, got 'b'"),
         (Completion, '{"prompt": "a", "presence_penalty": 0.5}', "presence_penalty: this is not served, got 0.5"),

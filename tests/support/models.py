@@ -1,11 +1,12 @@
 """A Megatron of one process, for tests that build layers and models in-process."""
 
 import contextlib
-import os
-import socket
 
 import torch
 import torch.distributed as dist
+
+# Of a mixer, what the earlier form of CARVE and its neighbours have.
+DELTA = {"mixer": {"conv_bias": True, "content_chunk": 128, "negative_eigenvalues": True, "erase": "delta"}}
 
 
 @contextlib.contextmanager
@@ -19,12 +20,8 @@ def one_process(device: str = "cpu"):
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    saved = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo" if device == "cpu" else "nccl", rank=0, world_size=1)
+    backend = "gloo" if device == "cpu" else "nccl"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(11)
     torch.manual_seed(11)
@@ -33,8 +30,6 @@ def one_process(device: str = "cpu"):
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-        for name, value in saved.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
         patches.mixed_precision_groups.revert()  # the mixers apply it, and the next
         patches.muon_parameters.revert()
         patches.layer_symbols.revert()

@@ -30,6 +30,18 @@ def _without_sum(gather: Callable[..., Tensor], axis: int) -> Callable[..., Tens
     return mutant
 
 
+def _take_marks(kind: type, builder: str, *names: str) -> None:
+    """Let a method that builds these parameters leave out their mark of sequence parallelism."""
+    build = getattr(kind, builder)
+
+    def unmarked(self: Any, *arguments: Any) -> None:
+        build(self, *arguments)
+        for name in names:
+            getattr(self, name).sequence_parallel = False
+
+    setattr(kind, builder, unmarked)
+
+
 def norm_weight() -> None:
     """The all-reduce of the gradient of the output norm's weight."""
     from megatron_carve.model.mixers import parts
@@ -41,13 +53,7 @@ def norm_weight_mark() -> None:
     """The mark by which Megatron sums that gradient under sequence parallelism."""
     from megatron_carve.model.mixers.parts import GatedHeadNorm
 
-    build = GatedHeadNorm.__init__
-
-    def unmarked(self: Any, *arguments: Any) -> None:
-        build(self, *arguments)
-        self.weight.sequence_parallel = False
-
-    GatedHeadNorm.__init__ = unmarked  # type: ignore[method-assign]
+    _take_marks(GatedHeadNorm, "__init__", "weight")
 
 
 def content_maps() -> None:
@@ -61,14 +67,7 @@ def content_maps_mark() -> None:
     """The mark by which Megatron sums these gradients under sequence parallelism."""
     from megatron_carve.model.mixers.carve import CarveMixer
 
-    build = CarveMixer._build_head_parameters
-
-    def unmarked(self: Any) -> None:
-        build(self)
-        for parameter in (self.content_down, self.content_up):
-            parameter.sequence_parallel = False
-
-    CarveMixer._build_head_parameters = unmarked  # type: ignore[method-assign]
+    _take_marks(CarveMixer, "_build_head_parameters", "content_down", "content_up")
 
 
 def tap_features() -> None:
@@ -82,13 +81,7 @@ def tap_features_mark() -> None:
     """The mark by which Megatron sums the gradient of their projection under sequence parallelism."""
     from megatron_carve.model.convolved_attention import TapFeatures
 
-    build = TapFeatures.__init__
-
-    def unmarked(self: Any, *arguments: Any) -> None:
-        build(self, *arguments)
-        self.weight.sequence_parallel = False
-
-    TapFeatures.__init__ = unmarked  # type: ignore[method-assign]
+    _take_marks(TapFeatures, "__init__", "weight")
 
 
 def low_rank() -> None:

@@ -21,27 +21,37 @@ from megatron_carve.kernels.surroundings import (
 
 
 @dataclass(frozen=True)
-class Convolution:
-    """A call of convolve_qkv, or with R of dynamic_convolve_qkv, on the first channels of a projection [T, B, F].
+class Taps:
+    """What short convolutions have in common.
 
     Attributes:
         B, T: batch and tokens; lengths of packed sequences replace them.
-        H, K: heads of q and k and their channels; V: all channels of v.
+        K: channels of a head.
         W: taps.
         R: features that they are made of; 0 for taps that do not depend on the token.
-        extra: channels of the projection beside those of q, k and v.
+        extra: channels of the projection beside those that are convolved.
     """
 
     B: int = 1
     T: int = 0
-    H: int = 1
     K: int = 32
-    V: int = 32
     W: int = 4
     R: int = 0
-    bias: bool = False
     lengths: tuple[int, ...] = ()
     extra: int = 5
+
+
+@dataclass(frozen=True)
+class Convolution(Taps):
+    """A call of convolve_qkv, or with R of dynamic_convolve_qkv, on the first channels of a projection [T, B, F].
+
+    Attributes:
+        H: heads of q and k; V: all channels of v.
+    """
+
+    H: int = 1
+    V: int = 32
+    bias: bool = False
 
     def run(self, dtype: torch.dtype, compute: torch.dtype, device: str, backend: str) -> dict[str, Tensor]:
         """The call with values of `dtype` held in `compute`; the backend may also be "oracle", with R."""
@@ -71,23 +81,15 @@ class Convolution:
 
 
 @dataclass(frozen=True)
-class Heads:
+class Heads(Taps):
     """A call of convolve_heads, or with R of dynamic_convolve_heads, on a projection [T, B, F].
 
     Attributes:
-        B, T, W, R, lengths, extra: as those of Convolution.
-        groups, group: groups of queries, and heads in one; K: their channels.
+        groups, group: groups of queries, and heads in one.
     """
 
-    B: int = 1
-    T: int = 0
     groups: int = 1
     group: int = 3
-    K: int = 32
-    W: int = 4
-    R: int = 0
-    lengths: tuple[int, ...] = ()
-    extra: int = 5
 
     def run(self, dtype: torch.dtype, compute: torch.dtype, device: str, backend: str) -> dict[str, Tensor]:
         """The call with values of `dtype` held in `compute`; the backend may also be "oracle"."""

@@ -14,6 +14,14 @@ def train(folder: Path, *words: str, threads: int = 1, check: bool = True, timeo
     return checked(run) if check else run
 
 
+def train_on_text(folder: Path, recipe: str, text: str, *words: str) -> Path:
+    """Train a recipe, as tiny.yaml, on a text, as cats.txt, both written into `folder`, which is returned."""
+    (folder / "tiny.yaml").write_text(recipe)
+    (folder / "cats.txt").write_text(text)
+    train(folder, "tiny.yaml", *words)
+    return folder
+
+
 def train_ranks(processes: int, folder: Path, *words: str) -> Done:
     """As train, in several processes of one layout, as torchrun would start them."""
     command = ["-m", "megatron_carve.train", *words]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.models import hybrid_model, one_process
+from support.models import DELTA, hybrid_model, one_process
 
 VOCAB = 60  # of models padded to 64
 LENGTH = 200
@@ -152,10 +152,7 @@ OPTIONS = {
         "KK*",
         {"mixer": {"negative_eigenvalues": True, "short_convolution": "dynamic", "convolution_rank": 4}},
     ),
-    "delta": (
-        "C2*",
-        {"mixer": {"conv_bias": True, "content_chunk": 128, "negative_eigenvalues": True, "erase": "delta"}},
-    ),
+    "delta": ("C2*", DELTA),
     "no content": ("C2", {"mixer": {"prediction": "decayed", "content_rank": 0}}),
     "least": ("C2", {"mixer": {"short_convolution": "none", "output_gate_activation": "none"}}),
     "window of one": ("K*-", {"window_size": (0, 0)}),

@@ -19,7 +19,7 @@ from support.chats import write_chat_tokenizer
 from support.models import hybrid_model, one_process
 from support.programs import assert_complaints, program
 from support.serving import mixed_requests, server_process
-from support.train import train, train_ranks
+from support.train import train, train_on_text, train_ranks
 
 from megatron_carve.data.tokenizer import load_tokenizer
 
@@ -180,11 +180,7 @@ data: {text: cats.txt}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("generate")
-    (folder / "tiny.yaml").write_text(TINY)
-    (folder / "cats.txt").write_text("the cat sat on the mat. " * 400)
-    train(folder, "tiny.yaml", "run.name=one")
-    return folder
+    return train_on_text(tmp_path_factory.mktemp("generate"), TINY, "the cat sat on the mat. " * 400, "run.name=one")
 
 
 def test_the_program_continues_texts(folder):
