@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import gzip
 import json
 import logging
 import socket
@@ -97,6 +98,29 @@ def test_a_request_that_never_comes_whole_takes_nothing_with_it():
         await asyncio.sleep(0.05)
         assert garbage.recv(100).startswith(b"HTTP/1.0 400")
         garbage.close()
+
+    run(scenario)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr("megatron_carve.serving.app.BODY_SECONDS", 0.1)
+
+    async def scenario(client):
+        reader, writer = await asyncio.open_connection(*client.address.removeprefix("http://").split(":"))
+        writer.write(asked({"prompt": "abc"})[:-3])
+        answer = await reader.readuntil(b"}}")
+        assert answer.startswith(b"HTTP/1.1 408 ") and b"the body did not come within 0.1 s" in answer
+        writer.close()
+
+    run(scenario)
+
+
+def test_a_packed_body_is_bounded_by_what_is_in_it():
+    async def scenario(client):
+        body = gzip.compress(json.dumps({"prompt": "a" * 2**24}).encode())
+        headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+        async with client.session.post("/v1/completions", data=body, headers=headers) as answer:
+            assert answer.status == 413 and "the body is too large" in (await answer.json())["error"]["message"]
 
     run(scenario)
 
