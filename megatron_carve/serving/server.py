@@ -57,6 +57,13 @@ def url(sock: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+def runner_of(app: App) -> web.AppRunner:
+    """aiohttp's runner: a client that goes away ends the handler of its request, and so what is made for it."""
+    return web.AppRunner(
+        app.build(), handler_cancellation=True, access_log=None, keepalive_timeout=IDLE_SECONDS, shutdown_timeout=1.0
+    )
+
+
 async def serve(
     make: Callable[[], contextlib.AbstractContextManager[Engine]], settings: Settings, sock: socket.socket, *,
     waiting: int, grace: float, ready: Callable[[], None],
@@ -79,10 +86,7 @@ async def serve(
     worker = Worker(make, waiting=waiting)
     await worker.start()
     app = App(worker, settings)
-    runner = web.AppRunner(
-        app.build(), handler_cancellation=True, access_log=None, keepalive_timeout=IDLE_SECONDS,
-        shutdown_timeout=1.0,
-    )  # fmt: skip
+    runner = runner_of(app)
     with _signals() as came:
         try:
             await runner.setup()

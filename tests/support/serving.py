@@ -18,7 +18,7 @@ from support.engine import Parrot
 
 from megatron_carve.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_carve.serving.app import App, Settings
-from megatron_carve.serving.server import bound_socket, serve, url
+from megatron_carve.serving.server import bound_socket, runner_of, serve, url
 from megatron_carve.serving.worker import Worker
 
 
@@ -79,7 +79,7 @@ async def served(
     worker = Worker(lambda: contextlib.closing(engine), waiting=waiting)
     await worker.start()
     app = App(worker, Settings("parrot", tokenizer, 257 if tokenizer is None else tokenizer.vocab_size, **settings))
-    runner = web.AppRunner(app.build(), handler_cancellation=True, access_log=None, shutdown_timeout=1)
+    runner = runner_of(app)
     await runner.setup()
     sock = bound_socket("127.0.0.1", 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)  # so that who does not read shows soon
