@@ -299,7 +299,20 @@ def write_folder(
         (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     shutil.copy(MODELING, out / MODELING.name)
     save_file(weights, out / WEIGHTS, {"format": "pt", CHECKSUM: _checksum(weights)})
+    _order_metadata(out / WEIGHTS)
     return notes
+
+
+def _order_metadata(path: Path) -> None:
+    """Safetensors writes it in an order of chance, and the same model is to be the same file."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(ordered) <= length, "another form of the same header"
+        file.seek(8)
+        file.write(ordered.ljust(length))
 
 
 def _write_tokenizer(out: Path, tokenizer: Tokenizer) -> list[str]:

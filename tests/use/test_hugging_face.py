@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.programs import assert_complaints, program
 from support.train import losses, train, train_ranks
 
@@ -17,6 +18,7 @@ from megatron_carve.kernels import chunk_carve, chunk_gdn2
 from megatron_carve.model.config import MixerConfig
 from megatron_carve.model.variants import VARIANTS
 from megatron_carve.use import modeling_carve
+from megatron_carve.use.hugging_face import write_folder
 
 TINY = """
 inherit: debug
@@ -46,6 +48,7 @@ COMPARE = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
 import torch
+from safetensors.torch import load_file
 out, run = sys.argv[1:]
 ids = torch.randint(257, (2, 200), generator=torch.Generator().manual_seed(1))
 if run == "theirs":
@@ -424,3 +427,16 @@ def test_layers_that_no_kernel_has_the_widths_of_take_torch():
     delta = small_model(erase="delta", content_rank=0).model.layers[0].mixer
     assert mixer._kernels_take(torch.bfloat16) and delta._kernels_take(torch.float32)
     assert not mixer._kernels_take(torch.float32) and not without_content._kernels_take(torch.float16)
+
+
+def test_the_same_model_is_the_same_files_whenever_it_is_written(tmp_path):
+    weights = {"b.weight": torch.randn(3, 4), "a.weight": torch.randn(5).bfloat16()}
+    config = {"eos_token_id": 9, "vocab_size": 12}
+    written = set()
+    for i in range(12):  # by chance alone they would be alike once in thousands
+        out = tmp_path / f"{i}"
+        write_folder(out, weights, config, vocab_size=10, tokenizer=None)
+        written.add(tuple((file.name, file.read_bytes()) for file in sorted(out.iterdir())))
+    assert len(written) == 1
+    read = load_file(tmp_path / "0/model.safetensors")
+    assert all(torch.equal(read[name], x) for name, x in weights.items())
