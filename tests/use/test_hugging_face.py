@@ -138,8 +138,6 @@ def test_transformers_computes_and_generates_the_same(folder, exported, name):
 def test_import_goes_back_to_the_same_weights(folder, exported, name):
     program(folder, "import", exported[name], f"back/{name}")
     program(folder, "export", f"back/{name}", f"again/{name}")
-    from safetensors.torch import load_file
-
     first, second = (load_file(folder / place / name / "model.safetensors") for place in ("out", "again"))
     assert first.keys() == second.keys()
     assert all(first[key].equal(second[key]) and first[key].abs().sum() > 0 for key in first)
@@ -160,8 +158,6 @@ def test_an_imported_run_can_be_trained_on(folder, exported):
 def test_a_run_of_two_processes_exports_the_same(folder, exported):
     words = ["tiny.yaml", "run.name=two", "checkpoint.load=runs/plain", "training.steps=31", "training.lr=1e-12"]
     train_ranks(2, folder, *words, "parallel.tensor=2")
-    from safetensors.torch import load_file
-
     program(folder, "export", "runs/two", "out/two")
     two, one = (load_file(folder / "out" / name / "model.safetensors") for name in ("two", "plain"))
     for name, expected in one.items():
@@ -172,8 +168,6 @@ def test_a_run_of_two_processes_exports_the_same(folder, exported):
 def test_a_bfloat16_run_keeps_decay_and_erase_bias_in_float32(folder):
     train(folder, "tiny.yaml", "run.name=half", "training.precision=bf16", "training.steps=3", "checkpoint.interval=3")
     program(folder, "export", "runs/half", "out/half")
-    from safetensors.torch import load_file
-
     kinds = {name: w.dtype for name, w in load_file(folder / "out" / "half" / "model.safetensors").items()}
     in_float32 = {name for name, kind in kinds.items() if kind == torch.float32}
     assert in_float32 == {name for name in kinds if name.endswith(("A_log", "dt_bias", "erase_bias"))}
