@@ -13,9 +13,10 @@ def _with_buffers_of_matrices(original: Callable[..., Any]) -> Callable[..., Any
     @functools.wraps(original)
     def wrap(model: list[Any], data_parallel_random_init: bool, ddp_config: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.core.optimizer.layer_wise_optimizer import tag_params_for_buffer_routing
-        from megatron.training import get_args
+        from megatron.training import global_vars
 
-        if get_args().use_layer_wise_distributed_optimizer:
+        chosen = global_vars._GLOBAL_ARGS  # None where Megatron-Bridge trains
+        if chosen is not None and chosen.use_layer_wise_distributed_optimizer:
             tag_params_for_buffer_routing(model)
             ddp_config.use_distributed_optimizer = True
         return original(model, data_parallel_random_init, ddp_config, *args, **kwargs)

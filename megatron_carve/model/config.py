@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from megatron_carve.model.variants import VARIANTS, MixerKind
@@ -85,6 +85,22 @@ class MixerOptions:
         if self.erase_bias is not None:
             return self.erase_bias
         return DIAGONAL_ERASE_BIAS if self.erase == "diagonal" else 0.0
+
+
+@dataclass
+class MixerFields:
+    """What a mixer reads of Megatron's configuration beyond Megatron's own fields; for a class that has both."""
+
+    mixer: dict[str, Any] = field(default_factory=dict)
+    """MixerOptions by name."""
+    mixer_backend: str = "auto"
+    """"auto", "triton" or "torch"."""
+    mixer_recompute: bool = False
+    """Compute the recurrence again in the backward instead of keeping what it needs."""
+    mixer_context: str = "auto"
+    """How context-parallel ranks share a mixer's work: "auto", "heads" or "sequence"."""
+    mixer_packed_order: str = "document"
+    """How packed sequences are divided over context-parallel ranks: "document" or "sequence"."""
 
 
 # What Transformer Engine asks of both sizes of a matrix in 8 bits.

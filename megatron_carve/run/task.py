@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from megatron_carve.data.blend import Blend
 from megatron_carve.data.datasets import SameSamples, build_gpt_datasets
 from megatron_carve.data.packing import PackedExamples
 from megatron_carve.data.recall import RecallDataset
-from megatron_carve.model.config import LayerImplementation, MixerConfig
+from megatron_carve.model.config import LayerImplementation, MixerConfig, MixerFields
 from megatron_carve.model.context.documents import Documents
 from megatron_carve.model.variants import MIXER_LETTERS
 from megatron_carve.recipe import Recipe
@@ -41,19 +41,8 @@ BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 @dataclass
-class MixerTransformerConfig(TransformerConfig):
+class MixerTransformerConfig(TransformerConfig, MixerFields):
     """Megatron's configuration with the mixers' options, which every layer of the model can then see."""
-
-    mixer: dict[str, Any] = field(default_factory=dict)
-    """config.MixerOptions by name."""
-    mixer_backend: str = "auto"
-    """"auto", "triton" or "torch"."""
-    mixer_recompute: bool = False
-    """Compute the recurrence again in the backward instead of keeping what it needs."""
-    mixer_context: str = "auto"
-    """How context-parallel ranks share a mixer's work: "auto", "heads" or "sequence"."""
-    mixer_packed_order: str = "document"
-    """How packed sequences are divided over context-parallel ranks: "document" or "sequence"."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +68,13 @@ class Task:
         args.consumed_valid_samples = 0
         for_training, for_validation = num_samples[:2]
         once = min(args.eval_iters * getattr(args, "eval_global_batch_size", args.global_batch_size), for_validation)
-        train, validation = self._splits(for_training, once, vp_stage)
+        train, validation = self.splits(for_training, once, args.data_cache_path, vp_stage)
         return train, None if validation is None else SameSamples(validation, once, for_validation), None
 
-    def _splits(self, for_training: int, for_validation: int, vp_stage: int | None) -> tuple[Any, Any]:
+    def splits(
+        self, for_training: int, for_validation: int, cache: str | None, vp_stage: int | None = None
+    ) -> tuple[Any, Any]:
+        """(train, validation) of so many samples; `cache` is where Megatron keeps its index of them."""
         recipe, seed = self.recipe, self.recipe.training.seed
         if recipe.data.source == "recall":
             sizes = dataclasses.asdict(recipe.data.recall)
@@ -101,7 +93,7 @@ class Task:
             seed=seed,
             eod=self.eod,
             vocab_size=self.vocab_size,
-            cache_path=get_args().data_cache_path,
+            cache_path=cache,
             is_built_on_rank=partial(_reads_data, vp_stage, documents=self.apart),
             documents_apart=self.apart,
         )
@@ -156,6 +148,14 @@ class Task:
 
 def model_config(args: Any, recipe: Recipe, layers: LayerImplementation) -> Any:
     """Megatron's HybridModelConfig for its validated arguments and our recipe."""
+    transformer = transformer_config(args, recipe, MixerTransformerConfig)
+    config = hybrid_config_from_args(args, config=transformer)
+    config.hybrid_stack_spec = stack_spec(layers, attention_convolution=recipe.model.attention_convolution)
+    return config
+
+
+def transformer_config[T](args: Any, recipe: Recipe, kind: type[T]) -> T:
+    """A configuration of class `kind`, which has MixerFields, for Megatron's validated arguments and our recipe."""
     # Attributes of the arguments are stored in Megatron's checkpoints.
     args.mixer = recipe.mixer.options
     args.mixer_backend = recipe.model.mixer_backend
@@ -171,9 +171,7 @@ def model_config(args: Any, recipe: Recipe, layers: LayerImplementation) -> Any:
         args = argparse.Namespace(**vars(args))
         args.num_attention_heads *= args.tensor_model_parallel_size
         args.num_query_groups, args.group_query_attention = None, False
-    config = hybrid_config_from_args(args, config=core_transformer_config_from_args(args, MixerTransformerConfig))
-    config.hybrid_stack_spec = stack_spec(layers, attention_convolution=recipe.model.attention_convolution)
-    return config
+    return core_transformer_config_from_args(args, kind)
 
 
 def count_parameters(models: list[torch.nn.Module]) -> int:

@@ -215,22 +215,24 @@ def from_hugging_face(weights: dict[str, Tensor], recipe: Recipe) -> dict[str, T
         ValueError: weights that are missing, or more than there should be.
     """
     known = links(recipe)
-    expected = {name for link in known for name in link.theirs}
-    if missing := sorted(expected - set(weights)):
-        raise ValueError(f"{WEIGHTS}: expected {len(expected)} tensors, but {missing[0]} is missing")
-    if extra := sorted(set(weights) - expected):
-        raise ValueError(f"{WEIGHTS}: there is no place for {extra[0]} in this model")
+    check_names(set(weights), known)
     return {link.ours: link.join(*(weights[name] for name in link.theirs)) for link in known}
+
+
+def check_names(found: set[str], known: Sequence[Link]) -> None:
+    """Raise ValueError unless the names of weights that were found are those of the links."""
+    expected = {name for link in known for name in link.theirs}
+    if missing := sorted(expected - found):
+        raise ValueError(f"{WEIGHTS}: expected {len(expected)} tensors, but {missing[0]} is missing")
+    if extra := sorted(found - expected):
+        raise ValueError(f"{WEIGHTS}: there is no place for {extra[0]} in this model")
 
 
 def configuration(recipe: Recipe, padded_vocab: int, eod: int | None, step: int) -> dict[str, Any]:
     """What config.json holds."""
     m = recipe.model
-    values = recipe.to_dict()
-    kept = {section: values[section] for section in KEPT_SECTIONS}
+    kept = kept_recipe(recipe)
     kept["model"]["pattern"] = m.pattern.replace("|", "")
-    kept["data"] = _data(recipe)
-    kept["training"] = {"precision": recipe.training.precision, "seq_length": recipe.training.seq_length}
     return {
         "architectures": ["CarveForCausalLM"],
         "auto_map": {
@@ -253,10 +255,19 @@ def configuration(recipe: Recipe, padded_vocab: int, eod: int | None, step: int)
         "norm_epsilon": m.norm_epsilon,
         "tie_word_embeddings": m.tie_embeddings,
         "eos_token_id": eod,
-        "mixer": values["mixer"],
+        "mixer": kept["mixer"],
         "recipe": kept,
         "step": step,
     }
+
+
+def kept_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The sections that say what the model is and what it was trained on."""
+    values = recipe.to_dict()
+    kept = {section: values[section] for section in KEPT_SECTIONS}
+    kept["data"] = _data(recipe)
+    kept["training"] = {"precision": recipe.training.precision, "seq_length": recipe.training.seq_length}
+    return kept
 
 
 def _data(recipe: Recipe) -> dict[str, Any]:
@@ -280,12 +291,13 @@ def copy_tokenizer(folder: Path, spec: str, place: Path) -> None:
 
 
 def write_folder(
-    out: Path, weights: dict[str, Tensor], config: dict[str, Any], *, vocab_size: int, tokenizer: Tokenizer | None
+    out: Path, weights: dict[str, Tensor] | None, config: dict[str, Any], *, vocab_size: int, tokenizer: Tokenizer | None
 ) -> list[str]:
     """Write a Hugging Face folder; returns what a user should know about it.
 
     Args:
         out: a folder that is not there yet, or empty.
+        weights: None for a folder without them.
         vocab_size: token ids that mean something; the others of config["vocab_size"] are never generated.
     """
     from safetensors.torch import save_file
@@ -298,8 +310,9 @@ def write_folder(
     for name, value in ((CONFIG, config), ("generation_config.json", generation)):
         (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     shutil.copy(MODELING, out / MODELING.name)
-    save_file(weights, out / WEIGHTS, {"format": "pt", CHECKSUM: _checksum(weights)})
-    _order_metadata(out / WEIGHTS)
+    if weights is not None:
+        save_file(weights, out / WEIGHTS, {"format": "pt", CHECKSUM: _checksum(weights)})
+        _order_metadata(out / WEIGHTS)
     return notes
 
 

@@ -1,0 +1,114 @@
+"""Runtime patches to Megatron-Bridge, applied by `prepare`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+from megatron_carve.patches import Patch, Replacement, dataset_helpers as core_dataset_helpers
+
+VERSIONS = "==0.6.2"
+NEEDY = "megatron.bridge.peft.lora_layers"
+ABSENT = ("transformer_engine", "transformer_engine.pytorch")
+
+
+class _Absent(ModuleType):
+    """In the place of a package that is not installed, where only its names are wanted, for annotations."""
+
+    def __getattr__(self, name: str) -> _Absent:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Absent(f"{self.__name__}.{name}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise ImportError(f"{self.__name__}: Transformer Engine is not installed")
+
+
+class _NamesOnly(Loader):
+    """Runs one module with names of Transformer Engine, which no other module sees."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        for name in ("megatron.core.transformer.moe.moe_utils", "megatron.bridge.peft.adapter_wrapper"):
+            importlib.import_module(name)  # what the module imports must not see the names either
+        kept = {name: sys.modules[name] for name in ABSENT if name in sys.modules}
+        sys.modules.update({name: _Absent(name) for name in ABSENT})
+        setattr(sys.modules[ABSENT[0]], "pytorch", sys.modules[ABSENT[1]])  # noqa: B010
+        try:
+            self.loader.exec_module(module)
+        finally:
+            for name in ABSENT:
+                del sys.modules[name]
+            sys.modules.update(kept)
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:  # fmt: skip
+        if fullname != NEEDY or importlib.util.find_spec(ABSENT[0]) is not None:
+            return None
+        spec = PathFinder.find_spec(fullname, path)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _NamesOnly(spec.loader)
+        return spec
+
+
+_finder = _Finder()
+
+without_transformer_engine = Patch(
+    name="bridge_without_transformer_engine",
+    reason="megatron.bridge imports transformer_engine.pytorch for adapters of its layers, whether there are any or not",
+    upstream="megatron/bridge/peft/lora_layers.py, line 20, and annotations in class TEFusedLoRALinear",
+    remove_when="that import is guarded, as Megatron-Bridge's others of Transformer Engine are",
+    replacements=[],
+    versions=VERSIONS,
+    distribution="megatron-bridge",
+    on_apply=lambda: sys.meta_path.insert(0, _finder),
+    on_revert=lambda: sys.meta_path.remove(_finder),
+)
+
+
+def _as_core(_: Callable[[], None]) -> Callable[[], None]:
+    from megatron.core.datasets.utils import compile_helpers
+
+    assert core_dataset_helpers.applied
+    return compile_helpers
+
+
+dataset_helpers = Patch(
+    name="bridge_dataset_helpers",
+    reason=core_dataset_helpers.reason,
+    upstream="megatron/bridge/training/initialize.py, which took compile_helpers by name",
+    remove_when=core_dataset_helpers.remove_when,
+    replacements=[Replacement("megatron.bridge.training.initialize:compile_helpers", _as_core)],
+    versions=VERSIONS,
+    distribution="megatron-bridge",
+)
+
+cpu = Patch(
+    name="bridge_cpu",
+    reason="Megatron-Bridge asserts that there is a GPU",
+    upstream="megatron/bridge/training/initialize.py, initialize_megatron",
+    remove_when="its pretrain has a way to say allow_no_cuda",
+    replacements=[
+        Replacement(
+            "megatron.bridge.training.setup:initialize_megatron",
+            lambda initialize: functools.partial(initialize, allow_no_cuda=True),
+        )
+    ],
+    versions=VERSIONS,
+    distribution="megatron-bridge",
+)

@@ -1,0 +1,83 @@
+"""Megatron-Bridge's provider of our models."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_carve.model.config import MixerFields
+from megatron_carve.model.variants import MIXER_LETTERS
+from megatron_carve.run.session import patch_megatron
+from megatron_carve.run.task import ATTENTION_LETTERS, mixer_flops
+from megatron_carve.specs import stack_spec
+
+
+def mixer_stack_spec(config: Any) -> ModuleSpec:
+    """The layers of a model with mixers; a named function, which a saved configuration can name."""
+    return stack_spec(config.transformer_impl)
+
+
+@dataclass
+class MixerModelProvider(HybridModelProvider, MixerFields):
+    """HybridModelProvider with the mixers' letters, layers and options.
+
+    `recipe` holds the sections of a recipe that say what the model is; recipes.pretrain_config and AutoBridge make
+    providers from it.
+    """
+
+    hybrid_stack_spec: Any = mixer_stack_spec
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """What config.json of an exported folder has as its recipe: the sections model, mixer, data, training."""
+
+    def finalize(self) -> None:
+        """As upstream, with our layer letters, and for every layout the same sizes.
+
+        Raises:
+            ValueError: sizes that are not the recipe's, by which weights are named and checked.
+        """
+        patch_megatron()  # a provider may also come from a checkpoint, without a recipe function
+        if self.recipe:
+            self._require_its_recipe()
+            model = self.recipe["model"]
+            staged = self.pipeline_model_parallel_size > 1
+            self.hybrid_layer_pattern = model["pattern"] if staged else model["pattern"].replace("|", "")
+            if not set(model["pattern"]) & ATTENTION_LETTERS:
+                # Megatron asks for heads that the tensor-parallel size divides, also where no layer has any.
+                self.num_attention_heads = model["num_attention_heads"] * self.tensor_model_parallel_size
+        super().finalize()
+
+    def _require_its_recipe(self) -> None:
+        own = {
+            "model.hidden_size": self.hidden_size,
+            "model.ffn_hidden_size": self.ffn_hidden_size,
+            "model.tie_embeddings": self.share_embeddings_and_output_weights,
+            "mixer.num_key_heads": self.linear_num_key_heads,
+            "mixer.num_value_heads": self.linear_num_value_heads,
+            "mixer.key_head_dim": self.linear_key_head_dim,
+            "mixer.value_head_dim": self.linear_value_head_dim,
+            "mixer.conv_width": self.linear_conv_kernel_dim,
+            **{f"mixer.{name}": value for name, value in self.mixer.items()},
+        }
+        for key, value in own.items():
+            section, _, name = key.partition(".")
+            if value != self.recipe[section][name]:
+                raise ValueError(
+                    f"{key}: the provider has {value!r} and its recipe {self.recipe[section][name]!r}; give the recipe "
+                    f"function the override {key}={value}"
+                )
+
+    def _get_num_floating_point_operations(self, batch_size: int) -> float:
+        """Megatron-Bridge's count, which is silent about letters that it does not know, and our layers'."""
+        from megatron.bridge.training.utils.flop_utils import num_floating_point_operations
+
+        plain = copy.copy(self)
+        plain.__class__ = HybridModelProvider
+        total = num_floating_point_operations(SimpleNamespace(model=plain, peft=None, dataset=None), batch_size)
+        pattern = self.hybrid_layer_pattern or ""
+        ours = sum(pattern.count(letter) * mixer_flops(self, letter) for letter in MIXER_LETTERS)
+        return total + 3 * batch_size * self.seq_length * ours  # forward once, backward twice the forward
