@@ -43,6 +43,11 @@ def prepare(device: Literal["auto", "cuda", "cpu"] = "auto") -> None:
 
     patches.without_transformer_engine.apply()
     patch_megatron()
-    for patch in (patches.dataset_helpers, *([patches.cpu] if chosen == "cpu" else [])):
+    for patch in (patches.dataset_helpers, patches.checkpoint_arguments, *([patches.cpu] if chosen == "cpu" else [])):
         patch.apply()
-    import megatron_carve.bridge.conversion  # noqa: F401  registers
+    import megatron_carve.bridge.conversion  # noqa: F401  registers its kind of model
+
+    from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
+
+    for module in ("provider", "data"):  # what its checkpoints' run_config.yaml may make
+        register_allowed_target_prefix(f"megatron_carve.bridge.{module}")

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
 
+from megatron_carve.data.tokenizer import load_tokenizer
 from megatron_carve.recipe import Recipe
 from megatron_carve.run.data import prepared_blend, run_tokenizer
+from megatron_carve.run.folder import RunFolder, keep_tokenizer
 from megatron_carve.run.task import Task
 from megatron_carve.run.vocabulary import vocab_size
 
@@ -26,13 +28,22 @@ class RecipeData(DatasetProvider):
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Any, Any, None]:
         """(train, validation, no test); texts are tokenised by one process, for which the others wait.
 
+        The folder of recipe.run gets the recipe and the tokenizer, by which our own programs know a run.
+
         Raises:
             ValueError, OSError: what is wrong with the data, naming the recipe's key.
         """
         recipe = Recipe.from_dict(self.recipe)
         if torch.distributed.get_rank() == 0:
-            prepared_blend(recipe)
+            self._begin_run(recipe)
         torch.distributed.barrier()
         task = Task(recipe, vocab_size(recipe), run_tokenizer(recipe).eod, prepared_blend(recipe))
         train, validation = task.splits(context.train_samples, context.valid_samples, self.cache_path)
         return train, validation, None
+
+    def _begin_run(self, recipe: Recipe) -> None:
+        prepared_blend(recipe)
+        run = RunFolder(recipe.run.path)
+        if recipe.data.source != "recall" and not (run.tracker.exists() and run.tokenizer.exists()):
+            keep_tokenizer(load_tokenizer(recipe.data.tokenizer), run.tokenizer)
+        run.save_recipe(recipe)

@@ -112,3 +112,47 @@ cpu = Patch(
     versions=VERSIONS,
     distribution="megatron-bridge",
 )
+
+
+def _telling_steps(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def save_checkpoint(state: Any, *args: Any, **kwargs: Any) -> None:
+        if (megatron := getattr(state.cfg.model, ARGUMENTS, None)) is not None:
+            megatron.iteration = state.train_state.step
+            for name in ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"):
+                setattr(megatron, name, getattr(state.train_state, name))
+        original(state, *args, **kwargs)
+
+    return save_checkpoint
+
+
+def _with_arguments(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    @functools.wraps(original)
+    def generate_state_dict(
+        config: Any, model: list[Any], *args: Any, iteration: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:  # fmt: skip
+        state = original(config, model, *args, iteration=iteration, **kwargs)
+        megatron = getattr(model[0].config, ARGUMENTS, None) if model else None
+        if megatron is not None and iteration is not None:  # None where a checkpoint is loaded
+            state["args"] = megatron
+        return state
+
+    return generate_state_dict
+
+
+ARGUMENTS = "_megatron_arguments"
+"""A provider's attribute: the arguments by which Megatron, and so our own programs, knows the model again."""
+
+checkpoint_arguments = Patch(
+    name="bridge_checkpoint_arguments",
+    reason="Megatron takes a checkpoint without its arguments for a GPT model's, and begins to count at step 0",
+    upstream="megatron/bridge/training/checkpointing.py, generate_state_dict; megatron/training/checkpointing.py, "
+    "_maybe_setup_gpt_to_hybrid_load",
+    remove_when="Megatron's loading reads run_config.yaml and train_state.pt, or needs no arguments",
+    replacements=[
+        Replacement("megatron.bridge.training.checkpointing:save_checkpoint", _telling_steps),
+        Replacement("megatron.bridge.training.checkpointing:generate_state_dict", _with_arguments),
+    ],
+    versions=VERSIONS,
+    distribution="megatron-bridge",
+)

@@ -22,8 +22,10 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
 
 from megatron_carve.bridge.data import RecipeData
+from megatron_carve.bridge.patches import ARGUMENTS
 from megatron_carve.bridge.provider import MixerModelProvider
 from megatron_carve.recipe import Recipe, load_recipe, recipe_names
+from megatron_carve.run.folder import RunFolder
 from megatron_carve.run.launch import use_device
 from megatron_carve.run.preflight import check_backend, check_options, choose_layers, megatron_arguments
 from megatron_carve.run.session import command_line
@@ -67,6 +69,7 @@ def pretrain_config(recipe: str | Recipe, *overrides: str) -> bridge.ConfigConta
     container = pretrain_cfg_container_from_args(args, object())
     made = {name: _as(kind, getattr(container, name)) for name, kind in SECTIONS.items()}
     made["checkpoint"].load = made["checkpoint"].save
+    made["checkpoint"].ckpt_step = _newest_step(resolved)
     data = RecipeData(
         recipe=resolved.to_dict(), cache_path=args.data_cache_path, dataloader_type=args.dataloader_type or "single",
         num_workers=args.num_workers, persistent_workers=args.num_workers > 0,
@@ -128,6 +131,19 @@ def _megatron_args(recipe: Recipe) -> Any:
         return validate_args(args)
 
 
+def _newest_step(recipe: Recipe) -> int | None:
+    """Of the run's checkpoints, whichever program saved it; Megatron-Bridge looks for its own alone.
+
+    Raises:
+        CheckpointError: it is damaged, or of another model.
+    """
+    run = RunFolder(recipe.run.path)
+    step = run.checkpoint_step()
+    if step is not None:
+        run.check_same_model(recipe)
+    return step
+
+
 def model_provider(recipe: Recipe, padded_vocab: int) -> MixerModelProvider:
     """A provider of a recipe's model, with the layers that this machine has, for one process until changed."""
     return _provider(_megatron_args(_resolved(recipe, ())), recipe, padded_vocab)
@@ -141,6 +157,7 @@ def _provider(args: Any, recipe: Recipe, padded_vocab: int | None = None) -> Mix
     provider.should_pad_vocab = False
     provider.share_embeddings_and_output_weights = recipe.model.tie_embeddings
     provider.recipe = kept_recipe(recipe)
+    setattr(provider, ARGUMENTS, args)
     return provider
 
 
