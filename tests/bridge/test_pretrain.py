@@ -1,0 +1,42 @@
+"""Megatron-Bridge trains our recipes, and its runs are runs of ours."""
+
+import pytest
+import torch
+from support.bridge import pretrain, weights
+from support.train import train
+
+from megatron_carve.run.folder import CheckpointError
+
+
+def config(folder, name, *words):
+    from megatron_carve.bridge.recipes import pretrain_config
+
+    return pretrain_config(str(folder / "tiny.yaml"), f"run.name={name}", f"run.folder={folder / 'runs'}", *words)
+
+
+def test_both_programs_train_one_run_in_turn_as_ours_does_alone(folder):
+    printed = pretrain(config(folder, "turns", "training.steps=2"))
+    assert "iteration        2/       2" in printed
+    done = train(folder, "tiny.yaml", "run.name=turns", "training.steps=4")
+    assert "resuming at step 2" in done.stdout + done.stderr
+    printed = pretrain(config(folder, "turns"))
+    assert "successfully loaded checkpoint" in printed and "at iteration 4" in printed
+    assert "iteration        5/       6" in printed
+    train(folder, "tiny.yaml", "run.name=alone")
+    turns, alone = (weights(folder / "runs" / name) for name in ("turns", "alone"))
+    assert turns.keys() == alone.keys()
+    for name, x in alone.items():
+        torch.testing.assert_close(turns[name], x, rtol=0, atol=0, msg=name)
+
+
+def test_bridge_goes_on_from_its_own_checkpoint(folder):
+    pretrain(config(folder, "resumed", "training.steps=2"))
+    assert "at iteration 2" in pretrain(config(folder, "resumed"))
+    resumed, alone = (weights(folder / "runs" / name) for name in ("resumed", "turns"))
+    for name, x in alone.items():
+        torch.testing.assert_close(resumed[name], x, rtol=0, atol=0, msg=name)
+
+
+def test_a_run_of_another_model_is_refused(folder):
+    with pytest.raises(CheckpointError, match=r"another model \(model.hidden_size is 32 there and 64 here\)"):
+        config(folder, "turns", "model.hidden_size=64")
