@@ -43,7 +43,8 @@ def prepare(device: Literal["auto", "cuda", "cpu"] = "auto") -> None:
 
     patches.without_transformer_engine.apply()
     patch_megatron()
-    for patch in (patches.dataset_helpers, patches.checkpoint_arguments, *([patches.cpu] if chosen == "cpu" else [])):
+    always = (patches.adapters, patches.dataset_helpers, patches.checkpoint_arguments)
+    for patch in (*always, *([patches.cpu] if chosen == "cpu" else [])):
         patch.apply()
     import megatron_carve.bridge.conversion  # noqa: F401  registers its kind of model
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.conversion.param_mapping import MegatronParamMapping
+from megatron.bridge.training.model_load_save import load_model_config, temporary_distributed_context
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
@@ -25,20 +27,23 @@ from megatron_carve.use.hugging_face import Link, links
 
 
 class Piece(NamedTuple):
-    """A section of a tensor, one after another along its first axis, and this tensor-parallel rank's part of it."""
+    """What a tensor-parallel rank has of a section of a tensor; sections, and a rank's pieces, follow one another."""
 
+    section: str
     shape: tuple[int, ...]
+    """Of the section."""
     offset: tuple[int, ...]
+    """Of the piece in it."""
     own: tuple[int, ...]
-    """The shape of the rank's part."""
+    """The shape of the piece."""
 
-    def take(self, section: Tensor) -> Tensor:
-        return section[tuple(slice(o, o + n) for o, n in zip(self.offset, self.own, strict=True))]
+    @property
+    def place(self) -> tuple[slice, ...]:
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.own, strict=True))
 
-    def join(self, parts: list[Tensor]) -> Tensor:
-        """The section of all ranks' parts of it, in their order."""
-        axes = [axis for axis, (n, all_) in enumerate(zip(self.own, self.shape, strict=True)) if n != all_]
-        return torch.cat(parts, axes[0]) if axes else parts[0]
+
+def _sections(pieces: list[Piece]) -> dict[str, tuple[int, ...]]:
+    return {piece.section: piece.shape for piece in pieces}
 
 
 class LinkMapping(MegatronParamMapping[Any]):
@@ -64,12 +69,14 @@ class LinkMapping(MegatronParamMapping[Any]):
         parts = [hf_weights] if isinstance(hf_weights, Tensor) else [hf_weights[name] for name in self.link.theirs]
         whole = self.link.join(*parts)
         assert self.pieces is not None
-        rows = [piece.shape[0] for piece in self.pieces]
+        sections = _sections(self.pieces)
+        rows = [shape[0] for shape in sections.values()]
         expected = (sum(rows), *self.pieces[0].shape[1:])
         if tuple(whole.shape) != expected:
             names = ", ".join(self.link.theirs)
             raise ValueError(f"{names}: expected {self.link.ours} of shape {expected}, got {tuple(whole.shape)}")
-        return torch.cat([p.take(section) for p, section in zip(self.pieces, whole.split(rows), strict=True)])
+        found = dict(zip(sections, whole.split(rows), strict=True))
+        return torch.cat([found[piece.section][piece.place] for piece in self.pieces])
 
     def megatron_to_hf(
         self, megatron_weights: Tensor | None, megatron_module: torch.nn.Module | None
@@ -77,9 +84,15 @@ class LinkMapping(MegatronParamMapping[Any]):
         """The weights, on every rank, of the parts that ranks have."""
         own = self.broadcast_from_pp_rank(megatron_weights, cache_key=self.link.ours)
         pieces = self.broadcast_obj_from_pp_rank(self.pieces, f"{self.link.ours} pieces")
-        rows = [piece.own[0] for piece in pieces]
-        ranks = [part.split(rows) for part in self.gather_from_tp_ranks(own.contiguous())]
-        whole = torch.cat([p.join(list(parts)) for p, parts in zip(pieces, zip(*ranks, strict=True), strict=True)])
+        of_ranks = [pieces]
+        if self.tp_size > 1:
+            of_ranks = [[]] * self.tp_size
+            torch.distributed.all_gather_object(of_ranks, pieces, group=self.tp_group)
+        found = {section: own.new_empty(shape) for section, shape in _sections(pieces).items()}
+        for its_pieces, its_part in zip(of_ranks, self.gather_from_tp_ranks(own.contiguous()), strict=True):
+            for piece, x in zip(its_pieces, its_part.split([piece.own[0] for piece in its_pieces]), strict=True):
+                found[piece.section][piece.place] = x
+        whole = torch.cat(list(found.values()))
         return dict(zip(self.link.theirs, (x.contiguous() for x in self.link.split(whole)), strict=True))
 
 
@@ -91,12 +104,15 @@ class CarveBridge(MegatronModelBridge):
 
     def provider_bridge(self, hf_pretrained: Any) -> MixerModelProvider:
         """A provider of the model of a folder, with the layers that this machine has."""
-        return model_provider(kept_recipe_of(hf_pretrained.config.recipe), hf_pretrained.config.vocab_size)
+        config = hf_pretrained.config
+        recipe = recipe_of(config.recipe)
+        here = dataclasses.replace(recipe.model, layers="auto", mixer_backend="auto")
+        return model_provider(dataclasses.replace(recipe, model=here), config.vocab_size)
 
     @classmethod
     def megatron_to_hf_config(cls, provider: MixerModelProvider) -> dict[str, Any]:
         """What config.json holds; the end of a document and the step are the reference folder's."""
-        config = hugging_face.configuration(kept_recipe_of(provider.recipe), provider.vocab_size, None, 0)
+        config = hugging_face.configuration(recipe_of(provider.recipe), provider.vocab_size, None, 0)
         return {key: value for key, value in config.items() if key not in ("eos_token_id", "step")}
 
     def mapping_registry(self) -> MegatronMappingRegistry:
@@ -128,16 +144,13 @@ class CarveBridge(MegatronModelBridge):
         return tasks
 
     def _links(self) -> list[Link]:
-        return links(kept_recipe_of(self.hf_config.recipe))
+        return links(recipe_of(self.hf_config.recipe))
 
 
-def kept_recipe_of(kept: dict[str, Any]) -> Recipe:
-    """The recipe of kept sections, with nothing left to train, for whatever layers and kernels are here."""
+def recipe_of(kept: dict[str, Any]) -> Recipe:
+    """The recipe of the sections that a folder or a provider keeps, with nothing left to train."""
     values = {**kept, "training": {**kept["training"], "steps": 1}}
-    recipe = Recipe.from_dict(values, origin="config.json: recipe")
-    return dataclasses.replace(
-        recipe, model=dataclasses.replace(recipe.model, layers="auto", mixer_backend="auto")
-    )  # fmt: skip
+    return Recipe.from_dict(values, origin="config.json: recipe")
 
 
 def reference_folder(provider: MixerModelProvider, out: Path) -> list[str]:
@@ -150,10 +163,30 @@ def reference_folder(provider: MixerModelProvider, out: Path) -> list[str]:
     Returns:
         what a user should know about it.
     """
-    recipe = kept_recipe_of(provider.recipe)
+    recipe = recipe_of(provider.recipe)
     tokenizer = None if recipe.data.source == "recall" else load_tokenizer(recipe.data.tokenizer)
     config = hugging_face.configuration(recipe, provider.vocab_size, None if tokenizer is None else tokenizer.eod, 0)
     return hugging_face.write_folder(out, None, config, vocab_size=vocab_size(recipe), tokenizer=tokenizer)
+
+
+def export(checkpoints: Path, out: Path) -> list[str]:
+    """Write the newest checkpoint of a run that Megatron-Bridge trained as our own program writes ours.
+
+    AutoBridge's export_ckpt does so too, from a `reference_folder` that has a tokenizer.json; this needs none.
+
+    Args:
+        checkpoints: the folder with iter_... in it.
+        out: a folder that is not there yet, or empty.
+
+    Returns:
+        what a user should know about it.
+    """
+    newest = max(checkpoints.glob("iter_*"), key=lambda place: int(place.name.removeprefix("iter_")))
+    notes = reference_folder(load_model_config(str(newest))[0], out)
+    bridge = AutoBridge.from_auto_config(str(newest), str(out), trust_remote_code=True)
+    with temporary_distributed_context(backend="gloo"):
+        bridge.save_hf_weights(bridge.load_megatron_model(newest), out, show_progress=False)
+    return notes
 
 
 def _named(found: list[Link]) -> Iterator[tuple[Link, str] | tuple[Link, str, str]]:
@@ -170,6 +203,9 @@ def _pieces(entry: Any) -> list[Piece]:
     tensors = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
     tensors = list(tensors.values()) if isinstance(tensors, dict) else tensors
     return [
-        Piece(tuple(x.global_shape[x.prepend_axis_num :]), tuple(x.global_offset[x.prepend_axis_num :]), tuple(x.local_shape))
+        Piece(
+            x.key, tuple(x.global_shape[x.prepend_axis_num :]), tuple(x.global_offset[x.prepend_axis_num :]),
+            tuple(x.local_shape),
+        )
         for x in tensors
-    ]
+    ]  # fmt: skip

@@ -81,6 +81,23 @@ without_transformer_engine = Patch(
 )
 
 
+def _as_it_is(found: bool) -> bool:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return found and HAVE_TE
+
+
+adapters = Patch(
+    name="bridge_adapters",
+    reason="without Transformer Engine its layers in Megatron-Core are mocks, which adapters take for classes",
+    upstream="megatron/bridge/peft/utils.py, HAVE_TE",
+    remove_when="that asks Megatron-Core's HAVE_TE",
+    replacements=[Replacement("megatron.bridge.peft.utils:HAVE_TE", _as_it_is)],
+    versions=VERSIONS,
+    distribution="megatron-bridge",
+)
+
+
 def _as_core(_: Callable[[], None]) -> Callable[[], None]:
     from megatron.core.datasets.utils import compile_helpers
 
@@ -98,16 +115,26 @@ dataset_helpers = Patch(
     distribution="megatron-bridge",
 )
 
+def _by_gloo(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
+        original("gloo" if backend == "nccl" else backend, *args, **kwargs)
+
+    return init_process_group
+
+
 cpu = Patch(
     name="bridge_cpu",
-    reason="Megatron-Bridge asserts that there is a GPU",
-    upstream="megatron/bridge/training/initialize.py, initialize_megatron",
-    remove_when="its pretrain has a way to say allow_no_cuda",
+    reason="Megatron-Bridge asserts that there is a GPU, and for a model outside of training takes NCCL",
+    upstream="megatron/bridge/training/initialize.py, initialize_megatron; megatron/bridge/models/model_provider.py, "
+    "provide_distributed_model and initialize_model_parallel",
+    remove_when="its pretrain has a way to say allow_no_cuda, and its models go by a configuration",
     replacements=[
         Replacement(
             "megatron.bridge.training.setup:initialize_megatron",
             lambda initialize: functools.partial(initialize, allow_no_cuda=True),
-        )
+        ),
+        Replacement("megatron.bridge.models.model_provider:torch.distributed.init_process_group", _by_gloo),
     ],
     versions=VERSIONS,
     distribution="megatron-bridge",

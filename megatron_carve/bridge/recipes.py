@@ -156,6 +156,8 @@ def _provider(args: Any, recipe: Recipe, padded_vocab: int | None = None) -> Mix
     provider.vocab_size = padded_vocab or -(-args.vocab_size // multiple) * multiple
     provider.should_pad_vocab = False
     provider.share_embeddings_and_output_weights = recipe.model.tie_embeddings
+    if provider.tensor_parallel_num_weight_shards == recipe.parallel.tensor:
+        provider.tensor_parallel_num_weight_shards = None  # as many as ranks, also of another layout
     provider.recipe = kept_recipe(recipe)
     setattr(provider, ARGUMENTS, args)
     return provider

@@ -3,6 +3,8 @@
 import contextlib
 import importlib.util
 import io
+import os
+import socket
 from pathlib import Path
 
 import torch
@@ -32,9 +34,21 @@ def pretrain(config) -> str:
     from megatron.bridge.training.pretrain import pretrain
 
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with alone(), contextlib.redirect_stdout(printed):
         pretrain(config, forward_step)
     return printed.getvalue()
+
+
+@contextlib.contextmanager
+def alone():
+    """One process, of which nothing is left in the environment, with a port of its own."""
+    from megatron_carve.run.session import session
+
+    with session(), socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+        s.close()
+        yield
 
 
 def logits(run: Path, ids: torch.Tensor) -> torch.Tensor:
