@@ -113,6 +113,8 @@ def _resolved(recipe: str | Recipe, overrides: tuple[str, ...]) -> Recipe:
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     if resolved.data.documents == "apart":
         raise ValueError("data.documents: Megatron-Bridge's steps know no documents apart; expected joined, got apart")
+    if (optimizer := resolved.megatron.get("optimizer", "adam")) != "adam":
+        raise ValueError(f"megatron.optimizer: expected adam with Megatron-Bridge, got {optimizer}")
     device = use_device(resolved.run.device)
     return dataclasses.replace(resolved, run=dataclasses.replace(resolved.run, device=device))
 

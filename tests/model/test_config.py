@@ -273,6 +273,7 @@ def layer_parameters(recipe: Recipe) -> int:
     counts = {
         "C": recipe.mixer.parameter_count("carve", h),
         "2": recipe.mixer.parameter_count("gdn2", h),
+        "K": recipe.mixer.parameter_count("kda", h),
         "*": 4 * h * h + h,  # query, key, value and output projections, input norm
         "-": 3 * h * m.ffn_hidden_size + h,  # gate, up and down projections, input norm
     }
@@ -286,6 +287,8 @@ class TestPublishedSizes:
             ("gdn2_1p3b_recurrent", 1_302_638_112),
             ("gdn2_1p3b_hybrid", 1_300_314_384),
             ("gdn2_125m", 101_598_096),
+            ("kda_125m", 87_552_912),
+            ("kda_1p3b_hybrid", 1_253_206_560),
             ("carve_125m", 94_673_664),
             ("carve_1p3b_recurrent", 1_360_825_344),
             ("carve_1p3b_hybrid", 1_328_924_928),

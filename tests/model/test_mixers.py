@@ -54,6 +54,7 @@ def hidden_states(length: int = LENGTH) -> torch.Tensor:
         ("gdn2_1p3b_recurrent", 1_302_638_112), ("gdn2_1p3b_hybrid", 1_300_314_384),
         ("carve_1p3b_recurrent", 1_360_825_344), ("carve_1p3b_hybrid", 1_328_924_928),
         ("carve_125m", 94_673_664), ("gdn2_125m", 101_598_096), ("carve_125m_moe", 177_215_040),
+        ("kda_125m", 87_552_912),
     ],
 )  # fmt: skip
 def test_built_models_have_the_number_of_parameters_that_their_recipes_say(recipe, layers):

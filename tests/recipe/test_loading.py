@@ -57,7 +57,7 @@ class TestShipped:
     def test_names(self):
         assert recipe_names() == [
             "carve_125m", "carve_125m_moe", "carve_1p3b_hybrid", "carve_1p3b_recurrent", "debug", "gdn2_125m",
-            "gdn2_1p3b_hybrid", "gdn2_1p3b_recurrent",
+            "gdn2_1p3b_hybrid", "gdn2_1p3b_recurrent", "kda_125m", "kda_1p3b_hybrid",
         ]  # fmt: skip
 
     @pytest.mark.parametrize(
