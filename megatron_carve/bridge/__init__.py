@@ -1,14 +1,14 @@
 """Our models in NVIDIA's Megatron-Bridge: recipes in its form, a model provider, and its conversion of weights.
 
-    from megatron_carve.bridge import prepare
-
-    prepare()  # before megatron.bridge is imported
+First of all `prepare()`, before megatron.bridge is imported; then:
 
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
     from megatron_carve.bridge.recipes import carve_1p3b_hybrid_pretrain_config
 
     pretrain(carve_1p3b_hybrid_pretrain_config(), forward_step)
+
+docs/bridge.md says the rest.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def prepare(device: Literal["auto", "cuda", "cpu"] = "auto") -> None:
     always = (patches.adapters, patches.dataset_helpers, patches.checkpoint_arguments)
     for patch in (*always, *([patches.cpu] if chosen == "cpu" else [])):
         patch.apply()
-    import megatron_carve.bridge.conversion  # noqa: F401  registers its kind of model
-
     from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
+
+    import megatron_carve.bridge.conversion  # noqa: F401  registers its kind of model
 
     for module in ("provider", "data"):  # what its checkpoints' run_config.yaml may make
         register_allowed_target_prefix(f"megatron_carve.bridge.{module}")

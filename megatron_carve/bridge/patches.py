@@ -12,7 +12,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-from megatron_carve.patches import Patch, Replacement, dataset_helpers as core_dataset_helpers
+from megatron_carve.patches import Patch, Replacement
+from megatron_carve.patches import dataset_helpers as core_dataset_helpers
 
 VERSIONS = "==0.6.2"
 NEEDY = "megatron.bridge.peft.lora_layers"
@@ -70,7 +71,7 @@ _finder = _Finder()
 
 without_transformer_engine = Patch(
     name="bridge_without_transformer_engine",
-    reason="megatron.bridge imports transformer_engine.pytorch for adapters of its layers, whether there are any or not",
+    reason="megatron.bridge imports transformer_engine.pytorch for adapters of its layers, also where there are none",
     upstream="megatron/bridge/peft/lora_layers.py, line 20, and annotations in class TEFusedLoRALinear",
     remove_when="that import is guarded, as Megatron-Bridge's others of Transformer Engine are",
     replacements=[],
@@ -114,6 +115,7 @@ dataset_helpers = Patch(
     versions=VERSIONS,
     distribution="megatron-bridge",
 )
+
 
 def _by_gloo(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)

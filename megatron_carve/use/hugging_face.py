@@ -291,7 +291,12 @@ def copy_tokenizer(folder: Path, spec: str, place: Path) -> None:
 
 
 def write_folder(
-    out: Path, weights: dict[str, Tensor] | None, config: dict[str, Any], *, vocab_size: int, tokenizer: Tokenizer | None
+    out: Path,
+    weights: dict[str, Tensor] | None,
+    config: dict[str, Any],
+    *,
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
 ) -> list[str]:
     """Write a Hugging Face folder; returns what a user should know about it.
 

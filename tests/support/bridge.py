@@ -14,7 +14,8 @@ inherit: debug
 model: {pattern: C-*-2-K-, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 4, num_query_groups: 2}
 mixer: {num_key_heads: 2, num_value_heads: 4, key_head_dim: 16, value_head_dim: 12, content_rank: 4}
 training:
-  {steps: 6, seq_length: 64, micro_batch_size: 2, global_batch_size: 4, lr_schedule: constant, eval_interval: 6, eval_iters: 1}
+  {steps: 6, seq_length: 64, micro_batch_size: 2, global_batch_size: 4, lr_schedule: constant, eval_interval: 6,
+   eval_iters: 1}
 checkpoint: {interval: 2}
 run: {log_interval: 1, device: cpu}
 """
