@@ -12,6 +12,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from megatron_carve.patches import Patch, Replacement
 from megatron_carve.patches import dataset_helpers as core_dataset_helpers
 
@@ -143,13 +145,17 @@ cpu = Patch(
 )
 
 
-def _telling_steps(original: Callable[..., None]) -> Callable[..., None]:
+def _telling_what_is(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def save_checkpoint(state: Any, *args: Any, **kwargs: Any) -> None:
         if (megatron := getattr(state.cfg.model, ARGUMENTS, None)) is not None:
             megatron.iteration = state.train_state.step
-            for name in ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"):
-                setattr(megatron, name, getattr(state.train_state, name))
+            megatron.world_size = torch.distributed.get_world_size()
+            megatron.data_parallel_size = state.cfg.data_parallel_size
+            # What may have been changed since the arguments were made.
+            for source, names in ((state.train_state, COUNTS), (state.cfg.model, LAYOUT), (state.cfg.train, BATCHES)):
+                for name in names:
+                    setattr(megatron, name, getattr(source, name))
         original(state, *args, **kwargs)
 
     return save_checkpoint
@@ -169,6 +175,11 @@ def _with_arguments(original: Callable[..., dict[str, Any]]) -> Callable[..., di
     return generate_state_dict
 
 
+COUNTS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+LAYOUT = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "sequence_parallel",
+)  # fmt: skip
+BATCHES = ("micro_batch_size", "global_batch_size")
 ARGUMENTS = "_megatron_arguments"
 """A provider's attribute: the arguments by which Megatron, and so our own programs, knows the model again."""
 
@@ -179,7 +190,7 @@ checkpoint_arguments = Patch(
     "_maybe_setup_gpt_to_hybrid_load",
     remove_when="Megatron's loading reads run_config.yaml and train_state.pt, or needs no arguments",
     replacements=[
-        Replacement("megatron.bridge.training.checkpointing:save_checkpoint", _telling_steps),
+        Replacement("megatron.bridge.training.checkpointing:save_checkpoint", _telling_what_is),
         Replacement("megatron.bridge.training.checkpointing:generate_state_dict", _with_arguments),
     ],
     versions=VERSIONS,

@@ -15,7 +15,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def bridge():
     if not INSTALLED:
-        pytest.skip("megatron-bridge is not installed here; .ci/test-bridge makes an environment that has it")
+        pytest.skip("megatron-bridge is not installed here; make test-bridge makes an environment that has it")
     from megatron_carve.bridge import prepare
     from megatron_carve.run.session import session
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.bridge import pretrain, weights
+from support.forks import checked, run_forked
 from support.train import train
 
 from megatron_carve.run.folder import CheckpointError
@@ -35,6 +36,35 @@ def test_bridge_goes_on_from_its_own_checkpoint(folder):
     resumed, alone = (weights(folder / "runs" / name) for name in ("resumed", "turns"))
     for name, x in alone.items():
         torch.testing.assert_close(resumed[name], x, rtol=0, atol=0, msg=name)
+
+
+SPREAD = """
+import sys
+
+from megatron_carve.bridge import prepare
+
+if __name__ == "__main__":
+    prepare("cpu")
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+    from megatron_carve.bridge.recipes import pretrain_config
+
+    config = pretrain_config("tiny.yaml", *sys.argv[1:])
+    config.model.tensor_model_parallel_size, config.model.sequence_parallel = 2, True
+    pretrain(config, forward_step)
+"""
+
+
+def test_a_layout_set_in_the_container_computes_the_same(folder):
+    """Two tensor-parallel ranks go on from one process, and our own program from them."""
+    pretrain(config(folder, "spread", "training.steps=2"))
+    (folder / "spread_run.py").write_text(SPREAD)
+    command = [str(folder / "spread_run.py"), "run.name=spread", "training.steps=4"]
+    checked(run_forked(command, processes=2, cwd=folder, timeout=560))
+    train(folder, "tiny.yaml", "run.name=spread")
+    spread, alone = (weights(folder / "runs" / name) for name in ("spread", "alone"))
+    for name, x in alone.items():
+        torch.testing.assert_close(spread[name], x, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_a_run_of_another_model_is_refused(folder):

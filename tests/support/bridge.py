@@ -60,9 +60,9 @@ def logits(run: Path, ids: torch.Tensor) -> torch.Tensor:
         return trained.model(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    """Of a run's newest checkpoint."""
+def weights(run: Path, step: int | None = None) -> dict[str, torch.Tensor]:
+    """Of a run's checkpoint, the newest if no step is given."""
     from megatron_carve.use.trained import trained_model
 
-    with trained_model(run, device="cpu") as trained:
+    with trained_model(run, device="cpu", step=step) as trained:
         return {name: x.clone() for name, x in trained.model.state_dict().items() if x is not None}
