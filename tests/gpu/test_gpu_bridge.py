@@ -24,8 +24,10 @@ if __name__ == "__main__":
     from megatron_carve.bridge.conversion import export
     from megatron_carve.bridge.recipes import pretrain_config
 
-    words = ["run.device=cuda", "run.folder=runs", "run.name=gpu", "model.layers=auto", "training.precision=bf16",
-             "mixer.key_head_dim=64", "mixer.value_head_dim=64", "data.text=cats.txt", *sys.argv[1:]]
+    words = [
+        "run.device=cuda", "run.folder=runs", "run.name=gpu", "model.layers=auto", "training.precision=bf16",
+        "model.hidden_size=256", "mixer.key_head_dim=64", "mixer.value_head_dim=64", "data.text=cats.txt",
+    ]
     pretrain(pretrain_config("tiny.yaml", *words), forward_step)
     pretrain(pretrain_config("tiny.yaml", *words, "training.steps=10"), forward_step)
     export(Path("runs/gpu/checkpoints"), Path("exported"))
