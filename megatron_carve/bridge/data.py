@@ -38,7 +38,7 @@ class RecipeData(DatasetProvider):
             self._begin_run(recipe)
         torch.distributed.barrier()
         task = Task(recipe, vocab_size(recipe), run_tokenizer(recipe).eod, prepared_blend(recipe))
-        train, validation = task.splits(context.train_samples, context.valid_samples, self.cache_path)
+        train, validation = task.splits(context.train_samples, context.valid_samples, self.cache_path, everywhere=True)
         return train, validation, None
 
     def _begin_run(self, recipe: Recipe) -> None:

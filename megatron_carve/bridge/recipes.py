@@ -65,16 +65,10 @@ def pretrain_config(recipe: str | Recipe, *overrides: str) -> bridge.ConfigConta
         ValueError, ImportError, NotImplementedError: what is wrong with the recipe, or does not fit this machine.
     """
     resolved = _resolved(recipe, overrides)
-    args = _megatron_args(resolved)
-    container = pretrain_cfg_container_from_args(args, object())
-    made = {name: _as(kind, getattr(container, name)) for name, kind in SECTIONS.items()}
-    made["checkpoint"].load = made["checkpoint"].save
-    made["checkpoint"].ckpt_step = _newest_step(resolved)
-    data = RecipeData(
-        recipe=resolved.to_dict(), cache_path=args.data_cache_path, dataloader_type=args.dataloader_type or "single",
-        num_workers=args.num_workers, persistent_workers=args.num_workers > 0,
-    )  # fmt: skip
-    return bridge.ConfigContainer(model=_provider(args, resolved), dataset=data, mixed_precision=None, **made)
+    config = _container(resolved)
+    config.checkpoint.load = config.checkpoint.save
+    config.checkpoint.ckpt_step = _newest_step(resolved)
+    return config
 
 
 def sft_config(recipe: str | Recipe, *overrides: str) -> bridge.ConfigContainer:
@@ -94,10 +88,19 @@ def peft_config(recipe: str | Recipe, *overrides: str) -> bridge.ConfigContainer
     return config
 
 
-def _finetuning(config: bridge.ConfigContainer, recipe: str | Recipe, overrides: tuple[str, ...]) -> Any:
-    resolved = _resolved(recipe, overrides)
+def _container(resolved: Recipe) -> bridge.ConfigContainer:
     args = _megatron_args(resolved)
-    own = pretrain_config(resolved)
+    container = pretrain_cfg_container_from_args(args, object())
+    made = {name: _as(kind, getattr(container, name)) for name, kind in SECTIONS.items()}
+    data = RecipeData(
+        recipe=resolved.to_dict(), cache_path=args.data_cache_path, dataloader_type=args.dataloader_type or "single",
+        num_workers=args.num_workers, persistent_workers=args.num_workers > 0,
+    )  # fmt: skip
+    return bridge.ConfigContainer(model=_provider(args, resolved), dataset=data, mixed_precision=None, **made)
+
+
+def _finetuning(config: bridge.ConfigContainer, recipe: str | Recipe, overrides: tuple[str, ...]) -> Any:
+    own = _container(_resolved(recipe, overrides))
     config.model = own.model
     config.model.seq_length = config.dataset.seq_length
     config.dist, config.ddp, config.mixed_precision = own.dist, own.ddp, None
@@ -105,7 +108,7 @@ def _finetuning(config: bridge.ConfigContainer, recipe: str | Recipe, overrides:
         setattr(config.optimizer, name, getattr(own.optimizer, name))
     config.dataset.offline_packing_specs = None
     config.dataset.enable_offline_packing = False
-    config.dataset.num_workers = args.num_workers
+    config.dataset.num_workers = own.dataset.num_workers
     return config
 
 

@@ -72,9 +72,19 @@ class Task:
         return train, None if validation is None else SameSamples(validation, once, for_validation), None
 
     def splits(
-        self, for_training: int, for_validation: int, cache: str | None, vp_stage: int | None = None
-    ) -> tuple[Any, Any]:
-        """(train, validation) of so many samples; `cache` is where Megatron keeps its index of them."""
+        self, for_training: int, for_validation: int, cache: str | None, vp_stage: int | None = None, *,
+        everywhere: bool = False,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        """(train, validation) of so many samples.
+
+        Args:
+            cache: where Megatron keeps its index of them.
+            everywhere: also on ranks that `next_batch` reads nothing on, which get None otherwise.
+        """
+
+        def reads() -> bool:
+            return everywhere or _reads_data(vp_stage, documents=self.apart)
+
         recipe, seed = self.recipe, self.recipe.training.seed
         if recipe.data.source == "recall":
             sizes = dataclasses.asdict(recipe.data.recall)
@@ -85,7 +95,7 @@ class Task:
             return train, validation
         assert self.blend is not None
         if self.blend.examples:
-            return self._packed(for_training, for_validation, vp_stage)
+            return self._packed(for_training, for_validation, reads())
         return build_gpt_datasets(
             self.blend,
             num_samples=(for_training, for_validation),
@@ -94,13 +104,13 @@ class Task:
             eod=self.eod,
             vocab_size=self.vocab_size,
             cache_path=cache,
-            is_built_on_rank=partial(_reads_data, vp_stage, documents=self.apart),
+            is_built_on_rank=reads,
             documents_apart=self.apart,
         )
 
-    def _packed(self, for_training: int, for_validation: int, vp_stage: int | None) -> tuple[Any, Any]:
+    def _packed(self, for_training: int, for_validation: int, reads: bool) -> tuple[Any, Any]:
         blend, training = self.blend, self.recipe.training
-        if blend is None or not _reads_data(vp_stage, documents=self.apart):
+        if blend is None or not reads:
             return None, None
         train, validation = (
             PackedExamples(
