@@ -19,7 +19,8 @@ from megatron_carve.specs import stack_spec
 
 def mixer_stack_spec(config: Any) -> ModuleSpec:
     """The layers of a model with mixers; a named function, which a saved configuration can name."""
-    return stack_spec(config.transformer_impl)
+    model = config.recipe.get("model", {})
+    return stack_spec(config.transformer_impl, attention_convolution=model.get("attention_convolution", "none"))
 
 
 @dataclass

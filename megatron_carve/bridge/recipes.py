@@ -132,7 +132,8 @@ def _megatron_args(recipe: Recipe) -> Any:
     p = recipe.parallel
     with command_line(argv), contextlib.redirect_stdout(io.StringIO()):
         args = parse_args()
-        args.rank, args.world_size = 0, p.tensor * p.pipeline * p.context
+        replica = p.tensor * p.pipeline * p.context
+        args.rank, args.world_size = 0, replica * recipe.megatron.get("expert_model_parallel_size", 1)
         return validate_args(args)
 
 
