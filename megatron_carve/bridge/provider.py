@@ -13,14 +13,17 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_carve.model.config import MixerFields
 from megatron_carve.model.variants import MIXER_LETTERS
 from megatron_carve.run.session import patch_megatron
-from megatron_carve.run.task import ATTENTION_LETTERS, mixer_flops
+from megatron_carve.run.task import ATTENTION_LETTERS, layer_flops
 from megatron_carve.specs import stack_spec
 
 
 def mixer_stack_spec(config: Any) -> ModuleSpec:
     """The layers of a model with mixers; a named function, which a saved configuration can name."""
-    model = config.recipe.get("model", {})
-    return stack_spec(config.transformer_impl, attention_convolution=model.get("attention_convolution", "none"))
+    return stack_spec(config.transformer_impl, attention_convolution=_attention_convolution(config))
+
+
+def _attention_convolution(config: Any) -> Any:
+    return config.recipe.get("model", {}).get("attention_convolution", "none")
 
 
 @dataclass
@@ -73,12 +76,18 @@ class MixerModelProvider(HybridModelProvider, MixerFields):
                 )
 
     def _get_num_floating_point_operations(self, batch_size: int) -> float:
-        """Megatron-Bridge's count, which is silent about letters that it does not know, and our layers'."""
+        """Megatron-Bridge's count, which is silent about what it does not know, and our layers'."""
         from megatron.bridge.training.utils.flop_utils import num_floating_point_operations
 
         plain = copy.copy(self)
         plain.__class__ = HybridModelProvider
         total = num_floating_point_operations(SimpleNamespace(model=plain, peft=None, dataset=None), batch_size)
+        args = SimpleNamespace(
+            **vars(self),
+            group_query_attention=self.num_query_groups is not None,
+            attention_convolution=_attention_convolution(self),
+        )
         pattern = self.hybrid_layer_pattern or ""
-        ours = sum(pattern.count(letter) * mixer_flops(self, letter) for letter in MIXER_LETTERS)
+        letters = [letter for letter in (*MIXER_LETTERS, "*") if letter in pattern]
+        ours = sum(pattern.count(letter) * layer_flops(args, letter) for letter in letters)
         return total + 3 * batch_size * self.seq_length * ours  # forward once, backward twice the forward
