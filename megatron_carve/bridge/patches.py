@@ -150,12 +150,15 @@ def _telling_what_is(original: Callable[..., None]) -> Callable[..., None]:
     def save_checkpoint(state: Any, *args: Any, **kwargs: Any) -> None:
         if (megatron := getattr(state.cfg.model, ARGUMENTS, None)) is not None:
             megatron.iteration = state.train_state.step
-            megatron.world_size = torch.distributed.get_world_size()
-            megatron.data_parallel_size = state.cfg.data_parallel_size
-            # What may have been changed since the arguments were made.
+            # What may have been changed since the arguments were made; no training where a model is only converted.
             for source, names in ((state.train_state, COUNTS), (state.cfg.model, LAYOUT), (state.cfg.train, BATCHES)):
-                for name in names:
+                for name in names if source is not None else ():
                     setattr(megatron, name, getattr(source, name))
+            megatron.world_size = torch.distributed.get_world_size()
+            megatron.data_parallel_size = megatron.world_size // (
+                megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size
+                * megatron.context_parallel_size
+            )  # fmt: skip
         original(state, *args, **kwargs)
 
     return save_checkpoint
