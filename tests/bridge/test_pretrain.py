@@ -39,6 +39,8 @@ def test_bridge_goes_on_from_its_own_checkpoint(folder):
 
 
 SPREAD = """
+import sys
+
 from megatron_carve.bridge import prepare
 
 if __name__ == "__main__":
@@ -47,10 +49,9 @@ if __name__ == "__main__":
     from megatron.bridge.training.pretrain import pretrain
     from megatron_carve.bridge.recipes import pretrain_config
 
-    for words in ("run.name=spread training.steps=4", "run.name=text2 training.steps=2 data.text=cats.txt"):
-        config = pretrain_config("tiny.yaml", *words.split())
-        config.model.tensor_model_parallel_size, config.model.sequence_parallel = 2, True
-        pretrain(config, forward_step)
+    config = pretrain_config("tiny.yaml", *sys.argv[1:])
+    config.model.tensor_model_parallel_size, config.model.sequence_parallel = 2, True
+    pretrain(config, forward_step)
 """
 
 
@@ -58,7 +59,9 @@ def test_a_layout_set_in_the_container_computes_the_same(folder):
     """Two tensor-parallel ranks go on from one process, and our own program from them."""
     pretrain(config(folder, "spread", "training.steps=2"))
     (folder / "spread_run.py").write_text(SPREAD)
-    checked(run_forked([str(folder / "spread_run.py")], processes=2, cwd=folder, timeout=560))
+    for words in ("run.name=spread training.steps=4", "run.name=text2 training.steps=2 data.text=cats.txt"):
+        command = [str(folder / "spread_run.py"), *words.split()]
+        checked(run_forked(command, processes=2, cwd=folder, timeout=560))
     train(folder, "tiny.yaml", "run.name=spread")
     assert (folder / "runs" / "text2" / "checkpoints" / "iter_0000002").exists()
     spread, alone = (weights(folder / "runs" / name) for name in ("spread", "alone"))
