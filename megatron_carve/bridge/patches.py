@@ -189,8 +189,7 @@ ARGUMENTS = "_megatron_arguments"
 checkpoint_arguments = Patch(
     name="bridge_checkpoint_arguments",
     reason="Megatron takes a checkpoint without its arguments for a GPT model's, and begins to count at step 0",
-    upstream="megatron/bridge/training/checkpointing.py, generate_state_dict; megatron/training/checkpointing.py, "
-    "_maybe_setup_gpt_to_hybrid_load",
+    upstream="megatron/training/checkpointing.py, _maybe_setup_gpt_to_hybrid_load",
     remove_when="Megatron's loading reads run_config.yaml and train_state.pt, or needs no arguments",
     replacements=[
         Replacement("megatron.bridge.training.checkpointing:save_checkpoint", _telling_what_is),

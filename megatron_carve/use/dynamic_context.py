@@ -108,10 +108,10 @@ def dynamic_context(
         ),
         max_requests=max_requests,
         max_tokens=max_tokens,
+        enable_chunked_prefill=True,
         max_sequence_length=max_sequence,
         num_cuda_graphs=cuda_graphs,
         use_cuda_graphs_for_non_decode_steps=False,
-        enable_chunked_prefill=True,
     )
     on_cpu = next(model.parameters()).device.type == "cpu"
     return (_ContextOnCpu if on_cpu else DynamicInferenceContext)(layers.config, config)

@@ -87,10 +87,8 @@ class CarveConfig(PretrainedConfig):
     ) -> None:
         self.pattern = pattern
         self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.ffn_hidden_size = ffn_hidden_size
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
+        self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size
+        self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads
         self.attention_head_dim = attention_head_dim
         self.attention_window = attention_window
         self.attention_convolution = attention_convolution

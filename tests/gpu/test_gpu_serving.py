@@ -4,10 +4,9 @@ import asyncio
 import sys
 
 import aiohttp
-import psutil
 import pytest
 from support.programs import program
-from support.serving import mixed_requests, server_process
+from support.serving import growth_over_1000_requests, mixed_requests, server_process
 from support.train import train
 
 pytestmark = pytest.mark.gpu
@@ -46,9 +45,4 @@ def test_texts_are_those_of_the_program_and_1000_requests_leave_nothing(folder):
                 return texts
 
         assert asyncio.run(many()) == [alone] * 16
-        memory = psutil.Process(process.pid).memory_info
-        asyncio.run(mixed_requests(address, 300, seed=1, tokens=50, abandoned=200))
-        before = memory().rss
-        asyncio.run(mixed_requests(address, 1000, seed=2, tokens=50, abandoned=200))
-        print(f"resident: {before / 2**20:.1f} MiB after 500 requests, {memory().rss / 2**20:.1f} after 1500")
-        assert memory().rss - before < 16 * 2**20
+        assert asyncio.run(growth_over_1000_requests(address, process.pid, tokens=50, abandoned=200)) < 16 * 2**20

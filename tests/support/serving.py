@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 from aiohttp import web
 from support.engine import Parrot
 
@@ -142,6 +143,16 @@ async def mixed_requests(address: str, count: int, *, seed: int, tokens: int, ab
     async with aiohttp.ClientSession(address) as session:
         kinds = [draw.choice(["whole", "stream", "wrong", "gone"]) for _ in range(count)]
         await asyncio.gather(*(one(session, kind) for kind in kinds))
+
+
+async def growth_over_1000_requests(address: str, pid: int, *, tokens: int, abandoned: int) -> int:
+    """Bytes that a server's process is larger after 1,000 mixed requests than after the 300 before."""
+    memory = psutil.Process(pid).memory_info
+    await mixed_requests(address, 300, seed=1, tokens=tokens, abandoned=abandoned)
+    before = memory().rss
+    await mixed_requests(address, 1000, seed=2, tokens=tokens, abandoned=abandoned)
+    print(f"resident: {before / 2**20:.1f} MiB after 300 requests, {memory().rss / 2**20:.1f} after 1300")
+    return memory().rss - before
 
 
 TESTS = str(Path(__file__).parents[1])

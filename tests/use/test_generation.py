@@ -12,13 +12,12 @@ import urllib.request
 from types import SimpleNamespace
 
 import aiohttp
-import psutil
 import pytest
 import torch
 from support.chats import write_chat_tokenizer
 from support.models import hybrid_model, one_process
 from support.programs import assert_complaints, program
-from support.serving import mixed_requests, server_process
+from support.serving import growth_over_1000_requests, mixed_requests, server_process
 from support.train import train, train_on_text, train_ranks
 
 from megatron_carve.data.tokenizer import load_tokenizer
@@ -287,12 +286,7 @@ def test_a_server_gives_the_programs_texts(folder, server):
 @pytest.mark.long
 def test_a_server_keeps_nothing_of_1000_requests(server):
     process, address = server
-    memory = psutil.Process(process.pid).memory_info
-    asyncio.run(mixed_requests(address, 300, seed=1, tokens=8, abandoned=400))
-    before = memory().rss
-    asyncio.run(mixed_requests(address, 1000, seed=2, tokens=8, abandoned=400))
-    print(f"resident: {before / 2**20:.1f} MiB after 300 requests, {memory().rss / 2**20:.1f} after 1300")
-    assert memory().rss - before < 5 * 2**20
+    assert asyncio.run(growth_over_1000_requests(address, process.pid, tokens=8, abandoned=400)) < 5 * 2**20
     assert "megatron_carve_choices_running 0.0" in metrics(address)
 
 
