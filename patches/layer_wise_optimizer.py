@@ -62,8 +62,7 @@ layer_wise_optimizer = Patch(
     name="layer_wise_optimizer",
     reason="the layer-wise optimizer needs buffers of whole matrices, which only one of the two ways to build a model "
     "makes, and in float32 takes bare optimizers for Megatron's",
-    upstream="megatron/training/models/dist_utils.py, _ddp_wrap against training.py, wrap_model_chunks_with_ddp; "
-    "megatron/core/optimizer/layer_wise_optimizer.py, __init__",
+    upstream="megatron/training/models/dist_utils.py, _ddp_wrap; core/optimizer/layer_wise_optimizer.py, __init__",
     remove_when="_ddp_wrap knows use_layer_wise_distributed_optimizer, and Muon trains a float32 model with it",
     replacements=[
         Replacement("megatron.training.models.dist_utils:_ddp_wrap", _with_buffers_of_matrices),
