@@ -136,10 +136,12 @@ def gdn2_kernel(
     """
     i_nh, i_v = tl.program_id(0) // (V // BV), tl.program_id(0) % (V // BV)
     i_n, i_hv = (i_nh // HV).to(tl.int64), i_nh % HV
-    row = state_row(rows, i_n)
-    if row < 0:
-        return
     i_h = i_hv // (HV // H)
+    row = i_n
+    if rows is not None:
+        row = tl.load(rows + i_n)
+        if row < 0:
+            return
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     o_head = row * S_stride + i_hv * K * V
     b_S = tl.zeros([BK, BV], tl.float32)
@@ -179,9 +181,11 @@ def carve_token_kernel(
     NV: tl.constexpr = V // BV
     i_nh, i_v = tl.program_id(0) // NV, tl.program_id(0) % NV
     i_n, i_hv = (i_nh // HV).to(tl.int64), i_nh % HV
-    row = state_row(rows, i_n)
-    if row < 0:
-        return
+    row = i_n
+    if rows is not None:
+        row = tl.load(rows + i_n)
+        if row < 0:
+            return
     i_h = i_hv // (HV // H)
     o_S, o_mean = row * S_stride + i_hv * K * V, row * mean_stride + i_hv * V
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
@@ -299,15 +303,6 @@ def carve_sequences_kernel(
             tl.store(new_count + i_n, next_tokens)
     elif i_hv == 0:
         tl.store(new_count + i_n, next_tokens)
-
-
-@triton.jit
-def state_row(rows, i_n):
-    """Where the state of sequence i_n is among the states; negative for one that is left out."""
-    if rows is None:
-        return i_n
-    else:  # noqa: RET505  # see token_range
-        return tl.load(rows + i_n)
 
 
 @triton.jit
