@@ -257,7 +257,7 @@ def test_mistakes_end_in_one_line(folder, exported):
         (["runs/plain", "back/none"], "config.json"),
         (["other_model", "back/none"], "expected a folder that megatron_carve.export wrote, got model_type 'llama'"),
         (["earlier_form", "back/none"], "earlier_form: the model is CARVE as this package built it before the paper's"),
-        (["damaged", "back/none"], "model.safetensors: expected 55 tensors, but model.norm.weight is missing"),
+        (["damaged", "back/none"], "model.safetensors: expected 58 tensors, but model.norm.weight is missing"),
         ([exported["plain"], "runs/plain"], "runs/plain: expected a new or empty folder"),
         (["no_json", "back/none"], "no_json/config.json: expected JSON: Expecting property name"),
         (["a_list", "back/none"], "a_list: expected a folder that megatron_carve.export wrote, got model_type None"),
