@@ -36,7 +36,7 @@ LAYERS = [
         (2, "heads", 4),
         pytest.param(4, "heads", 4, marks=pytest.mark.slow),
         (2, "auto", 3),
-        (4, "auto", 2),
+        pytest.param(4, "auto", 2, marks=pytest.mark.slow),
     ],
 )
 def test_group_equals_one_process(processes, method, key_heads):

@@ -99,6 +99,7 @@ def test_a_prompt_of_any_length_goes_on_as_one_sequence():
         torch.testing.assert_close(found, expected[:, : split + 2], rtol=1e-4, atol=2e-5, msg=f"after {split} tokens")
 
 
+@pytest.mark.slow
 def test_triton_continues_sequences_as_torch_does():
     """A prompt by the chunk kernels, tokens by the recurrent ones; on the CPU in the interpreter."""
     from support import interpreter

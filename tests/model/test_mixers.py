@@ -328,7 +328,7 @@ def perturbed(module: torch.nn.Module) -> torch.nn.Module:
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("gdn2", {"conv_bias": True}),
+        pytest.param("gdn2", {"conv_bias": True}, marks=pytest.mark.slow),
         ("gdn2", {"conv_bias": True, **DYNAMIC}),
         pytest.param("carve", {"conv_bias": True}, marks=pytest.mark.slow),
         pytest.param(

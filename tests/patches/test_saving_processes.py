@@ -4,6 +4,8 @@ import pickle
 import subprocess
 import sys
 
+import pytest
+
 from megatron_carve.patches import saving_processes
 from megatron_carve.patches.saving_processes import mortal_loop
 
@@ -21,6 +23,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_the_server_of_a_killed_run_ends(tmp_path):
     for mode in ("spawn", "fork"):
         program = tmp_path / f"{mode}.py"

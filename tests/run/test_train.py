@@ -170,9 +170,9 @@ def test_the_saved_recipe_describes_the_run(folder, straight):
     assert saved.run.name == "straight"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "how",
-    [pytest.param(signal.SIGKILL, id="kill -9"), pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow)],
+    "how", [pytest.param(signal.SIGKILL, id="kill -9"), pytest.param(signal.SIGTERM, id="SIGTERM")]
 )
 def test_an_interrupted_run_resumes_with_the_same_losses(folder, straight, how):
     name = how.name

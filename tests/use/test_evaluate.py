@@ -322,6 +322,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_perplexity_and_needles_of_a_run(folder):
     done = program(
         folder, "evaluate", "runs/cats", "--tasks", "perplexity,single_1,multikey_1", "--text", "cats.txt",
@@ -366,6 +367,7 @@ def test_what_was_found_stays_when_a_later_task_fails(folder):
     assert json.loads((folder / "some" / "results.json").read_text()).keys() == {"run", "step", "perplexity"}
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_later_task_is_found_before_the_first_one_begins(folder):
     words = ["--tasks", "perplexity,single_1", "--text", "cats.txt", "--needle-lengths", "600,20"]
     done = program(folder, "evaluate", "runs/cats", *words, check=False)
