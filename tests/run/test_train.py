@@ -95,7 +95,7 @@ def test_samples_and_tasks_at_every_evaluation_leave_the_run_as_it_is(folder, st
     assert out.count("  perplexity of cats.txt") == 2 and out.count("  single_1") == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_old_checkpoints_go(folder):
     words = ["run.name=kept", "data.text=cats.txt", "checkpoint.interval=2", "training.eval_interval=4"]
     train(folder, "tiny.yaml", *words, "checkpoint.keep=2", "checkpoint.keep_every=6")
@@ -170,9 +170,12 @@ def test_the_saved_recipe_describes_the_run(folder, straight):
     assert saved.run.name == "straight"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "how", [pytest.param(signal.SIGKILL, id="kill -9"), pytest.param(signal.SIGTERM, id="SIGTERM")]
+    "how",
+    [
+        pytest.param(signal.SIGKILL, id="kill -9", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.long),
+    ],
 )
 def test_an_interrupted_run_resumes_with_the_same_losses(folder, straight, how):
     name = how.name
@@ -218,7 +221,7 @@ def test_a_bf16_run_resumes_with_the_same_losses(folder):
     assert losses(folder, "bf16") == pytest.approx({step: straight[step] for step in (4, 5, 6)}, rel=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_replicas_train_as_one_process(folder, straight):
     launch(2, ["-m", "megatron_carve.train", "tiny.yaml", "run.name=replicas", "data.text=cats.txt"], cwd=folder)
     expected, actual = losses(folder, "straight"), losses(folder, "replicas")
@@ -227,7 +230,7 @@ def test_two_replicas_train_as_one_process(folder, straight):
         assert actual[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tokens_spread_over_two_processes_train_as_one(folder):
     """On the recall task, where the processes hold different numbers of tokens that count."""
     words = ["tiny.yaml", "model.pattern=C-2-", "training.steps=6", "checkpoint.interval=null"]
@@ -406,7 +409,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(folder, straight):
     assert {p: p.stat().st_mtime_ns for p in checkpoints.rglob("*")} == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_evaluations_and_the_end_may_come_before_the_first_step_that_counts(folder):
     """float16's loss scale starts so high that the first steps are skipped."""
     words = ["tiny.yaml", "data.text=cats.txt", "run.name=half", "training.precision=fp16", "checkpoint.interval=2"]

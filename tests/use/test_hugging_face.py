@@ -42,7 +42,11 @@ LEAST = [
     "mixer.output_gate_activation=none", "model.attention_convolution=none",
 ]  # fmt: skip
 RUNS = {"plain": [], "other": OTHER, "least": LEAST}
-EACH = ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("other", "least"))]
+EACH = [
+    "plain",
+    pytest.param("other", marks=pytest.mark.slow),
+    pytest.param("least", marks=pytest.mark.long),
+]
 # In a process of its own, from a folder where the project's sources are not.
 COMPARE = """
 import json, sys, warnings
