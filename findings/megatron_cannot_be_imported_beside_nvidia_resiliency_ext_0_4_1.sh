@@ -12,7 +12,6 @@ set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet megatron-core==0.19.2 torch==2.14.1 numpy==2.5.5
 cat > "$folder/try.py" <<'PY'
 import sys
 from importlib.metadata import version
@@ -28,7 +27,8 @@ expected = {"0.3.0": "imported", "0.4.1": "module 'nvidia_resiliency_ext' has no
 sys.exit(seen != expected[version("nvidia-resiliency-ext")])
 PY
 for version in 0.3.0 0.4.1; do
-    "$folder/venv/bin/pip" install --quiet "nvidia-resiliency-ext==$version"
+    "$folder/venv/bin/pip" install --quiet megatron-core==0.19.2 torch==2.14.1 numpy==2.5.5 \
+        "nvidia-resiliency-ext==$version"
     if ! "$folder/venv/bin/python" "$folder/try.py" 2>"$folder/errors"; then
         cat "$folder/errors"
         echo "changed: see above"
