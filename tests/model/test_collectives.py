@@ -76,8 +76,8 @@ def documented(
         ("carve", 1, False, 2, "heads"),
         ("carve", 1, False, 2, "sequence"),
         ("gdn2", 1, False, 2, "sequence"),
-        ("gdn2", 2, True, 2, "auto"),
-        ("kda with dynamic taps", 2, True, 2, "auto"),
+        pytest.param("gdn2", 2, True, 2, "auto", marks=pytest.mark.slow),
+        pytest.param("kda with dynamic taps", 2, True, 2, "auto", marks=pytest.mark.slow),
         ("kda with dynamic taps", 1, False, 2, "sequence"),
     ],
 )

@@ -20,6 +20,7 @@ def run(folder, *words):
     )
 
 
+@pytest.mark.slow
 def test_a_measured_step_of_the_debug_recipe(tmp_path):
     words = ["debug", "training.global_batch_size=32", "run.device=cpu"]
     done = run(tmp_path, *words, "--warmup", "1", "--steps", "3", "--json", "n.json")
