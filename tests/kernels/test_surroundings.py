@@ -1,5 +1,6 @@
 """The Triton ops around the recurrence against torch in float64, in Triton's interpreter or on a GPU; their errors."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -57,9 +58,11 @@ CASES: dict[str, Convolution | Heads | Norm] = {
 SLOW = ("two batch entries, bias", "fewer tokens than taps", "96 channels, values that fill no block", "eight taps")
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.slow] if case in SLOW else []) for case in CASES]
-)
+def cases(names: Iterable[str]) -> list[object]:
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in names]
+
+
+@pytest.mark.parametrize("case", cases(CASES))
 def test_values_and_gradients(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamic_convolution, "GRADIENT_TILES", 4)
     found = CASES[case].run(torch.float32, torch.float32, DEVICE, "triton")
@@ -67,7 +70,9 @@ def test_values_and_gradients(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
     compare(found, truth, "float32")
 
 
-@pytest.mark.parametrize("case", ["packed", "dynamic", "dynamic heads", "norm, sigmoid"])
+@pytest.mark.parametrize(
+    "case", cases(["two batch entries, bias", "packed", "dynamic", "dynamic heads", "norm, sigmoid"])
+)
 def test_float16_values(case: str) -> None:
     found = CASES[case].run(torch.float16, torch.float16, DEVICE, "triton")
     truth = CASES[case].run(torch.float16, torch.float64, "cpu", "torch")

@@ -123,7 +123,7 @@ def test_other_data_than_the_checkpoints_are_said(folder):
     assert "data.text was changing.txt when the checkpoint was saved and is cats.txt now" in other
 
 
-@pytest.mark.parametrize("place", ["the index", "common_state"])
+@pytest.mark.parametrize("place", ["the index", pytest.param("common_state", marks=pytest.mark.slow)])
 def test_what_a_stranger_has_pickled_into_a_checkpoint_is_not_loaded(folder, straight, place):
     from torch.distributed.checkpoint import FileSystemReader
 
@@ -151,6 +151,7 @@ def test_what_a_stranger_has_pickled_into_a_checkpoint_is_not_loaded(folder, str
     assert last.startswith("error: ") and "holds fractions.Fraction, which" in last and "not loaded" in last
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again(folder, straight):
     summary = folder / "runs" / "straight" / "summary.json"
     before = json.loads(summary.read_text())

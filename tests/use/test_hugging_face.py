@@ -138,6 +138,7 @@ def test_transformers_computes_and_generates_the_same(folder, exported, name):
     assert theirs["stored"] == 1  # the memory holds what it needs and nothing around it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_import_goes_back_to_the_same_weights(folder, exported, name):
     program(folder, "import", exported[name], f"back/{name}")
