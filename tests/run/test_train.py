@@ -319,7 +319,7 @@ def test_attention_over_spread_tokens_needs_transformer_engine(folder):
     assert not (folder / "runs" / "refused").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_continues_another_at_another_layout(folder, straight):
     words = ["tiny.yaml", "run.name=split", "data.text=cats.txt", "checkpoint.load=runs/straight"]
     out = train_ranks(2, folder, *words, "parallel.tensor=2", "training.steps=14").stdout
@@ -331,7 +331,7 @@ def test_a_run_continues_another_at_another_layout(folder, straight):
         assert actual[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_with_another_learning_rate(folder, straight):
     """The recipe decides, not the checkpoint; upstream's optimizer would not find its own parameters again."""
     shutil.copytree(folder / "runs" / "straight", folder / "runs" / "slower")
@@ -342,7 +342,7 @@ def test_a_run_goes_on_with_another_learning_rate(folder, straight):
     assert all(rates[step] <= 1e-5 < rates[4] for step in range(5, 13))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_learning_rate_that_stays_and_then_comes_down(folder):
     words = ["tiny.yaml", "run.name=wsd", "training.steps=12", "training.lr_schedule=wsd", "training.lr=1e-3"]
     train(folder, *words, "training.min_lr=0", "training.warmup_fraction=0.25", "training.decay_fraction=0.5")
@@ -371,7 +371,7 @@ def test_the_recall_task_and_multi_token_prediction(folder):
     assert summary["accuracy_name"] == "recall accuracy"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_json_lines_and_indexed_datasets(folder):
     documents = [{"body": f"document {i} " * 30} for i in range(60)]
     (folder / "docs.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
@@ -509,7 +509,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_data_workers_where_processes_are_not_forked_by_default(folder):
     program = folder / "as_python_3_14.py"
     program.write_text(AS_PYTHON_3_14)
@@ -548,7 +548,7 @@ def test_gradients_that_are_no_numbers_end_a_run_before_they_are_saved(folder):
     assert list(losses(folder, "poisoned")) == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_closes_with_the_error_of_the_rank_that_failed(folder):
     (folder / "fails.py").write_text(FAILS_IN_STEP_TWO)
     words = ["tiny.yaml", "run.name=one_fails", "parallel.tensor=2", "megatron.num_workers=1"]

@@ -358,7 +358,7 @@ def test_tasks_of_the_harness_on_data_made_here(folder):
     assert "cats_choice" in done.stdout and "bits_per_byte" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_was_found_stays_when_a_later_task_fails(folder):
     words = ["--tasks", "perplexity,cats_nowhere", "--text", "cats.txt", "--include-path", "tasks", "--out", "some"]
     done = program(folder, "evaluate", "runs/cats", *words, check=False)

@@ -150,7 +150,7 @@ def test_import_goes_back_to_the_same_weights(folder, exported, name):
     assert configs[0] == configs[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_imported_run_can_be_trained_on(folder, exported):
     program(folder, "import", exported["plain"], "runs/imported")
     words = ["tiny.yaml", "checkpoint.weights_only=true", "training.steps=2", "training.lr=1e-9", "run.log_interval=1"]
@@ -159,7 +159,7 @@ def test_an_imported_run_can_be_trained_on(folder, exported):
     assert losses(folder, "from_import") == losses(folder, "from_run")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_of_two_processes_exports_the_same(folder, exported):
     words = ["tiny.yaml", "run.name=two", "checkpoint.load=runs/plain", "training.steps=31", "training.lr=1e-12"]
     train_ranks(2, folder, *words, "parallel.tensor=2")
