@@ -145,13 +145,15 @@ def prepare_text(
     """
     with _named(texts.argument):
         inputs = find_inputs(texts.given)
-        return _prepared(texts, inputs, _in_cache(texts, inputs, cache_dir), workers, progress)
+        identity = texts.identity(inputs)
+        return _prepared(texts, inputs, identity, _in_cache(inputs, identity, cache_dir), workers, progress)
 
 
 def find_prepared(texts: Texts, cache_dir: str | os.PathLike[str]) -> PreparedText | None:
     """What `prepare_text` has left of the same arguments, or None; nothing is tokenised. Errors as there."""
     with _named(texts.argument):
-        directory = _in_cache(texts, find_inputs(texts.given), cache_dir)
+        inputs = find_inputs(texts.given)
+        directory = _in_cache(inputs, texts.identity(inputs), cache_dir)
         return load_prepared(directory) if directory.exists() else None
 
 
@@ -173,9 +175,10 @@ def prepare_folder(
             if directory.is_relative_to(Path(entry).expanduser().absolute()):
                 raise FileExistsError(f"{directory}: lies in {entry}, whose files are read; choose another folder")
         inputs = find_inputs(texts.given)
-        if directory.exists() and _manifest(directory)["identity"] != texts.identity(inputs):
+        identity = texts.identity(inputs)
+        if directory.exists() and _manifest(directory)["identity"] != identity:
             raise FileExistsError(f"{directory}: holds other texts, or the same prepared in another way")
-        return _prepared(texts, inputs, directory, workers, progress)
+        return _prepared(texts, inputs, identity, directory, workers, progress)
 
 
 def load_prepared(folder: str | os.PathLike[str]) -> PreparedText:
@@ -252,20 +255,21 @@ def _named(argument: str) -> Iterator[None]:
         raise type(error)(f"{argument}: {error}") from error
 
 
-def _in_cache(texts: Texts, inputs: Sequence[Input], cache_dir: str | os.PathLike[str]) -> Path:
+def _in_cache(inputs: Sequence[Input], identity: dict[str, Any], cache_dir: str | os.PathLike[str]) -> Path:
     """The directory for what is made of the inputs."""
     stem = plain_stem(inputs[0].path.name) + (f"-and-{len(inputs) - 1}-more" if len(inputs) > 1 else "")
-    return Path(cache_dir).expanduser().absolute() / f"{stem}-{_key(texts.identity(inputs))}"
+    return Path(cache_dir).expanduser().absolute() / f"{stem}-{_key(identity)}"
 
 
 def _key(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _prepared(texts: Texts, inputs: Sequence[Input], directory: Path, workers: int, progress: bool) -> PreparedText:
+def _prepared(
+    texts: Texts, inputs: Sequence[Input], identity: dict[str, Any], directory: Path, workers: int, progress: bool
+) -> PreparedText:
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    identity = texts.identity(inputs)
     if not directory.exists():
         _remove_abandoned(directory, _key(identity))
         partial, lock = _begin(directory, _key(identity))
