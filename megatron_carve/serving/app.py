@@ -117,24 +117,32 @@ class App:
     async def _middleware(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """Errors become answers in OpenAI's form; requests are counted."""
+        """Requests are counted."""
         route = request.match_info.route.resource
         path = "unknown" if route is None else route.canonical
         status = 499
         try:
-            response = await handler(request)
+            response = await self._answer_of(request, handler)
             status = response.status
             return response
         except Gone:
             return web.Response(status=status)  # there is nobody to read it
+        finally:
+            self.metrics.requests.labels(path, str(status)).inc()
+
+    async def _answer_of(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Errors become answers in OpenAI's form."""
+        try:
+            return await handler(request)
+        except Gone:
+            raise
         except Exception as error:
             if isinstance(error, web.HTTPException):  # aiohttp's own, of paths and methods
                 error = ApiError(error.status, f"{request.method} {request.path:.200}: {error.reason.lower()}")
             problem = as_api_error(error)
-            status = problem.status
             return await self._answer(request, problem.body(), problem.status)
-        finally:
-            self.metrics.requests.labels(path, str(status)).inc()
 
     async def _get_page(self, request: web.Request) -> web.StreamResponse:
         headers = {"Content-Security-Policy": PAGE_POLICY}
@@ -233,25 +241,28 @@ class App:
             async with asyncio.timeout_at(end), self.worker.request(work) as stream:
                 self.metrics.prompt_tokens.inc(read)
                 pieces = self._pieces(stream, choices, start)
-                if not asked.stream:
+                if asked.stream:
+                    response = await self._open_stream(request)
+                    for number, echo in enumerate(echoes):
+                        if opening := answer.opening(number, echo):
+                            await self._send(request, response, opening)
+                    async for number, piece in pieces:
+                        await self._send(request, response, answer.chunk(number, piece))
+                    if asked.reports_usage:
+                        await self._send(request, response, answer.last(usage(read, _made(choices))))
+                    await self._send(request, response, None)
+                else:
                     whole = await _joined(pieces, echoes)
-                    return await self._answer(request, answer.whole(whole, usage(read, _made(choices))))
-                response = await self._open_stream(request)
-                for number, echo in enumerate(echoes):
-                    if opening := answer.opening(number, echo):
-                        await self._send(request, response, opening)
-                async for number, piece in pieces:
-                    await self._send(request, response, answer.chunk(number, piece))
-                if asked.reports_usage:
-                    await self._send(request, response, answer.last(usage(read, _made(choices))))
-                await self._send(request, response, None)
         except Exception as error:
             if response is None or isinstance(error, Gone):
                 raise
             await self._send(request, response, as_api_error(error).body())
         finally:
             self.metrics.tokens.inc(_made(choices))
-        return response
+        if response is not None:
+            return response
+        # Outside of the timeout, whose error would follow what is written as an answer to the client's next request.
+        return await self._answer(request, answer.whole(whole, usage(read, _made(choices))))
 
     def _stop_tokens(self, asked: Completion | Chat) -> tuple[int, ...]:
         if self.settings.tokenizer is None:
@@ -273,12 +284,11 @@ class App:
             param = "messages" if isinstance(asked, Chat) else "prompt"
             wanted = f"{param}: expected at most {longest} tokens of a prompt and its continuation together"
             raise ApiError(400, f"{wanted}, got {prompt} + {most}", param=param, code="context_length_exceeded")
-        top_p = asked.top_p or 0.0
         return Sampling(
             max_tokens=most,
             temperature=1.0 if asked.temperature is None else asked.temperature,
             top_k=asked.top_k or 0,
-            top_p=0.0 if top_p == 1 else top_p,
+            top_p=asked.top_p or 0.0,
             seed=None if asked.seed is None else (asked.seed + number) % 2**63,
             logprobs=asked.likeliest,
             stop_tokens=stop_tokens,
