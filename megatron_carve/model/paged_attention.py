@@ -5,6 +5,7 @@ Megatron has FlashAttention's kernels for that alone, which not every machine ha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -97,6 +98,7 @@ class PagedAttention:
         return blocks.clamp(min=0).gather(1, (positions // size).long()) * size + positions % size
 
 
+@functools.cache
 def flash_attention_serves() -> bool:
     """Whether Megatron can attend in a dynamic context by itself."""
     from megatron.core.transformer import attention
