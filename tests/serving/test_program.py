@@ -7,6 +7,8 @@ import sys
 
 from support.programs import assert_complaints
 
+from megatron_carve import serve
+
 WITHOUT = """
 import sys
 sys.modules["aiohttp"] = None
@@ -38,6 +40,12 @@ def test_mistakes_are_said_in_one_line(tmp_path):
                 (["run", "--grace", "nan"], "--grace: expected seconds of at least 0, got nan"),
             ],
         )
+
+
+def test_its_limits_are_those_of_the_engine():
+    from megatron_carve.use import engine
+
+    assert (serve.MAX_REQUESTS, serve.STEP_TOKENS) == (engine.MAX_REQUESTS, engine.MAX_TOKENS)
 
 
 def test_without_its_libraries_it_says_what_to_install(tmp_path):
