@@ -36,10 +36,10 @@ def small():
     return perturbed("C*")
 
 
-def engine_of(model, **limits):
+def engine_of(model, vocab_size=VOCAB, **limits):
     from megatron_carve.use.engine import Engine
 
-    trained = SimpleNamespace(model=model, vocab_size=VOCAB, device=torch.device("cpu"), recipe=None)
+    trained = SimpleNamespace(model=model, vocab_size=vocab_size, device=torch.device("cpu"), recipe=None)
     sizes = {"max_requests": 16, "max_tokens": 64, "max_sequence": LENGTH, "block_tokens": 16}
     return Engine(trained, **(sizes | limits))
 
@@ -122,17 +122,18 @@ def test_tokens_are_those_of_the_static_context_and_of_megatrons_own_engine(hybr
     from megatron_carve.use import generation
     from megatron_carve.use.dynamic_context import dynamic_context
 
-    prompts = [torch.randint(VOCAB, (n,)) for n in (1, 90, 33)]
-    engine = engine_of(hybrid)
+    vocab_size = 64  # Megatron generates padding too
+    prompts = [torch.randint(vocab_size, (n,)) for n in (1, 90, 33)]
+    engine = engine_of(hybrid, vocab_size)
     for prompt in prompts:
         engine.add(prompt.tolist(), greedy(12))
     found = [tokens for _, (tokens, _) in sorted(finished(engine).items())]
     sampling = generation.Sampling(temperature=0)
-    steps = list(generation.generate(hybrid, prompts, max_new_tokens=12, sampling=sampling, vocab_size=VOCAB))
+    steps = list(generation.generate(hybrid, prompts, max_new_tokens=12, sampling=sampling, vocab_size=vocab_size))
     assert found == torch.stack(steps, 1).tolist()
 
     context = dynamic_context(hybrid, max_requests=8, max_tokens=64, max_sequence=LENGTH, blocks=50, block_tokens=16)
-    tokenizer = SimpleNamespace(vocab_size=VOCAB, eod=-1, bos=None, detokenize=lambda ids, **options: "")
+    tokenizer = SimpleNamespace(vocab_size=vocab_size, eod=-1, bos=None, detokenize=lambda ids, **options: "")
     theirs = DynamicInferenceEngine(TextGenerationController(GPTInferenceWrapper(hybrid, context), tokenizer), context)
     for number, prompt in enumerate(prompts):
         theirs.add_request(
