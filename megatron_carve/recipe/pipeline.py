@@ -51,14 +51,14 @@ def better_pattern(recipe: Recipe, vocab_size: int) -> tuple[str, float, float] 
 
     Returns:
         (the pattern, operations of its slowest stage over those of a mean one, the same of the recipe's pattern), or
-        None if the recipe has one stage or a split as good.
+        None if parallel.pipeline is 1 or the split is as good.
     """
     own, *heads = recipe.model.pattern.split("/")
     letters = own.replace("|", "")
     stages = own.split("|")
-    number = max(len(stages), recipe.parallel.pipeline)
-    if number == 1:
+    if recipe.parallel.pipeline == 1:  # where boundaries mean nothing
         return None
+    number = max(len(stages), recipe.parallel.pipeline)
     layers = [estimate.layer_flops_per_token(recipe, letter) for letter in letters]
     end = estimate.end_flops_per_token(recipe, vocab_size)
     if len(stages) == 1:  # Megatron gives every stage as many layers
