@@ -27,7 +27,8 @@ def join_processes() -> tuple[Store, int, int]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     present = [n for n in names if n in os.environ]
     if not present or ("RANK" not in os.environ and "WORLD_SIZE" not in os.environ):
-        alone = TCPStore("127.0.0.1", 0, 1, is_master=True)  # takes a free port and keeps it
+        # Takes a free port and keeps it, for later calls too, which find it in the environment.
+        alone = TCPStore("127.0.0.1", 0, 1, is_master=True, multi_tenant=True)
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(alone.port)
         )

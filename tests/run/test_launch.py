@@ -56,3 +56,4 @@ def test_a_process_alone_takes_a_free_port_and_keeps_it(monkeypatch):
     # A number chosen beforehand may be another program's by the time that it is taken.
     assert asked == [0, 0]
     assert stores[0].port != stores[1].port
+    assert launch.join_processes()[0].port == stores[1].port  # once more, by the environment
