@@ -51,7 +51,8 @@ def test_layers_are_counted_as_in_the_whole_model():
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["model.pattern=C|-*-"], ["parallel.pipeline=2", "model.pattern=----|--", "model.vocab_multiple=2816"]]
+    "words",
+    [[], ["model.pattern=C|-*-"], ["parallel.pipeline=2", "model.pattern=----|--", "model.vocab_multiple=2816"]],
 )
 def test_nothing_is_proposed_for_one_stage_or_the_best_split(words):
     """On one stage boundaries mean nothing."""

@@ -88,6 +88,13 @@ def test_parameters_of_experts_are_those_of_the_built_layer(more):
     assert estimate.active_parameters(recipe, 64) == sum(estimate.parameters(recipe, 64).values()) - idle
 
 
+def test_experts_that_see_a_projection_of_a_token_are_as_an_mlp_of_its_size_between_two_projections():
+    """Which Megatron builds with Transformer Engine alone."""
+    x = small("model.pattern=E", *EXPERTS, "megatron.moe_latent_size=28").experts
+    assert x.of_one_expert == 3 * 28 * 24
+    assert x.outside_routed - small("model.pattern=E", *EXPERTS).experts.outside_routed == 32 * 28 + 28 * 32
+
+
 @pytest.mark.parametrize("more", [[], SHARED], ids=["plain", "shared"])
 def test_saved_numbers_of_experts_are_those_that_the_layer_keeps(more):
     """With the fused SwiGLU of a GPU, uncompiled."""
