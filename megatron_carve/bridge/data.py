@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
+from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_carve.data.tokenizer import load_tokenizer
 from megatron_carve.recipe import Recipe
 from megatron_carve.run.data import prepared_blend, run_tokenizer
 from megatron_carve.run.folder import RunFolder, keep_tokenizer
+from megatron_carve.run.launch import on_first_process
 from megatron_carve.run.task import Task
 from megatron_carve.run.vocabulary import vocab_size
 
@@ -34,9 +36,8 @@ class RecipeData(DatasetProvider):
             ValueError, OSError: what is wrong with the data, naming the recipe's key.
         """
         recipe = Recipe.from_dict(self.recipe)
-        if torch.distributed.get_rank() == 0:
-            self._begin_run(recipe)
-        torch.distributed.barrier()
+        store, rank = _get_default_store(), torch.distributed.get_rank()
+        on_first_process(store, rank, f"data of {recipe.run.path}", lambda: self._begin_run(recipe))
         task = Task(recipe, vocab_size(recipe), run_tokenizer(recipe).eod, prepared_blend(recipe))
         train, validation = task.splits(context.train_samples, context.valid_samples, self.cache_path, everywhere=True)
         return train, validation, None
