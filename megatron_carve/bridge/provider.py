@@ -56,9 +56,12 @@ class MixerModelProvider(HybridModelProvider, MixerFields):
         super().finalize()
 
     def _require_its_recipe(self) -> None:
+        model = self.recipe["model"]
         own = {
+            "model.pattern": (self.hybrid_layer_pattern or "").replace("|", ""),
             "model.hidden_size": self.hidden_size,
             "model.ffn_hidden_size": self.ffn_hidden_size,
+            "model.norm_epsilon": self.layernorm_epsilon,
             "model.tie_embeddings": self.share_embeddings_and_output_weights,
             "mixer.num_key_heads": self.linear_num_key_heads,
             "mixer.num_value_heads": self.linear_num_value_heads,
@@ -67,12 +70,28 @@ class MixerModelProvider(HybridModelProvider, MixerFields):
             "mixer.conv_width": self.linear_conv_kernel_dim,
             **{f"mixer.{name}": value for name, value in self.mixer.items()},
         }
+        implied = {"model.pattern": model["pattern"].replace("|", "")}
+        if set(model["pattern"]) & ATTENTION_LETTERS:
+            heads = model["num_attention_heads"]
+            own |= {
+                "model.num_attention_heads": self.num_attention_heads,
+                "model.num_query_groups": self.num_query_groups or self.num_attention_heads,
+                "model.attention_head_dim": self.kv_channels or self.hidden_size // self.num_attention_heads,
+                "model.attention_window": self.window_size and self.window_size[0] + 1,
+                "model.position_embedding": self.position_embedding_type,
+                "model.rotary_base": self.rotary_base,
+            }
+            implied |= {
+                "model.num_query_groups": model["num_query_groups"] or heads,
+                "model.attention_head_dim": model["attention_head_dim"] or model["hidden_size"] // heads,
+            }
         for key, value in own.items():
             section, _, name = key.partition(".")
-            if value != self.recipe[section][name]:
+            expected = implied.get(key, self.recipe[section][name])
+            if value != expected:
                 raise ValueError(
-                    f"{key}: the provider has {value!r} and its recipe {self.recipe[section][name]!r}; give the recipe "
-                    f"function the override {key}={value}"
+                    f"{key}: the provider has {value!r} and its recipe {expected!r}; give the recipe function the "
+                    f"override {key}={value}"
                 )
 
     def _get_num_floating_point_operations(self, batch_size: int) -> float:

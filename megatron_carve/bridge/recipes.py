@@ -133,7 +133,7 @@ def _megatron_args(recipe: Recipe) -> Any:
     with command_line(argv), contextlib.redirect_stdout(io.StringIO()):
         args = parse_args()
         replica = p.tensor * p.pipeline * p.context
-        args.rank, args.world_size = 0, replica * recipe.megatron.get("expert_model_parallel_size", 1)
+        args.rank, args.world_size = 0, replica * (recipe.megatron.get("expert_model_parallel_size") or 1)
         return validate_args(args)
 
 

@@ -1,5 +1,7 @@
 """Recipe functions: every recipe in Megatron-Bridge's form, of the same sizes and with the same training."""
 
+import re
+
 import pytest
 import torch
 
@@ -58,10 +60,15 @@ def test_sizes_that_are_not_the_recipes_are_refused():
     for name, value, key in (
         ("hidden_size", 64, "model.hidden_size"),
         ("linear_conv_kernel_dim", 2, "mixer.conv_width"),
+        ("hybrid_layer_pattern", "C-*-2-C-", "model.pattern"),
+        ("num_query_groups", 1, "model.num_query_groups"),
+        ("kv_channels", 16, "model.attention_head_dim"),
+        ("rotary_base", 500000, "model.rotary_base"),
+        ("layernorm_epsilon", 1e-3, "model.norm_epsilon"),
     ):
         model = debug_pretrain_config().model
         setattr(model, name, value)
-        with pytest.raises(ValueError, match=f"give the recipe function the override {key}={value}"):
+        with pytest.raises(ValueError, match=re.escape(f"give the recipe function the override {key}={value}")):
             model.finalize()
 
 
