@@ -12,6 +12,7 @@ from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.conversion.param_mapping import MegatronParamMapping
+from megatron.bridge.training.checkpointing import read_run_config
 from megatron.bridge.training.model_load_save import load_model_config, temporary_distributed_context
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -180,8 +181,17 @@ def export(checkpoints: Path, out: Path) -> list[str]:
 
     Returns:
         what a user should know about it.
+
+    Raises:
+        ValueError: the newest is not Megatron-Bridge's, or of adapters.
     """
-    newest = max(checkpoints.glob("iter_*"), key=lambda place: int(place.name.removeprefix("iter_")))
+    places = {int(place.name.removeprefix("iter_")): place for place in checkpoints.glob("iter_*")}
+    newest = places[max(places)] if places else checkpoints
+    settings = newest / "run_config.yaml"
+    if not settings.exists():
+        raise ValueError(f"{newest}: expected a checkpoint of Megatron-Bridge, with a run_config.yaml, got none")
+    if read_run_config(str(settings)).get("peft"):
+        raise ValueError(f"{newest}: expected a checkpoint of all weights, got one of adapters alone")
     notes = reference_folder(load_model_config(str(newest))[0], out)
     bridge = AutoBridge.from_auto_config(str(newest), str(out), trust_remote_code=True)
     with temporary_distributed_context(backend="gloo"):

@@ -121,6 +121,18 @@ def test_a_run_without_a_tokenizer_is_exported(folder, tmp_path):
     torch.testing.assert_close(logits(tmp_path / "back", ids), logits(run, ids), rtol=0, atol=0)
 
 
+def test_what_megatron_bridge_has_not_saved_is_refused(text_run, tmp_path):
+    from megatron_carve.bridge.conversion import export
+
+    ours = tmp_path / "checkpoints" / "iter_0000002"
+    shutil.copytree(text_run / "checkpoints" / "iter_0000002", ours)
+    (ours / "run_config.yaml").unlink()
+    for checkpoints, said in ((ours.parent, ours), (tmp_path, tmp_path)):
+        with pytest.raises(ValueError, match=f"{said}: expected a checkpoint of Megatron-Bridge"):
+            export(checkpoints, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 SPREAD = """
 import sys
 import torch

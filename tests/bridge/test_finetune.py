@@ -65,6 +65,7 @@ def test_all_weights(folder, text_run, questions):
 
 
 def test_adapters_of_attention_mlps_and_mixers(folder, text_run, questions):
+    from megatron_carve.bridge.conversion import export
     from megatron_carve.bridge.recipes import peft_config
 
     finetuned(peft_config, folder, text_run, questions, "adapters")
@@ -74,3 +75,6 @@ def test_adapters_of_attention_mlps_and_mixers(folder, text_run, questions):
     assert {"decoder.layers.0.self_attention.in_proj", "decoder.layers.0.self_attention.out_proj"} <= layers
     assert {"decoder.layers.2.self_attention.linear_qkv", "decoder.layers.1.mlp.linear_fc1"} <= layers
     assert len(layers) == 16
+    with pytest.raises(ValueError, match="iter_0000002: expected a checkpoint of all weights, got one of adapters"):
+        export(folder / "adapters", folder / "adapters_exported")
+    assert not (folder / "adapters_exported").exists()
