@@ -21,7 +21,7 @@ from megatron_carve.data.blocks import Block, is_validation
 from megatron_carve.data.examples import Example, example
 from megatron_carve.data.inputs import InputError
 from megatron_carve.data.records import json_record, json_text, utf8
-from megatron_carve.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_carve.data.tokenizer import Tokenizer
 from megatron_carve.processes import end_with_parent
 
 # Blocks that are read ahead of the one that is written, for each process.
@@ -67,10 +67,9 @@ class Encoder:
     examples: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Sent to another process, an encoder loads its tokenizer there by the spec."""
-        tokenizer = self.tokenizer
-        rest = (self.names, self.text_key, self.validation_fraction, self.examples)
-        return _loaded_encoder, (tokenizer.where, tokenizer.fingerprint, *rest)
+        """Sent to another process, an encoder takes no more of its tokenizer along than it needs there."""
+        tokenizer = self.tokenizer if self.examples else self.tokenizer.of_texts
+        return Encoder, (tokenizer, self.names, self.text_key, self.validation_fraction, self.examples)
 
     def encode(self, block: Block) -> tuple[Tokens, Tokens]:
         """(train, validation) tokens of a block; those of a "piece" without an end-of-document id.
@@ -164,13 +163,6 @@ class Encoder:
 
     def _none(self) -> Tokens:
         return Tokens(np.empty(0, self.dtype), np.empty(0, np.int64), 0, 0, 0)
-
-
-def _loaded_encoder(spec: str, fingerprint: str, *rest: Any) -> Encoder:
-    tokenizer = load_tokenizer(spec)
-    if tokenizer.fingerprint != fingerprint:
-        raise ValueError(f"data.tokenizer: {spec!r} changed while texts were tokenised; run again")
-    return Encoder(tokenizer, *rest)
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:

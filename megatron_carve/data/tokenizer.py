@@ -44,6 +44,15 @@ class Tokenizer(ABC):
         self.vocab_size = vocab_size
         self.eod = eod
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to another process, a tokenizer is loaded there by the spec."""
+        return _same_tokenizer, (self.where, self.fingerprint)
+
+    @property
+    def of_texts(self) -> Tokenizer:
+        """What encodes texts as this one does and is quick to send to another process; chats need this one."""
+        return self
+
     @property
     def where(self) -> str:
         """A spec of what was read, which may be a copy of what `spec` names."""
@@ -171,6 +180,29 @@ class _Tiktoken(Tokenizer):
         return self._encoding.decode(ids.tolist(), errors="replace")
 
 
+class _Rust(Tokenizer):
+    """The library below a Hugging Face tokenizer, without transformers, which imports torch."""
+
+    def __init__(self, spec: str, fingerprint: str, vocab_size: int, eod: int, backend: Any) -> None:
+        super().__init__(spec, fingerprint=fingerprint, vocab_size=vocab_size, eod=eod)
+        self._backend = backend
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Rust, (self.spec, self.fingerprint, self.vocab_size, self.eod, self._backend)
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        # Without offsets, which cost a third of the time. Truncation, padding and the reading of special tokens are
+        # the backend's state, which a call of transformers may have changed.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        return np.array(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.int32)
+
+    def _decode(self, ids: npt.NDArray[np.int64]) -> str:
+        text: str = self._backend.decode(ids.tolist(), skip_special_tokens=False)
+        return text
+
+
 class _HuggingFace(Tokenizer):
     """A Hugging Face tokenizer; end of document is its eos token."""
 
@@ -190,7 +222,6 @@ class _HuggingFace(Tokenizer):
         # Some models have Python of their own around the Rust library; then transformers is asked.
         plain = type(self._model)._encode_plus is library.PreTrainedTokenizerFast._encode_plus
         backend = self._model.backend_tokenizer if self._model.is_fast and plain else None
-        self._backend = backend if hasattr(backend, "encode_batch_fast") else None  # tokenizers 0.20.1 on
         if self._model.is_fast:
             description = self._model.backend_tokenizer.to_str()
         else:
@@ -203,15 +234,16 @@ class _HuggingFace(Tokenizer):
             vocab_size=max(vocabulary.values()) + 1,
             eod=self._model.eos_token_id,
         )
+        fast = hasattr(backend, "encode_batch_fast")  # tokenizers 0.20.1 on
+        self._rust = _Rust(spec, self.fingerprint, self.vocab_size, self.eod, backend) if fast else None
+
+    @property
+    def of_texts(self) -> Tokenizer:
+        return self._rust or self
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
-        if self._backend is not None:
-            # Without offsets, which cost a third of the time. Truncation, padding and the reading of special tokens
-            # are the backend's state, which a call of transformers may have changed.
-            self._backend.no_truncation()
-            self._backend.no_padding()
-            self._backend.encode_special_tokens = True
-            return np.array(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.int32)
+        if self._rust is not None:
+            return self._rust.encode(text)
         encoded = self._model(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return np.array(encoded["input_ids"], dtype=np.int32)
 
@@ -276,6 +308,13 @@ def load_tokenizer(spec: str, copy: Path | None = None) -> Tokenizer:
             value = str(kept.resolve())
         return _KINDS[kind](spec, value)
     raise ValueError(f"data.tokenizer must be {_ALLOWED}, got {spec!r}")
+
+
+def _same_tokenizer(spec: str, fingerprint: str) -> Tokenizer:
+    tokenizer = load_tokenizer(spec)
+    if tokenizer.fingerprint != fingerprint:
+        raise ValueError(f"data.tokenizer: {spec!r} changed while texts were tokenised; run again")
+    return tokenizer
 
 
 def _require(module: str) -> ModuleType:

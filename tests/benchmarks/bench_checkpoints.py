@@ -44,8 +44,8 @@ def main() -> None:
         Replacement("megatron.training.training:load_checkpoint", lambda original: timed("load", original)),
     ])  # fmt: skip
     given = [
-        recipe, f"run.folder={out}", "run.name=run", "checkpoint.interval=1", "training.micro_batch_size=1",
-        "training.global_batch_size=1", "training.eval_iters=1", *words,
+        recipe, f"run.folder={out}", "run.name=run", "checkpoint.interval=1", "training.tokens=null",
+        "training.micro_batch_size=1", "training.global_batch_size=1", "training.eval_iters=1", *words,
     ]  # fmt: skip
     from megatron_carve.run import pretraining
 

@@ -3,7 +3,9 @@
 import base64
 import copy
 import json
+import pickle
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -216,7 +218,7 @@ def test_huggingface_is_what_transformers_gives(huggingface_folder):
     settings["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     (folder / "tokenizer.json").write_text(json.dumps(settings))
     tokenizer = load_tokenizer(f"huggingface:{folder}")
-    assert tokenizer._backend is not None
+    assert tokenizer._rust is not None
     text = f"{CORPUS[0]} </s> {TEXT}"
     first = tokenizer.encode(text).tolist()
     tokenizer._model([text, "a"], padding="max_length", truncation=True, max_length=7, split_special_tokens=False)
@@ -237,6 +239,30 @@ def test_huggingface_counts_added_tokens(huggingface_folder):
     assert (before.vocab_size, after.vocab_size) == (300, 302)
     assert before.spec == after.spec
     assert before.fingerprint != after.fingerprint
+
+
+def test_huggingface_texts_need_no_torch_in_another_process(huggingface_folder):
+    folder = huggingface_folder("sent", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = load_tokenizer(f"huggingface:{folder}")
+    program = (
+        "import pickle, sys; tokenizer = pickle.load(sys.stdin.buffer); ids = tokenizer.encode(sys.argv[1]).tolist(); "
+        "assert not {'torch', 'transformers'} & set(sys.modules); print([ids, tokenizer.eod, tokenizer.decode(ids)])"
+    )
+    sent = pickle.dumps(tokenizer.of_texts)
+    found = subprocess.run([sys.executable, "-c", program, TEXT], input=sent, capture_output=True, check=True)
+    ids = tokenizer.encode(TEXT).tolist()
+    assert found.stdout.decode() == f"{[ids, tokenizer.eod, tokenizer.decode(ids)]}\n"
+
+
+def test_a_tokenizer_that_changed_is_not_sent(tmp_path):
+    path = tmp_path / "ranks.tiktoken"
+    write_ranks(path)
+    tokenizer = load_tokenizer(f"tiktoken:{path}")
+    sent = pickle.dumps(tokenizer)
+    assert pickle.loads(sent).fingerprint == tokenizer.fingerprint
+    write_ranks(path, [b"th"])
+    with pytest.raises(ValueError, match=r"data\.tokenizer: 'tiktoken:.*' changed while texts were tokenised"):
+        pickle.loads(sent)
 
 
 def test_huggingface_without_eos_is_refused(huggingface_folder):
