@@ -52,11 +52,13 @@ TASKS = {
     "text": [
         "model.hidden_size=256", "model.num_attention_heads=8", "mixer.num_key_heads=8", "mixer.num_value_heads=8",
         "model.ffn_hidden_size=640", "training.seq_length=512", "training.micro_batch_size=16",
+        "training.global_batch_size=16",
         "model.vocab_size=256",
     ],
     "recall": [
         "model.hidden_size=128", "model.num_attention_heads=4", "mixer.num_key_heads=4", "mixer.num_value_heads=4",
         "model.ffn_hidden_size=352", "training.seq_length=384", "training.micro_batch_size=32",
+        "training.global_batch_size=32",
         "data.recall.num_keys=128", "data.recall.num_values=64", "data.recall.num_pairs=32",
         "data.recall.num_overwrites=16",
     ],
@@ -101,8 +103,7 @@ def recipe(task: str, mixer: str, convolution: str, steps: int, overrides: list[
             *SHARED[1:], *TASKS[task], f"model.pattern='{MIXERS[mixer] * LAYERS[task]}'", f"{chosen}={convolution}",
             f"training.steps={steps}", *overrides,
         ]  # fmt: skip
-        batch = load_recipe(SHARED[0], words).training.micro_batch_size
-        return load_recipe(SHARED[0], [*words, f"training.global_batch_size={batch}"])
+        return load_recipe(SHARED[0], words)
 
     def size(recipe: Recipe) -> int:
         return sum(estimate.parameters(recipe, vocab_size(recipe)).values())
