@@ -130,7 +130,7 @@ class StepTimer:
         self.models: list[torch.nn.Module] = []
         self.ends: list[float] = []
         self.losses: list[float] = []
-        self.peak_bytes: tuple[int, int] | None = None
+        self.peak_bytes: tuple[int, ...] | None = None
         self.parts: dict[str, float] = {}
         self.kernels: list[tuple[str, float]] = []
         self.profiler: Any = None
@@ -158,7 +158,7 @@ class StepTimer:
             torch.cuda.reset_peak_memory_stats()
         if iteration == self.last:
             if on_gpu:
-                self.peak_bytes = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+                self.peak_bytes = _of_the_fullest(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
             self._begin_profile()
         elif iteration == self.last + 1:
             self._end_profile()
@@ -255,9 +255,10 @@ def report(n: dict[str, Any]) -> list[str]:
     if n["utilisation"] is not None:
         lines[-1] += f", {n['utilisation']:.1%} of the {n['peak_tflops']:.0f} that matrix products reach"
     if n["peak_allocated_bytes"] is not None:
+        fullest = " of the fullest" if n["gpus"] > 1 else ""
         planned = "" if n["planned_bytes"] is None else f" (planned {n['planned_bytes'] / GIB:.2f})"
         lines.append(
-            f"memory: {n['peak_allocated_bytes'] / GIB:.2f} GiB of tensors at the peak{planned}, "
+            f"memory: {n['peak_allocated_bytes'] / GIB:.2f} GiB of tensors at the peak{fullest}{planned}, "
             f"{n['peak_reserved_bytes'] / GIB:.2f} reserved"
         )
     busy = sum(n["seconds_by_part"].values())
@@ -268,6 +269,15 @@ def report(n: dict[str, Any]) -> list[str]:
     lines += ["", "longest"]
     lines += [f"  {name[:60]:<60}{seconds * 1e3:>10.2f} ms" for name, seconds in n["longest"]]
     return lines
+
+
+def _of_the_fullest(*sizes: int) -> tuple[int, ...]:
+    """The largest of each on any process, all of which call this; of pipeline stages the first keeps the most."""
+    import torch
+
+    most = torch.tensor(sizes, device="cuda")
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return tuple(most.tolist())
 
 
 def _matmul_tflops() -> float:

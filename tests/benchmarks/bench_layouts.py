@@ -1,0 +1,370 @@
+"""How much of one GPU's speed each parallel layout keeps, on one host of two or four GPUs: our models beside one of
+Megatron's attention layers alone, of their size.
+
+    python tests/benchmarks/bench_layouts.py OUT [section.key=value ...] [--layouts NAME ...] [--models NAME ...]
+        [--limit SECONDS] [--micro-batches N] [--warmup N] [--steps N] [--gpus N] [--side-by-side]
+
+Every measurement is megatron_carve.bench in processes of its own. OUT gets results.json (its numbers, with the words of
+the recipe) and table.md after each, so that a run that is stopped keeps what it has, and what the processes printed in
+logs/. The most valuable come first; --limit begins none after so many seconds. With --layouts or --models those of the
+list that they name are measured, with both each of these models in each of these layouts. The words after OUT are of
+every measurement's recipe.
+
+A micro-batch has 16,384 tokens, a step --micro-batches of them for every GPU: four sequences of 4,096 each (sixteen of
+1,024 for the small model with experts). Over p pipeline stages these are p times as many micro-batches, and the pattern
+is divided as `plan` proposes. The layouts called long have one sequence of 16,384 a GPU and step; context parallelism
+has one sequence, as long as all of those together, and is a share of their speed.
+
+Libraries of the next measurement are imported while one runs, on other cores. With --side-by-side those that together
+need no more GPUs than there are run at the same time, a GPU each: on a host with 16 cores a GPU little is lost by it,
+and the first, which compile the kernels of all others, wait for each other least. On a machine without a GPU the model
+`debug` tries it out, with --models debug --layouts NAME ... --gpus 2.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from megatron_carve.recipe import load_recipe
+from megatron_carve.recipe.pipeline import better_pattern
+from megatron_carve.run.vocabulary import vocab_size
+
+TOLD_BENCH = Path(__file__).with_name("told_bench.py")
+GIB = 2**30
+# Seconds after which a measurement has failed.
+PATIENCE = 300.0
+
+
+class Model(NamedTuple):
+    """What is measured.
+
+    Attributes:
+        words: recipe and overrides.
+        length: tokens of a sequence.
+        micro_batch: sequences of a micro-batch on one GPU.
+    """
+
+    words: list[str]
+    length: int = 4096
+    micro_batch: int = 4
+
+
+class Layout(NamedTuple):
+    """How a model is spread.
+
+    Attributes:
+        gpus: of all of it.
+        words: of the recipe.
+        beside: the layout whose speed this one's is a share of.
+        sequences: micro-batches of short ones; a long one on each GPU; one, over all GPUs.
+        attention: the layout that attention, which knows fewer, is compared in.
+    """
+
+    gpus: int
+    words: list[str]
+    beside: str | None = "one"
+    sequences: Literal["short", "long", "one"] = "short"
+    attention: str | None = None
+
+
+ATTENTION = "attention"
+MODELS = {
+    "carve": Model(["carve_1p3b_hybrid"]),
+    "gdn2": Model(["gdn2_1p3b_hybrid"]),
+    # In the place of mixers, with MLPs that make up for their parameters.
+    ATTENTION: Model(["carve_1p3b_hybrid", f"model.pattern={'*-' * 24}", "model.ffn_hidden_size=6144"]),
+    "moe": Model(["carve_125m_moe"], 1024, 16),
+    "carve-recurrent": Model(["carve_1p3b_recurrent"]),
+    "gdn2-recurrent": Model(["gdn2_1p3b_recurrent"]),
+    "debug": Model(["debug", "model.pattern=C-2-C-2-"], 32, 2),
+}
+
+
+def _of(gpus: int) -> dict[str, Layout]:
+    """The layouts that take all of so many GPUs for one kind of parallelism."""
+    context, long, by_heads = f"parallel.context={gpus}", f"data{gpus}-long", f"context{gpus}-heads"
+    return {
+        f"data{gpus}": Layout(gpus, []),
+        f"tensor{gpus}": Layout(gpus, [f"parallel.tensor={gpus}"]),
+        long: Layout(gpus, [], None, "long"),
+        by_heads: Layout(gpus, [context, "parallel.context_method=heads"], long, "one"),
+        f"context{gpus}-sequence": Layout(
+            gpus, [context, "parallel.context_method=sequence"], long, "one", attention=by_heads
+        ),
+        f"pipeline{gpus}": Layout(gpus, [f"parallel.pipeline={gpus}"]),
+        f"expert{gpus}": Layout(gpus, [f"megatron.expert_model_parallel_size={gpus}"]),
+    }
+
+
+LAYOUTS = {
+    "one": Layout(1, [], None),
+    **_of(2),
+    **_of(4),
+    "data2-tensor2": Layout(4, ["parallel.tensor=2"]),
+    "data4-expert2": Layout(4, ["megatron.expert_model_parallel_size=2"]),
+}
+
+
+def in_order(gpus: int) -> list[tuple[str, str]]:
+    """(layout, model) of all that is worth measuring on two or four GPUs, the most valuable first."""
+    mixed = ["data2-tensor2"] if gpus == 4 else []
+    long, methods = f"data{gpus}-long", [f"context{gpus}-heads", f"context{gpus}-sequence"]
+    experts = [f"expert{gpus}", "data4-expert2"] if gpus == 4 else [f"expert{gpus}"]
+    stages = [
+        (["one", f"data{gpus}", f"tensor{gpus}", *mixed], ["carve", ATTENTION]),
+        ([long, *methods], ["gdn2", "carve"]),
+        ([long, methods[0]], [ATTENTION]),
+        ([f"pipeline{gpus}"], ["carve", ATTENTION]),
+        (["one", f"data{gpus}", f"tensor{gpus}", *mixed, f"pipeline{gpus}"], ["gdn2"]),
+        (["one", f"data{gpus}", *experts], ["moe"]),
+    ]
+    return [(layout, model) for layouts, models in stages for layout in layouts for model in models]
+
+
+def recipe_words(layout: str, model: str, micro_batches: int, overrides: Sequence[str] = ()) -> list[str]:
+    """Recipe and overrides of a measurement.
+
+    Args:
+        micro_batches: that a GPU has in a step of short sequences.
+    """
+    where, what = LAYOUTS[layout], MODELS[model]
+    long = what.length * what.micro_batch
+    length, at_a_time, in_all = {
+        "short": (what.length, what.micro_batch, what.micro_batch * micro_batches * where.gpus),
+        "long": (long, 1, where.gpus),
+        "one": (long * where.gpus, 1, 1),
+    }[where.sequences]
+    words = [
+        *what.words, *where.words, f"training.seq_length={length}", f"training.micro_batch_size={at_a_time}",
+        f"training.global_batch_size={in_all}", *overrides,
+    ]  # fmt: skip
+    recipe = load_recipe(words[0], words[1:])
+    proposed = better_pattern(recipe, vocab_size(recipe))
+    return words if proposed is None else [*words, f"model.pattern={proposed[0]}"]
+
+
+class Measurement:
+    """megatron_carve.bench of a model in a layout. Its processes start with this, and wait to be told to begin.
+
+    Args:
+        out: the folder of the benchmark.
+        layout, model: names.
+        words: of the recipe.
+        counts: warm-up and steps.
+    """
+
+    def __init__(self, out: Path, layout: str, model: str, words: list[str], counts: tuple[int, int]) -> None:
+        self.layout, self.model, self.words, self.gpus = layout, model, words, LAYOUTS[layout].gpus
+        self.name = f"{layout} {model}"
+        self.log, self.numbers = (out / "logs" / f"{layout}-{model}.{end}" for end in ("txt", "json"))
+        self.log.parent.mkdir(exist_ok=True)
+        self.numbers.unlink(missing_ok=True)
+        self.command = [sys.executable, "-P"]
+        if self.gpus > 1:
+            self.command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.gpus}"]
+        self.command += [str(TOLD_BENCH), *map(str, counts), str(self.numbers), *words]
+        self.began = 0.0
+
+    def start(self, gpus: Sequence[str]) -> None:
+        """The processes, on GPUs by their names in CUDA_VISIBLE_DEVICES."""
+        mine = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+        environment = {**os.environ, **mine}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+
+    def begin(self) -> None:
+        self.began = time.monotonic()
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has failed already, as wait() says
+            self.process.stdin.write(b"." * self.gpus)
+            self.process.stdin.flush()
+
+    def wait(self) -> dict[str, Any]:
+        """Its numbers; where it failed, what it said at its end."""
+        which = {"layout": self.layout, "model": self.model, "words": self.words}
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if self.process.wait(self.began + PATIENCE - time.monotonic()) == 0:
+                seconds = time.monotonic() - self.began
+                return {**which, "seconds": seconds, **json.loads(self.numbers.read_text())}
+        self.end()
+        return {**which, "failed": self.log.read_text(errors="replace")[-3000:]}
+
+    def end(self) -> None:
+        """Its processes, if they still run; torchrun ends those that it started."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+def side_by_side(measurements: Sequence[Measurement], gpus: int) -> list[list[Measurement]]:
+    """Neighbours that together need no more than so many GPUs, in order."""
+    groups: list[list[Measurement]] = []
+    for one in measurements:
+        if not groups or sum(m.gpus for m in groups[-1]) + one.gpus > gpus:
+            groups.append([])
+        groups[-1].append(one)
+    return groups
+
+
+def measure(groups: Sequence[list[Measurement]], gpus: Sequence[str], limit: float) -> Iterator[dict[str, Any]]:
+    """What each measurement found, as it ends; those of a group run at the same time.
+
+    Args:
+        gpus: their names.
+        limit: seconds after which none begins.
+    """
+    end = time.monotonic() + limit
+    started: list[Measurement] = []
+
+    def start(group: list[Measurement]) -> None:
+        first = 0
+        for one in group:
+            one.start(gpus[first : first + one.gpus])
+            started.append(one)
+            first += one.gpus
+
+    try:
+        for i, group in enumerate(groups):
+            if i == 0:
+                start(group)
+            if time.monotonic() > end:
+                break
+            for one in group:
+                one.begin()
+            if i + 1 < len(groups):
+                start(groups[i + 1])
+            for one in group:
+                yield one.wait()
+    finally:
+        for one in started:
+            one.end()
+
+
+def shares(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """By (layout, model), a GPU's speed over that of a GPU of the layout that it is compared with, where both are."""
+    speeds = {(r["layout"], r["model"]): r["tokens_per_second_and_gpu"] for r in rows if "failed" not in r}
+    return {
+        (layout, model): speed / speeds[beside, model]
+        for (layout, model), speed in speeds.items()
+        if (beside := LAYOUTS[layout].beside) is not None and (beside, model) in speeds
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Speeds, shares and memory, and under that the parts of a profiled step, of the first process."""
+    found = shares(rows)
+    lines = [
+        "| layout | model | tokens/s a GPU | of its speed in | share | attention's | over attention's "
+        "| ms a step (least to most) | peak GiB, fullest GPU | planned | s |",
+        "| --- " * 11 + "|",
+    ]
+    measured = [r for r in rows if "failed" not in r]
+    for r in measured:
+        layout = LAYOUTS[r["layout"]]
+        share = found.get((r["layout"], r["model"]))
+        theirs = found.get((layout.attention or r["layout"], ATTENTION)) if r["model"] != ATTENTION else None
+        low, high = (f"{pick(r['all_seconds']) * 1e3:.0f}" for pick in (min, max))
+        cells = [
+            r["layout"], r["model"], f"{r['tokens_per_second_and_gpu']:,.0f}", layout.beside or "",
+            _number(share), _number(theirs), _number(share / theirs if share and theirs else None),
+            f"{r['seconds_per_step'] * 1e3:.1f} ({low} to {high})", _gib(r["peak_allocated_bytes"]),
+            _gib(r["planned_bytes"]), f"{r['seconds']:.0f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    if measured:
+        lines += ["", *_parts(measured)]
+    for r in rows:
+        if "failed" in r:
+            lines += ["", f"{r['layout']} {r['model']} failed: {r['failed'].strip().splitlines()[-1:]}"]
+    return lines
+
+
+def _parts(rows: Sequence[dict[str, Any]]) -> list[str]:
+    parts = list(rows[0]["seconds_by_part"])
+    lines = [f"| ms | {' | '.join(parts)} | of which NCCL |", "| --- " * (len(parts) + 2) + "|"]
+    for r in rows:
+        # of the dozen longest kernels, which the profile names
+        nccl = sum(seconds for name, seconds in r["longest"] if "nccl" in name.lower())
+        cells = [f"{seconds * 1e3:.1f}" for seconds in [*(r["seconds_by_part"][part] for part in parts), nccl]]
+        lines.append(f"| {r['layout']} {r['model']} | {' | '.join(cells)} |")
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _gib(size: int | None) -> str:
+    return "" if size is None else f"{size / GIB:.1f}"
+
+
+def heading(rows: Sequence[dict[str, Any]], chosen: argparse.Namespace) -> str:
+    """What the table was measured on."""
+    device, version = next(((r["device"], r["torch"]) for r in rows if "failed" not in r), ("?", torch.__version__))
+    nccl = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")]
+    ways = [f"{chosen.micro_batches} micro-batches a GPU", *(["side by side"] if chosen.side_by_side else []), *nccl]
+    return f"{chosen.gpus} x {device}, torch {version}, {', '.join([*ways, *chosen.overrides])}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, metavar="NAME", help=", ".join(LAYOUTS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
+    parser.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS")
+    parser.add_argument("--micro-batches", type=int, default=4, metavar="N")
+    parser.add_argument("--warmup", type=int, default=3, metavar="N")
+    parser.add_argument("--steps", type=int, default=8, metavar="N")
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), metavar="N", help="2 or 4")
+    parser.add_argument("--side-by-side", action="store_true")
+    chosen = parser.parse_intermixed_args()
+    if chosen.gpus < 2:
+        parser.error(f"--gpus: expected 2 or more, got {chosen.gpus}")
+    if chosen.layouts and chosen.models:
+        pairs = [(layout, model) for layout in chosen.layouts for model in chosen.models]
+    else:
+        listed = in_order(4 if chosen.gpus >= 4 else 2)
+        pairs = [p for p in listed if p[0] in (chosen.layouts or LAYOUTS) and p[1] in (chosen.models or MODELS)]
+    if not pairs:
+        parser.error("--layouts, --models: none of the list has these; name both, for each of these in each of those")
+    out = chosen.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started ends too
+    measurements = [
+        Measurement(out, layout, model, recipe_words(layout, model, chosen.micro_batches, chosen.overrides),
+                    (chosen.warmup, chosen.steps))
+        for layout, model in pairs
+    ]  # fmt: skip
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    groups = side_by_side(measurements, chosen.gpus) if chosen.side_by_side else [[m] for m in measurements]
+    rows: list[dict[str, Any]] = []
+    for row in measure(groups, names or [str(i) for i in range(chosen.gpus)], chosen.limit):
+        rows.append(row)
+        (out / "results.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        lines = table(rows)
+        (out / "table.md").write_text("\n".join([heading(rows, chosen), "", *lines]) + "\n")
+        print(f"{row['layout']} {row['model']}: ", end="")
+        print(row.get("failed") or f"{row['tokens_per_second_and_gpu']:,.0f} tokens/s a GPU", flush=True)
+    print("\n".join(table(rows)))
+    sys.exit(any("failed" in row for row in rows))
+
+
+if __name__ == "__main__":
+    main()
