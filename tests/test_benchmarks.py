@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_carve.recipe import check_layout, estimate, load_recipe
+
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 
@@ -17,6 +19,14 @@ def needles_benchmark(monkeypatch):
     import bench_needles
 
     return bench_needles
+
+
+@pytest.fixture
+def layouts_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench_layouts
+
+    return bench_layouts
 
 
 @pytest.mark.slow
@@ -108,3 +118,73 @@ def test_preparing_by_number_of_workers(tmp_path):
     assert (one["workers"], two["workers"]) == (1, 2)
     assert 1 < one["peak_mib"] < two["peak_mib"] and one["tokens_per_second"] > 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_measurements_of_layouts_fit_and_have_what_they_are_compared_with(layouts_benchmark, gpus):
+    listed = layouts_benchmark.in_order(gpus)
+    assert len(set(listed)) == len(listed)
+    sizes = {}
+    for layout, model in listed:
+        words = layouts_benchmark.recipe_words(layout, model, micro_batches=4)
+        recipe, where = load_recipe(words[0], words[1:]), layouts_benchmark.LAYOUTS[layout]
+        check_layout(recipe, where.gpus)
+        assert where.gpus in (1, gpus)
+        expected = 65536 if where.sequences == "short" else 16384
+        assert recipe.training.tokens_per_step / where.gpus == expected
+        assert sum(estimate.memory(recipe, 32000, where.gpus).values()) < 66 * 2**30
+        assert recipe.model.pattern.count("|") == (recipe.parallel.pipeline - 1)
+        assert where.beside is None or (where.beside, model) in listed
+        if model != "moe":
+            assert (where.attention or layout, "attention") in listed
+        sizes[model] = sum(estimate.parameters(recipe, 32000).values())
+    assert all(abs(sizes[model] / sizes["attention"] - 1) < 0.02 for model in ("carve", "gdn2"))
+
+
+def test_shares_of_layouts(layouts_benchmark):
+    def row(layout, model, speed):
+        return {
+            "layout": layout, "model": model, "tokens_per_second_and_gpu": speed, "seconds_per_step": 1.0,
+            "all_seconds": [0.9, 1.1], "peak_allocated_bytes": 3 * 2**30, "planned_bytes": 2**31, "seconds": 40.0,
+            "seconds_by_part": {"mixer op": 0.25, "MLP": 0.5}, "longest": [["ncclDevKernel_X", 0.125], ["other", 1.0]],
+        }  # fmt: skip
+
+    rows = [
+        row("one", "carve", 1000.0), row("data2", "carve", 960.0), row("one", "attention", 2000.0),
+        row("data2", "attention", 1600.0), row("tensor2", "gdn2", 700.0),
+        row("data2-long", "carve", 800.0), row("context2-sequence", "carve", 600.0),
+        row("data2-long", "attention", 1500.0), row("context2-heads", "attention", 1200.0),
+        {"layout": "tensor2", "model": "carve", "words": [], "failed": "OutOfMemoryError: no memory\n=====\n"},
+    ]  # fmt: skip
+    assert layouts_benchmark.shares(rows) == pytest.approx({
+        ("data2", "carve"): 0.96, ("data2", "attention"): 0.8, ("context2-sequence", "carve"): 0.75,
+        ("context2-heads", "attention"): 0.8,
+    })  # fmt: skip
+    lines = layouts_benchmark.table(rows)
+    (data,) = (line for line in lines if line.startswith("| data2 | carve |"))
+    assert data == "| data2 | carve | 960 | one | 0.960 | 0.800 | 1.200 | 1000.0 (900 to 1100) | 3.0 | 2.0 | 40 |"
+    (by_sequence,) = (line for line in lines if line.startswith("| context2-sequence | carve |"))
+    assert "| data2-long | 0.750 | 0.800 | 0.938 |" in by_sequence
+    (alone,) = (line for line in lines if line.startswith("| tensor2 | gdn2 |"))
+    assert "| 700 | one |  |  |  |" in alone
+    assert "| data2 carve | 250.0 | 500.0 | 125.0 |" in lines
+    assert lines[-1] == "tensor2 carve failed: OutOfMemoryError: no memory"
+
+
+@pytest.mark.long
+def test_layouts_of_a_small_model(tmp_path):
+    out, words = tmp_path / "out", ["--models", "debug", "--gpus", "2", "--warmup", "1", "--steps", "1"]
+    command = [sys.executable, BENCHMARKS / "bench_layouts.py", out, "model.hidden_size=127", *words, "--layouts"]
+    failed = subprocess.run([*command, "one"], capture_output=True, text=True, timeout=100)
+    assert failed.returncode == 1
+    assert "one debug failed: error: model.num_attention_heads: expected a divisor" in (out / "table.md").read_text()
+    command.remove("model.hidden_size=127")
+    subprocess.run(
+        [*command, "one", "data2", "context2-sequence", "--side-by-side"], check=True, capture_output=True, timeout=300
+    )
+    rows = json.loads((out / "results.json").read_text())
+    assert [(r["layout"], r["gpus"], r["tokens_per_step"]) for r in rows] == [
+        ("one", 1, 256), ("data2", 2, 512), ("context2-sequence", 2, 128)
+    ]  # fmt: skip
+    assert rows[2]["parallel"]["context_method"] == "sequence" and rows[2]["seq_length"] == 128
+    assert (out / "table.md").read_text().count("| data2 debug |") == 1

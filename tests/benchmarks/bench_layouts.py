@@ -117,15 +117,16 @@ LAYOUTS = {
 
 def in_order(gpus: int) -> list[tuple[str, str]]:
     """(layout, model) of all that is worth measuring on two or four GPUs, the most valuable first."""
-    mixed = ["data2-tensor2"] if gpus == 4 else []
+    tensor = ["tensor2"] if gpus == 2 else ["data2-tensor2", "tensor4"]
+    of_18_heads = tensor[:1]  # of attention, as GDN-2's hybrid has them
     long, methods = f"data{gpus}-long", [f"context{gpus}-heads", f"context{gpus}-sequence"]
     experts = [f"expert{gpus}", "data4-expert2"] if gpus == 4 else [f"expert{gpus}"]
     stages = [
-        (["one", f"data{gpus}", f"tensor{gpus}", *mixed], ["carve", ATTENTION]),
+        (["one", f"data{gpus}", *tensor], ["carve", ATTENTION]),
         ([long, *methods], ["gdn2", "carve"]),
         ([long, methods[0]], [ATTENTION]),
         ([f"pipeline{gpus}"], ["carve", ATTENTION]),
-        (["one", f"data{gpus}", f"tensor{gpus}", *mixed, f"pipeline{gpus}"], ["gdn2"]),
+        (["one", f"data{gpus}", *of_18_heads, f"pipeline{gpus}"], ["gdn2"]),
         (["one", f"data{gpus}", *experts], ["moe"]),
     ]
     return [(layout, model) for layouts, models in stages for layout in layouts for model in models]
@@ -291,7 +292,9 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         lines += ["", *_parts(measured)]
     for r in rows:
         if "failed" in r:
-            lines += ["", f"{r['layout']} {r['model']} failed: {r['failed'].strip().splitlines()[-1:]}"]
+            said = r["failed"].strip().splitlines() or ["nothing was said"]
+            why = next((line for line in reversed(said) if "Error: " in line or "error: " in line), said[-1])
+            lines += ["", f"{r['layout']} {r['model']} failed: {why.strip()}"]
     return lines
 
 
