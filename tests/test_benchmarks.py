@@ -174,11 +174,11 @@ def test_shares_of_layouts(layouts_benchmark):
 @pytest.mark.long
 def test_layouts_of_a_small_model(tmp_path):
     out, words = tmp_path / "out", ["--models", "debug", "--gpus", "2", "--warmup", "1", "--steps", "1"]
-    command = [sys.executable, BENCHMARKS / "bench_layouts.py", out, "model.hidden_size=127", *words, "--layouts"]
+    command = [sys.executable, BENCHMARKS / "bench_layouts.py", out, "megatron.nonsense=1", *words, "--layouts"]
     failed = subprocess.run([*command, "one"], capture_output=True, text=True, timeout=100)
     assert failed.returncode == 1
-    assert "one debug failed: error: model.num_attention_heads: expected a divisor" in (out / "table.md").read_text()
-    command.remove("model.hidden_size=127")
+    assert "one debug failed: error: unknown key megatron.nonsense" in (out / "table.md").read_text()
+    command.remove("megatron.nonsense=1")
     subprocess.run(
         [*command, "one", "data2", "context2-sequence", "--side-by-side"], check=True, capture_output=True, timeout=300
     )

@@ -350,11 +350,15 @@ def main() -> None:
     out = chosen.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started ends too
-    measurements = [
-        Measurement(out, layout, model, recipe_words(layout, model, chosen.micro_batches, chosen.overrides),
-                    (chosen.warmup, chosen.steps))
-        for layout, model in pairs
-    ]  # fmt: skip
+    counts = chosen.warmup, chosen.steps
+    try:
+        words = {
+            (layout, model): recipe_words(layout, model, chosen.micro_batches, chosen.overrides)
+            for layout, model in pairs
+        }
+    except ValueError as error:
+        parser.error(str(error))
+    measurements = [Measurement(out, layout, model, of_it, counts) for (layout, model), of_it in words.items()]
     names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     groups = side_by_side(measurements, chosen.gpus) if chosen.side_by_side else [[m] for m in measurements]
     rows: list[dict[str, Any]] = []
