@@ -286,6 +286,14 @@ def check_options(recipe: Recipe, device: str) -> None:
             "megatron.expert_tensor_parallel_size: expected 1 on a CPU with experts spread over ranks, where gloo "
             f"gathers as many tokens of every rank only, got {recipe.experts.tensor}"
         )
+    interleaved = recipe.model.pattern.split("/")[0].count("|") + 1 > recipe.parallel.pipeline > 1
+    mixed = recipe.training.precision != "fp32" and bool(set(recipe.model.pattern) & set(MIXER_LETTERS))
+    if device == "cpu" and interleaved and mixed and recipe.parallel.distributed_optimizer:
+        raise ValueError(
+            "training.precision: expected fp32 on a CPU with more stages in model.pattern than parallel.pipeline, as "
+            "gloo gathers a stage's 16-bit parameters and the mixers' float32 ones as if they were of one type, got "
+            f"{recipe.training.precision}"
+        )
     if fsdp and not HAVE_TE and world_size() > recipe.parallel.tensor * recipe.parallel.pipeline:
         raise ImportError(
             'megatron.use_megatron_fsdp: the Adam of "transformer-engine[pytorch]" is not installed; with torch\'s, '

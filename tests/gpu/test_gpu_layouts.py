@@ -1,4 +1,8 @@
-"""Parallel layouts over two or four GPUs of one machine: the losses of one GPU, from one checkpoint."""
+"""Parallel layouts over two or four GPUs of one machine: the losses and gradient norms of one GPU, from one checkpoint.
+
+The processes of one number of GPUs stay for all layouts, so call pytest without -n: each of its workers would start
+processes of its own on the same GPUs.
+"""
 
 import importlib.util
 import shutil
@@ -97,9 +101,10 @@ def test_several_gpus_go_on_as_one(ranks, one_gpu, tmp_path, name):
     first, norm = SAVED + 1, abs(found[SAVED + 1]["grad_norm"] / expected[SAVED + 1]["grad_norm"] - 1)
     difference = {s: abs(found[s]["loss"] / expected[s]["loss"] - 1) for s in range(first, STEPS + 1)}
     print(f"{name}: relative difference of the loss up to {max(difference.values()):.1e}, gradient norm {norm:.1e}")
-    assert difference[first] < 2e-3, difference
-    assert norm < 2e-2
-    assert max(difference.values()) < 1e-2, difference
+    assert norm < 1e-2
+    # A stage whose parameters were gathered wrongly after a step of the optimizer departed by 8.6e-3, no layout that
+    # is right by more than 2.5e-4 in twenty steps.
+    assert max(difference.values()) < 2e-3, difference
 
 
 def measured(folder):

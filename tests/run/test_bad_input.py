@@ -476,5 +476,18 @@ def test_what_gloo_cannot_gather_of_experts():
         check_options(load_recipe("debug", spread), "cpu")
 
 
+def test_what_gloo_cannot_gather_of_interleaved_stages():
+    """Numbers of two types in one call, as they are collected for all stages of a rank but the first."""
+    from megatron_carve.recipe import load_recipe
+    from megatron_carve.run.preflight import check_options
+
+    interleaved = ["parallel.pipeline=2", "training.precision=bf16", "model.pattern=C-|*|-C|-"]
+    for words in (["training.precision=fp32"], ["model.pattern=C-*|-C-"], ["model.pattern=*-|*|-*|-"]):
+        check_options(load_recipe("debug", [*interleaved, *words]), "cpu")
+    check_options(load_recipe("debug", interleaved), "cuda")
+    with pytest.raises(ValueError, match=r"training.precision: expected fp32 on a CPU .* got bf16"):
+        check_options(load_recipe("debug", interleaved), "cpu")
+
+
 if __name__ == "__main__":
     run_all(Path(sys.argv[1]))
