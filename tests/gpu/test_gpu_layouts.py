@@ -1,7 +1,7 @@
 """Parallel layouts over two or four GPUs of one machine: the losses and gradient norms of one GPU, from one checkpoint.
 
 The processes of one number of GPUs stay for all layouts, so call pytest without -n: each of its workers would start
-processes of its own on the same GPUs.
+processes of its own on the same GPUs. On two GPUs -k "data or tensor or context or pipeline" are the most valuable.
 """
 
 import importlib.util
@@ -78,9 +78,9 @@ def one_gpu(ranks, tmp_path_factory):
 
     def run(model):
         if model not in folders:
-            folder = tmp_path_factory.mktemp("one")
-            ranks(1).train(folder, *WORDS, *model, timeout=240)
-            folders[model] = folder
+            folders[model] = tmp_path_factory.mktemp("one")
+            ranks(1).train(folders[model], *WORDS, *model, timeout=240)
+        assert (folders[model] / "runs/run/summary.json").exists(), "the run on one GPU has failed"
         return folders[model]
 
     return run
