@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 # Of all files in a folder, but this one; while a checkpoint is written, each process has a list of its own.
@@ -79,7 +80,7 @@ def read_list(folder: Path, place: str = LIST) -> dict[str, Any] | None:
 
 def check(
     folder: Path, files: Mapping[str, Any], wanted: Mapping[str, Sequence[tuple[int, int]] | None],
-    share: tuple[int, int] = (0, 1),
+    share: tuple[int, int] = (0, 1), stop: Event | None = None,
 ) -> None:  # fmt: skip
     """Compare files with their checksums.
 
@@ -87,6 +88,7 @@ def check(
         files: as read_list returns them.
         wanted: files by name, and the ranges of bytes that count; None for all of them. Whole blocks are compared.
         share: (i, n) compares the i-th of n parts, so that n processes do all of it together.
+        stop: leave off, once it is set.
 
     Raises:
         Damaged: see there. The first that is found, in the order of `wanted`.
@@ -104,6 +106,8 @@ def check(
         parts += [(name, block) for block in blocks]
     mine = parts[share[0] :: share[1]]
     for (name, block), found in zip(mine, _in_threads(lambda part: _crc(folder / part[0], part[1]), mine), strict=True):
+        if stop is not None and stop.is_set():
+            return
         if files[name]["crc32"][block] != found:
             raise Damaged(f"{name} is damaged: its checksum is another after byte {block * BLOCK_BYTES}")
 

@@ -8,7 +8,9 @@ import io
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -157,16 +159,30 @@ class RunFolder:
         index and description are as they were written."""
         _check_whole(self.checkpoint(step))
 
-    def check_data(self, step: int, *, weights_only: bool = False, share: tuple[int, int] = (0, 1)) -> None:
-        """Raise CheckpointError unless the data of this step's checkpoint have the checksums that they were saved with.
+    @contextlib.contextmanager
+    def data_check(
+        self, step: int, *, weights_only: bool = False, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[Callable[[], None]]:
+        """Compare the data of this step's checkpoint with the checksums that they were saved with, beside other work.
 
-        Checkpoints of earlier versions have none, which is said.
+        What it gives waits until that is done, and raises CheckpointError if there is damage. Checkpoints of earlier
+        versions have no checksums, which is said.
 
         Args:
             weights_only: leave out what is an optimizer's.
             share: see checksums.check.
         """
-        _check_data(self.checkpoint(step), weights_only, share)
+        folder, stop, outcome = self.checkpoint(step), threading.Event(), Future[None]()
+        with ThreadPoolExecutor(1, "checksums") as pool:
+            try:
+                # Read in this thread, since reading the index imports.
+                outcome = pool.submit(_compare, folder, _data(folder, weights_only), share, stop)
+            except CheckpointError as error:
+                outcome.set_exception(error)
+            try:
+                yield outcome.result
+            finally:
+                stop.set()
 
     def check_contents(self, step: int) -> None:
         """Raise CheckpointError if the checkpoint of this step holds pickled objects that Megatron does not keep there.
@@ -354,11 +370,12 @@ def _index(folder: Path) -> Any:
 
 
 def _compare(
-    folder: Path, wanted: Mapping[str, Sequence[tuple[int, int]] | None], share: tuple[int, int] = (0, 1)
+    folder: Path, wanted: Mapping[str, Sequence[tuple[int, int]] | None], share: tuple[int, int] = (0, 1),
+    stop: threading.Event | None = None,
 ) -> None:  # fmt: skip
     try:
         if (files := checksums.read_list(folder)) is not None:
-            checksums.check(folder, files, wanted, share)
+            checksums.check(folder, files, wanted, share, stop)
         elif share[0] == 0:
             say_once(
                 f"{folder}: the checkpoint has no checksums, as of an earlier version or Megatron-FSDP; damage may go "
@@ -368,12 +385,13 @@ def _compare(
         raise CheckpointError(f"{folder}: the checkpoint is damaged: {error}; it was left as it is") from None
 
 
-def _check_data(folder: Path, weights_only: bool, share: tuple[int, int]) -> None:
+def _data(folder: Path, weights_only: bool) -> Mapping[str, Sequence[tuple[int, int]] | None]:
+    """Files of a checkpoint, and the ranges of bytes that are read of them; None for all."""
     wanted: dict[str, list[tuple[int, int]]] = {}
     for place, part in (_index(folder).storage_data or {}).items():
         if not (weights_only and OPTIMIZER in place.fqn):
             wanted.setdefault(part.relative_path, []).append((part.offset, part.offset + part.length))
-    _compare(folder, wanted if weights_only else dict.fromkeys(wanted), share)
+    return wanted if weights_only else dict.fromkeys(wanted)
 
 
 def _check_contents(folder: Path) -> None:

@@ -9,6 +9,7 @@ import io
 import logging
 import math
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -96,16 +97,17 @@ def prepare(recipe: Recipe) -> Plan:
     set_connections(recipe)
     device: Literal["cuda", "cpu"] = use_device(recipe.run.device)
     recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, device=device))
-    choose_device(device)
     check_layout(recipe, world_size())
     check_backend(recipe, device)
     folder = RunFolder(recipe.run.path)
     store, rank, processes = join_processes()
     start = on_first_process(store, rank, "start", lambda: _find_start(recipe, folder))
-    on_every_process(store, rank, processes, "checksums", lambda: _check_data(recipe, start, (rank, processes)))
-    layers = choose_layers(recipe, device)  # the first that imports Megatron, which takes seconds
-    check_options(recipe, device)
-    argv = _argv(recipe, start, layers, device)
+    with _data_check(recipe, start, (rank, processes)) as data_is_whole:
+        choose_device(device)  # on the CPU, and else the next, are the first that import Megatron, which takes seconds
+        layers = choose_layers(recipe, device)
+        check_options(recipe, device)
+        argv = _argv(recipe, start, layers, device)
+        on_every_process(store, rank, processes, "checkpoint", lambda: _check_checkpoint(start, rank, data_is_whole))
     # Last, when nothing else can be wrong: the first writes, and tokenising takes long.
     locks: list[IO[str]] = []
     blend = on_first_process(store, rank, "data", lambda: _write(recipe, folder, start, locks))
@@ -197,13 +199,19 @@ def _find_start(recipe: Recipe, folder: RunFolder) -> Start:
     )
 
 
-def _check_data(recipe: Recipe, start: Start, share: tuple[int, int]) -> None:
-    if start.load_from is not None:
-        weights_only = recipe.checkpoint.weights_only and not start.resumes
-        source = RunFolder(start.load_from.parent)
-        source.check_data(start.checkpoint, weights_only=weights_only, share=share)
-        if share[0] == 0:
-            source.check_contents(start.checkpoint)
+def _data_check(
+    recipe: Recipe, start: Start, share: tuple[int, int]
+) -> contextlib.AbstractContextManager[Callable[[], None]]:
+    if start.load_from is None:
+        return contextlib.nullcontext(lambda: None)
+    weights_only = recipe.checkpoint.weights_only and not start.resumes
+    return RunFolder(start.load_from.parent).data_check(start.checkpoint, weights_only=weights_only, share=share)
+
+
+def _check_checkpoint(start: Start, rank: int, data_is_whole: Callable[[], None]) -> None:
+    data_is_whole()
+    if start.load_from is not None and rank == 0:
+        RunFolder(start.load_from.parent).check_contents(start.checkpoint)
 
 
 def _vocab_size(recipe: Recipe, needed: int) -> int:

@@ -78,10 +78,13 @@ def trained_model(
     weights = [
         f"--load={run.checkpoints}", f"--ckpt-step={step}", "--finetune", "--no-load-optim", "--no-load-rng",
     ]  # fmt: skip
-    with _in_evaluation(recipe, found, weights, run.tokenizer) as (trained, models):
+    with (
+        run.data_check(step, weights_only=True) as data_is_whole,
+        _in_evaluation(recipe, found, weights, run.tokenizer) as (trained, models),
+    ):
         from megatron.training.checkpointing import load_checkpoint
 
-        run.check_data(step, weights_only=True)
+        data_is_whole()
         run.check_contents(step)
         with contextlib.redirect_stdout(io.StringIO()):
             load_checkpoint(models, None, None)

@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+from threading import Event
 
 import pytest
 from support.forks import run_forked
@@ -183,6 +184,9 @@ class TestChecksums:
             except checksums.Damaged:
                 found.append(part)
         assert found == [1]
+        stop = Event()
+        stop.set()
+        checksums.check(tmp_path, files, {"a": None}, stop=stop)
 
     def test_files_that_are_gone_or_not_in_the_list(self, tmp_path):
         (tmp_path / "a").write_bytes(b"")
