@@ -39,6 +39,8 @@ NUM_WARPS = 8
 FORWARD_TILES = 4
 GRADIENT_TILES = 16
 # Of the taps' gradient of attention's heads: without an activation before it, larger tiles have too few registers.
+FORWARD: dict[str, int] = {}
+GRADIENT: dict[str, int] = {"num_stages": 1}
 HEADS_GRADIENT = {"BT": 16, "num_stages": 1}
 # Fewest rows of a product: the tap's gradients and the bias's share one.
 FEWEST_ROWS = tl.constexpr(16)
@@ -130,7 +132,8 @@ class _Launch(NamedTuple):
             "K": key_head_dim, "VD": VD, "GROUP": group, "W": W, "RP": max(16, triton.next_power_of_2(R)), "BT": TILE,
             "BD": BD, **arithmetic_of(x.dtype), "num_warps": NUM_WARPS, "num_stages": num_stages,
         }  # fmt: skip
-        gradient_options = {**options, **(HEADS_GRADIENT if group else {})}
+        options |= FORWARD
+        gradient_options = {**options, **(HEADS_GRADIENT if group else GRADIENT)}
         gradient_options["TILES"] = GRADIENT_TILES * TILE // gradient_options["BT"]
         return cls(blocks, (T, R, key_channels, value_channels, blocks), options, gradient_options)
 
@@ -156,42 +159,21 @@ def dynamic_forward_kernel(
     up: [W, R, D]; bias: [D]; age: [T]; q, k: [B, T, key_channels]; v: [B, T, value_channels].
     """
     i_d, _, i_b, start = place(blocks, T, BT * TILES)
-    x += i_b * x_batch
-    features += i_b * z_batch
     D = 2 * key_channels + value_channels
+    first, channels, of_keys, i_out, out_token = channels_of_block(i_d, key_channels, value_channels, K, VD)
     heads = key_channels // K
-    features += section_of_block(i_d, heads, GROUP) * R
-    if i_d < 2 * heads:
-        out = tl.where(i_d < heads, q, k) + i_b * T * key_channels + i_d % heads * K
-        dynamic_convolve(
-            x, features, taps, up, bias, age, out, x_token, z_token, D, key_channels, T, R, i_d * K, K, start,
-            W, RP, BT, BD, CT, PRECISION, TILES, True, True,
-        )  # fmt: skip
-    else:
-        i_v = (i_d - 2 * heads) * VD
-        out = v + i_b * T * value_channels + i_v
-        dynamic_convolve(
-            x, features, taps, up, bias, age, out, x_token, z_token, D, value_channels, T, R, 2 * key_channels + i_v,
-            tl.minimum(value_channels - i_v, VD), start, W, RP, BT, BD, CT, PRECISION, TILES, GROUP == 0, False,
-        )  # fmt: skip
-
-
-@triton.jit
-def dynamic_convolve(
-    x, features, taps, up, bias, age, out, x_token, z_token, D, out_token, T, R, first, channels, start,
-    W: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
-    TILES: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """Channels `first` to `first + channels` of the tokens of TILES tiles from `start` on, written to `out`."""
+    out = tl.where(of_keys, tl.where(i_d < heads, q, k), v) + i_b * T * out_token + i_out
+    x += i_b * x_batch + first
+    features += i_b * z_batch + section_of_block(i_d, heads, GROUP) * R
     o_d, o_r = tl.arange(0, BD), tl.arange(0, RP)
     m_d, m_r = o_d < channels, o_r < R
     b_taps, b_up = load_tables(taps + first, up + first, D, R, o_d, m_d, o_r, m_r, W, CT)
     for i in range(tl.minimum(TILES, tl.cdiv(T - start, BT))):
-        o_t, m_t, b_y, _, _ = mixed_tokens(
-            x + first, features, b_taps, b_up, bias, age, x_token, z_token, first, start + i * BT, T,
+        o_t, m_t, b_y, b_x, b_z = mixed_tokens(
+            x, features, b_taps, b_up, bias, age, x_token, z_token, first, start + i * BT, T,
             o_d, m_d, o_r, m_r, W, BT, BD, CT, PRECISION,
         )  # fmt: skip
-        store_tokens(out, out_token, o_t, m_t, o_d, m_d, activated(b_y, ACT, NORM))
+        store_tokens(out, out_token, o_t, m_t, o_d, m_d, activated(b_y, GROUP == 0, of_keys))
 
 
 @triton.jit
@@ -208,39 +190,16 @@ def dynamic_taps_gradient_kernel(
     [programs, W, D], or W + 1 with a bias, whose gradient comes last, over the tokens of the programs of a block.
     """
     i_d, i_bt, i_b, start = place(blocks, T, BT * TILES)
-    x += i_b * x_batch
-    features += i_b * z_batch
     D = 2 * key_channels + value_channels
-    dy += i_b * T * D
-    d_features += (i_d.to(tl.int64) * B + i_b) * T * R
-    d_up += i_bt.to(tl.int64) * W * R * D
-    d_shared += i_bt.to(tl.int64) * (W if bias is None else W + 1) * D
+    first, channels, of_keys, i_out, out_token = channels_of_block(i_d, key_channels, value_channels, K, VD)
     heads = key_channels // K
-    features += section_of_block(i_d, heads, GROUP) * R
-    if i_d < 2 * heads:
-        d_out = tl.where(i_d < heads, dq, dk) + i_b * T * key_channels + i_d % heads * K
-        taps_gradient(
-            x, features, taps, up, bias, age, d_out, dy, d_features, d_up, d_shared, x_token, z_token, D, key_channels,
-            T, R, i_d * K, K, start, W, RP, BT, BD, CT, PRECISION, TILES, True, True,
-        )  # fmt: skip
-    else:
-        i_v = (i_d - 2 * heads) * VD
-        d_out = dv + i_b * T * value_channels + i_v
-        taps_gradient(
-            x, features, taps, up, bias, age, d_out, dy, d_features, d_up, d_shared, x_token, z_token, D,
-            value_channels, T, R, 2 * key_channels + i_v, tl.minimum(value_channels - i_v, VD), start,
-            W, RP, BT, BD, CT, PRECISION, TILES, GROUP == 0, False,
-        )  # fmt: skip
-
-
-@triton.jit
-def taps_gradient(
-    x, features, taps, up, bias, age, d_out, dy, d_features, d_up, d_shared, x_token, z_token, D, out_token, T, R,
-    first, channels, start,
-    W: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
-    TILES: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """The gradients of `dynamic_convolve` but for that of x."""
+    d_out = tl.where(of_keys, tl.where(i_d < heads, dq, dk), dv) + i_b * T * out_token + i_out
+    x += i_b * x_batch + first
+    features += i_b * z_batch + section_of_block(i_d, heads, GROUP) * R
+    dy += i_b * T * D + first
+    d_features += (i_d.to(tl.int64) * B + i_b) * T * R
+    d_up += i_bt.to(tl.int64) * W * R * D + first
+    d_shared += i_bt.to(tl.int64) * (W if bias is None else W + 1) * D + first
     o_d, o_r, o_row = tl.arange(0, BD), tl.arange(0, RP), tl.arange(0, FEWEST_ROWS)
     m_d, m_r = o_d < channels, o_r < R
     b_taps, b_up = load_tables(taps + first, up + first, D, R, o_d, m_d, o_r, m_r, W, CT)
@@ -250,13 +209,13 @@ def taps_gradient(
         b_d_up += (tl.zeros([RP, BD], tl.float32),)
     for i in range(tl.minimum(TILES, tl.cdiv(T - start, BT))):
         o_t, m_t, b_y, b_x, b_z = mixed_tokens(
-            x + first, features, b_taps, b_up, bias, age, x_token, z_token, first, start + i * BT, T,
+            x, features, b_taps, b_up, bias, age, x_token, z_token, first, start + i * BT, T,
             o_d, m_d, o_r, m_r, W, BT, BD, CT, PRECISION,
         )  # fmt: skip
         b_d_out = load_tokens(d_out, out_token, o_t, m_t, o_d, m_d).to(tl.float32)
-        b_dy = activation_gradient(b_y, b_d_out, ACT, NORM)
-        if ACT:
-            store_tokens(dy + first, D, o_t, m_t, o_d, m_d, b_dy)
+        b_dy = activation_gradient(b_y, b_d_out, GROUP == 0, of_keys)
+        if GROUP == 0:
+            store_tokens(dy, D, o_t, m_t, o_d, m_d, b_dy)
         b_dz = tl.zeros([BT, RP], tl.float32)
         b_more_d_up = ()
         for j in tl.static_range(W):
@@ -269,8 +228,8 @@ def taps_gradient(
         b_d_up = b_more_d_up
         store_tokens(d_features, R, o_t, m_t, o_r, m_r, b_dz)
     for j in tl.static_range(W):
-        store_tokens(d_up + j * R * D + first, D, o_r, m_r, o_d, m_d, b_d_up[j])
-    store_tokens(d_shared + first, D, o_row, o_row < (W if bias is None else W + 1), o_d, m_d, b_d_shared)
+        store_tokens(d_up + j * R * D, D, o_r, m_r, o_d, m_d, b_d_up[j])
+    store_tokens(d_shared, D, o_row, o_row < (W if bias is None else W + 1), o_d, m_d, b_d_shared)
 
 
 @triton.jit
@@ -283,25 +242,30 @@ def dynamic_tokens_gradient_kernel(
     i_d, _, i_b, start = place(blocks, T, BT * TILES)
     D = 2 * key_channels + value_channels
     heads = key_channels // K
-    of_keys = i_d < 2 * heads
-    i_v = (i_d - 2 * heads) * VD
-    first = tl.where(of_keys, i_d * K, 2 * key_channels + i_v)
+    first, channels, of_keys, i_out, out_token = channels_of_block(i_d, key_channels, value_channels, K, VD)
     o_d, o_r = tl.arange(0, BD), tl.arange(0, RP)
-    m_d, m_r = o_d < tl.where(of_keys, K, tl.minimum(value_channels - i_v, VD)), o_r < R
+    m_d, m_r = o_d < channels, o_r < R
     features += i_b * z_batch + section_of_block(i_d, heads, GROUP) * R
     dy += i_b * T * D + first
     dx += i_b * T * D + first
     b_taps, b_up = load_tables(taps + first, up + first, D, R, o_d, m_d, o_r, m_r, W, CT)
     for i in range(tl.minimum(TILES, tl.cdiv(T - start, BT))):
         o_t = start + i * BT + tl.arange(0, BT)
-        b_dx = load_tokens(dy, D, o_t, o_t < T, o_d, m_d).to(tl.float32)
+        b_mixing, b_dx = (), tl.zeros([BT, BD], tl.float32)
         for j in tl.static_range(W):
             o_later = o_t + (W - 1 - j)
             m_t = o_later < T
             m_t = m_t & (load_age(age, o_later, m_t) >= W - 1 - j)
             b_z = load_tokens(features, z_token, o_later, m_t, o_r, m_r)
-            b_dy = load_tokens(dy, D, o_later, m_t, o_d, m_d)
-            b_dx += (matmul(b_z, b_up[j], CT, PRECISION) + b_taps[j]) * b_dy.to(tl.float32)
+            b_mixing += (spread(matmul(b_z, b_up[j], CT, PRECISION), CT),)
+        for j in tl.static_range(W):
+            o_later = o_t + (W - 1 - j)
+            m_t = o_later < T
+            m_t = m_t & (load_age(age, o_later, m_t) >= W - 1 - j)
+            b_dy = load_tokens(dy, D, o_later, m_t, o_d, m_d).to(tl.float32)
+            b_dx += (b_mixing[j] + b_taps[j]) * b_dy
+            if j == W - 1:
+                b_dx += b_dy
         store_tokens(dx, D, o_t, o_t < T, o_d, m_d, b_dx)
 
 
@@ -311,6 +275,20 @@ def place(blocks, T, SPAN: tl.constexpr):
     i_d, i_bt = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     spans = tl.cdiv(T, SPAN)
     return i_d, i_bt, (i_bt // spans).to(tl.int64), i_bt % spans * SPAN
+
+
+@triton.jit
+def channels_of_block(i_d, key_channels, value_channels, K: tl.constexpr, VD: tl.constexpr):
+    """Of block i_d: (first channel, their number, whether they are a head of q or k, the first within q, k or v, how
+    many q, k or v has).
+    """
+    heads = key_channels // K
+    of_keys = i_d < 2 * heads
+    i_v = (i_d - 2 * heads) * VD
+    first = tl.where(of_keys, i_d * K, 2 * key_channels + i_v)
+    channels = tl.where(of_keys, K, tl.minimum(value_channels - i_v, VD))
+    i_k = i_d % tl.maximum(heads, 1) * K
+    return first, channels, of_keys, tl.where(of_keys, i_k, i_v), tl.where(of_keys, key_channels, value_channels)
 
 
 @triton.jit
@@ -341,12 +319,16 @@ def mixed_tokens(
     m_t = o_t < T
     b_age = load_age(age, o_t, m_t)
     b_z = load_tokens(features, z_token, o_t, m_t, o_r, m_r)
-    b_y = load_tokens(x, x_token, o_t, m_t, o_d, m_d).to(tl.float32)
-    b_y += load_bias(bias, first, o_d, m_d, BT, BD)
-    b_x = ()
+    b_mixing, b_x = (), ()
     for j in tl.static_range(W):
-        b_x += (load_tokens(x, x_token, o_t - (W - 1) + j, m_t & (b_age >= W - 1 - j), o_d, m_d),)
-        b_y += (matmul(b_z, b_up[j], CT, PRECISION) + b_taps[j]) * b_x[j].to(tl.float32)
+        b_mixing += (spread(matmul(b_z, b_up[j], CT, PRECISION), CT),)
+    b_y = load_bias(bias, first, o_d, m_d, BT, BD)
+    for j in tl.static_range(W):
+        # the last tap's is the token itself
+        m_x = m_t & (b_age >= W - 1 - j) if j < W - 1 else m_t
+        b_x += (load_tokens(x, x_token, o_t - (W - 1) + j, m_x, o_d, m_d),)
+        b_y += (b_mixing[j] + b_taps[j]) * b_x[j].to(tl.float32)
+    b_y += b_x[W - 1].to(tl.float32)
     return o_t, m_t, b_y, b_x, b_z
 
 
@@ -354,3 +336,11 @@ def mixed_tokens(
 def sums_into_row(o_row, row: tl.constexpr, BT: tl.constexpr):
     """What a tile of BT tokens is multiplied by for their sum in one row, [rows, BT] float32."""
     return tl.zeros([o_row.shape[0], BT], tl.float32) + tl.where(o_row == row, 1.0, 0.0)[:, None]
+
+
+@triton.jit
+def spread(b_product, CT: tl.constexpr):
+    rows: tl.constexpr = b_product.shape[0]
+    columns: tl.constexpr = b_product.shape[1]
+    b_pairs = tl.reshape(b_product, [rows, columns // 2, 2]).to(CT)
+    return tl.reshape(b_pairs, [rows, columns]).to(tl.float32)

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .short_convolution import sigmoid
+
 # 16 numbers a thread in each tile, and more threads than channels in all but the widest heads.
 TILE_NUMBERS = 4096
 NUM_WARPS = 8
@@ -167,7 +169,7 @@ def inverse_rms(b_x, V: tl.constexpr, eps):
 @triton.jit
 def activate(b_gate, SILU: tl.constexpr):
     """(activation, its slope) at every gate: SiLU, or sigmoid."""
-    b_sigmoid = tl.sigmoid(b_gate)
+    b_sigmoid = sigmoid(b_gate)
     if SILU:
         b_silu = b_gate * b_sigmoid
         return b_silu, b_sigmoid + b_silu * (1.0 - b_sigmoid)

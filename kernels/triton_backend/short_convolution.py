@@ -14,6 +14,7 @@ tokens are read more than once, and those of other programs come from a cache.
 # mypy: disable-error-code="assignment, misc"
 # Tuples that a kernel builds up change their type.
 
+import math
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from ..torch_backend.elementwise import L2_EPSILON
 
 EPSILON = tl.constexpr(L2_EPSILON)
+LOG2_E = tl.constexpr(math.log2(math.e))
 # With more threads than channels in a block, Triton loads taps straight into the layout of the tile.
 NUM_WARPS = 8
 # 32 numbers a thread in the forward. In the backward 4, in each of the 3 * W tiles that the loop carries.
@@ -33,7 +35,8 @@ RUN_NUMBERS = 1024
 RUN = 64
 # Tokens of a run whose loads are in flight. The loop is unrolled as many times, so that each has registers of its own:
 # moving a value along would wait for its load.
-AHEAD = tl.constexpr(2)
+AHEAD = 2
+BACKWARD: dict[str, int] = {"num_warps": 8}
 AGE_BLOCK = 256
 
 
@@ -80,7 +83,7 @@ class ConvolveQKV(torch.autograd.Function):
                 x, weight.t().contiguous(), bias, token_age(cu_seqlens, T),
                 dq.contiguous(), dk.contiguous(), dv.contiguous(), dx, d_parameters,
                 x.stride(0), x.stride(1), T, key_channels, value_channels, blocks,
-                K=key_head_dim, W=W, RUN=RUN, BT=BT, BD=BD, ACT=activate, num_warps=NUM_WARPS,
+                K=key_head_dim, W=W, RUN=RUN, AHEAD=AHEAD, BT=BT, BD=BD, ACT=activate, **BACKWARD,
             )  # fmt: skip
         d_parameters = d_parameters.sum(0)
         d_weight = d_parameters[:W].t().contiguous().to(weight.dtype)
@@ -170,7 +173,7 @@ def convolve(
 @triton.jit
 def backward_kernel(
     x, taps, bias, age, dq, dk, dv, dx, d_parameters, x_batch, x_token, T, key_channels, value_channels, blocks,
-    K: tl.constexpr, W: tl.constexpr, RUN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ACT: tl.constexpr,
+    K: tl.constexpr, W: tl.constexpr, RUN: tl.constexpr, AHEAD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """One program per BT runs of RUN tokens of a batch entry and block of channels.
 
@@ -190,21 +193,21 @@ def backward_kernel(
         d_out = tl.where(i_d < heads, dq, dk) + i_b * T * key_channels + i_d % heads * K
         convolve_gradient(
             x, taps, bias, age, d_out, dx, d_parameters, x_token, D, key_channels, T, i_d * K, K, o_t,
-            W, RUN, BT, BD, ACT, True,
+            W, RUN, AHEAD, BT, BD, ACT, True,
         )  # fmt: skip
     else:
         i_v = (i_d - 2 * heads) * BD
         d_out = dv + i_b * T * value_channels + i_v
         convolve_gradient(
             x, taps, bias, age, d_out, dx, d_parameters, x_token, D, value_channels, T,
-            2 * key_channels + i_v, value_channels - i_v, o_t, W, RUN, BT, BD, ACT, False,
+            2 * key_channels + i_v, value_channels - i_v, o_t, W, RUN, AHEAD, BT, BD, ACT, False,
         )  # fmt: skip
 
 
 @triton.jit
 def convolve_gradient(
     x, taps, bias, age, d_out, dx, d_parameters, x_token, D, out_token, T, first, channels, o_run,
-    W: tl.constexpr, RUN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
+    W: tl.constexpr, RUN: tl.constexpr, AHEAD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """The gradients of `convolve` for the RUN tokens from each of o_run on.
 
@@ -260,28 +263,33 @@ def convolve_gradient(
 
 
 @triton.jit
-def activated(b_y, ACT: tl.constexpr, NORM: tl.constexpr):
-    """SiLU, then with NORM the L2 norm of each row; without ACT y as it is."""
+def activated(b_y, ACT: tl.constexpr, NORM):
+    """SiLU, then with NORM, which may be known at run time only, the L2 norm of each row; without ACT y as it is."""
     b_out = b_y
     if ACT:
-        b_out = b_y * tl.sigmoid(b_y)
-        if NORM:
-            b_out *= tl.rsqrt(tl.sum(b_out * b_out, 1) + EPSILON)[:, None]
+        b_out = b_y * sigmoid(b_y)
+        b_out *= tl.where(NORM, tl.rsqrt(tl.sum(b_out * b_out, 1) + EPSILON), 1.0)[:, None]
     return b_out
 
 
 @triton.jit
-def activation_gradient(b_y, b_d_out, ACT: tl.constexpr, NORM: tl.constexpr):
+def activation_gradient(b_y, b_d_out, ACT: tl.constexpr, NORM):
     """The gradient of y, [BT, BD], from that of `activated`."""
     if ACT:
-        b_sigmoid = tl.sigmoid(b_y)
+        b_sigmoid = sigmoid(b_y)
         b_a = b_y * b_sigmoid
-        if NORM:
-            b_inverse = tl.rsqrt(tl.sum(b_a * b_a, 1) + EPSILON)
-            b_along = tl.sum(b_a * b_d_out, 1) * b_inverse * b_inverse
-            b_d_out = (b_d_out - b_a * b_along[:, None]) * b_inverse[:, None]
+        b_inverse = tl.where(NORM, tl.rsqrt(tl.sum(b_a * b_a, 1) + EPSILON), 1.0)
+        b_along = tl.where(NORM, tl.sum(b_a * b_d_out, 1) * b_inverse * b_inverse, 0.0)
+        b_d_out = (b_d_out - b_a * b_along[:, None]) * b_inverse[:, None]
         b_d_out = b_d_out * (b_sigmoid + b_a * (1.0 - b_sigmoid))
     return b_d_out
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) to float32 rounding, in a third of the instructions of a division and an exponential."""
+    b_root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2_E))
+    return b_root * b_root
 
 
 @triton.jit
