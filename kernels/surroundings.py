@@ -2,7 +2,7 @@
 
 Dtypes: x is float16, bfloat16, float32 or float64; the other float inputs have that dtype or, beside a 16-bit one,
 float32. The torch backend rounds to the dtype of x after every step of the convolution; Triton computes in float32 and
-rounds once. Neither reads a value on the host.
+rounds once, but for what features add to a tap, rounded to that dtype too. Neither reads a value on the host.
 """
 
 from __future__ import annotations

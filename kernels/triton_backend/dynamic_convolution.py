@@ -32,16 +32,30 @@ from .short_convolution import (
     token_age,
 )
 
-# Rows of a tile. With fewer than 64 no product is a warp group's, whose narrow ones Triton has got wrong.
-TILE = 32
-NUM_WARPS = 8
-# Tiles of a program: tables are loaded once for them, and in the backward there is a set of sums for each program.
-FORWARD_TILES = 4
-GRADIENT_TILES = 16
-# Of the taps' gradient of attention's heads: without an activation before it, larger tiles have too few registers.
-FORWARD: dict[str, int] = {}
-GRADIENT: dict[str, int] = {"num_stages": 1}
-HEADS_GRADIENT = {"BT": 16, "num_stages": 1}
+
+class Tunings(NamedTuple):
+    """How the three kernels are launched.
+
+    BT: rows of a tile; with fewer than 64 no product is a warp group's, whose narrow ones Triton has got wrong.
+    TILES: of a program, which loads tables once for them, and has a set of sums where there are sums.
+    """
+
+    forward: dict[str, int]
+    taps_gradient: dict[str, int]
+    tokens_gradient: dict[str, int]
+
+
+ALIKE = {"BT": 32, "TILES": 4, "num_warps": 8}
+TAPS_GRADIENT = {"BT": 32, "TILES": 16, "num_warps": 8, "num_stages": 1}
+TUNINGS = Tunings(ALIKE, TAPS_GRADIENT, ALIKE)
+# Attention's: without an activation before it, larger tiles of the taps' gradient have too few registers.
+TUNINGS_OF_HEADS = Tunings(ALIKE, {**TAPS_GRADIENT, "BT": 16, "TILES": 32}, ALIKE)
+# Measured with heads of 128 channels and 16 features, in bfloat16.
+TUNINGS_128 = Tunings(
+    {**ALIKE, "TILES": 8, "maxnreg": 80},
+    {**TAPS_GRADIENT, "BT": 16, "TILES": 32, "num_warps": 4},
+    {**ALIKE, "num_warps": 4},
+)
 # Fewest rows of a product: the tap's gradients and the bias's share one.
 FEWEST_ROWS = tl.constexpr(16)
 
@@ -63,9 +77,9 @@ class DynamicConvolveQKV(torch.autograd.Function):
         v = x.new_empty(B, T, value_channels)
         launch = _Launch.of(x, up, key_channels, key_head_dim, group)
         with torch.cuda.device_of(x):
-            dynamic_forward_kernel[launch.grid(T, FORWARD_TILES, B)](
+            dynamic_forward_kernel[launch.grid(launch.tunings.forward, T, B)](
                 x, features, *_tables(weight, up), bias, token_age(cu_seqlens, T), q, k, v,
-                *x.stride()[:2], *features.stride()[:2], *launch.sizes, TILES=FORWARD_TILES, **launch.options,
+                *x.stride()[:2], *features.stride()[:2], *launch.sizes, **launch.options, **launch.tunings.forward,
             )  # fmt: skip
         ctx.sizes = key_channels, key_head_dim, group
         ctx.save_for_backward(x, features, weight, up, bias, cu_seqlens)
@@ -80,18 +94,19 @@ class DynamicConvolveQKV(torch.autograd.Function):
         launch = _Launch.of(x, up, key_channels, key_head_dim, group)
         strides = *x.stride()[:2], *features.stride()[:2]
         tables, age = _tables(weight, up), token_age(cu_seqlens, T)
-        programs = launch.grid(T, GRADIENT_TILES, B)[0] // launch.blocks
+        taps, tokens = launch.tunings.taps_gradient, launch.tunings.tokens_gradient
+        programs = launch.grid(taps, T, B)[0] // launch.blocks
         dy, dx = dv.contiguous() if group else x.new_empty(B, T, D), x.new_empty(B, T, D)
         d_features = x.new_empty(launch.blocks, B, T, R, dtype=torch.float32)
         d_up = x.new_empty(programs, W, R, D, dtype=torch.float32)
         d_shared = x.new_empty(programs, W + (bias is not None), D, dtype=torch.float32)
         with torch.cuda.device_of(x):
-            dynamic_taps_gradient_kernel[launch.grid(T, GRADIENT_TILES, B)](
+            dynamic_taps_gradient_kernel[launch.grid(taps, T, B)](
                 x, features, *tables, bias, age, dq.contiguous(), dk.contiguous(), dv.contiguous(),
-                dy, d_features, d_up, d_shared, *strides, B, *launch.sizes, **launch.gradient_options,
+                dy, d_features, d_up, d_shared, *strides, B, *launch.sizes, **launch.options, **taps,
             )  # fmt: skip
-            dynamic_tokens_gradient_kernel[launch.grid(T, FORWARD_TILES, B)](
-                features, *tables, age, dy, dx, *strides[2:], *launch.sizes, TILES=FORWARD_TILES, **launch.options,
+            dynamic_tokens_gradient_kernel[launch.grid(tokens, T, B)](
+                features, *tables, age, dy, dx, *strides[2:], *launch.sizes, **launch.options, **tokens,
             )  # fmt: skip
         of_sections: Any
         if group:
@@ -118,7 +133,7 @@ class _Launch(NamedTuple):
     blocks: int
     sizes: tuple[int, ...]
     options: dict[str, Any]
-    gradient_options: dict[str, Any]
+    tunings: Tunings
 
     @classmethod
     def of(cls, x: Tensor, up: Tensor, key_channels: int, key_head_dim: int, group: int) -> "_Launch":
@@ -126,20 +141,18 @@ class _Launch(NamedTuple):
         BD = triton.next_power_of_2(key_head_dim)
         VD = key_head_dim if group else BD
         blocks = channel_blocks(key_channels, key_head_dim, value_channels, VD)
-        # Several stages of larger tiles exceed a Hopper SM's shared memory.
-        num_stages = 2 if x.dtype == torch.bfloat16 and BD <= 128 else 1
+        RP, narrow = max(16, triton.next_power_of_2(R)), x.dtype == torch.bfloat16
         options = {
-            "K": key_head_dim, "VD": VD, "GROUP": group, "W": W, "RP": max(16, triton.next_power_of_2(R)), "BT": TILE,
-            "BD": BD, **arithmetic_of(x.dtype), "num_warps": NUM_WARPS, "num_stages": num_stages,
+            "K": key_head_dim, "VD": VD, "GROUP": group, "W": W, "RP": RP, "BD": BD, **arithmetic_of(x.dtype),
         }  # fmt: skip
-        options |= FORWARD
-        gradient_options = {**options, **(HEADS_GRADIENT if group else GRADIENT)}
-        gradient_options["TILES"] = GRADIENT_TILES * TILE // gradient_options["BT"]
-        return cls(blocks, (T, R, key_channels, value_channels, blocks), options, gradient_options)
+        tunings = TUNINGS_OF_HEADS if group else TUNINGS_128 if narrow and BD == 128 and RP == 16 else TUNINGS
+        # Several stages of larger tiles exceed a Hopper SM's shared memory.
+        stages = {"num_stages": 2 if narrow and BD <= 128 else 1}
+        tunings = Tunings(*(stages | tuning for tuning in tunings))
+        return cls(blocks, (T, R, key_channels, value_channels, blocks), options, tunings)
 
-    def grid(self, T: int, tiles: int, B: int) -> tuple[int]:
-        """Of programs that take so many tiles each."""
-        return (self.blocks * triton.cdiv(T, TILE * tiles) * B,)
+    def grid(self, tuning: dict[str, int], T: int, B: int) -> tuple[int]:
+        return (self.blocks * triton.cdiv(T, tuning["BT"] * tuning["TILES"]) * B,)
 
 
 def _tables(weight: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,10 +182,10 @@ def dynamic_forward_kernel(
     m_d, m_r = o_d < channels, o_r < R
     b_taps, b_up = load_tables(taps + first, up + first, D, R, o_d, m_d, o_r, m_r, W, CT)
     for i in range(tl.minimum(TILES, tl.cdiv(T - start, BT))):
-        o_t, m_t, b_y, b_x, b_z = mixed_tokens(
+        o_t, m_t, b_y = mixed_tokens(
             x, features, b_taps, b_up, bias, age, x_token, z_token, first, start + i * BT, T,
             o_d, m_d, o_r, m_r, W, BT, BD, CT, PRECISION,
-        )  # fmt: skip
+        )[:3]  # fmt: skip
         store_tokens(out, out_token, o_t, m_t, o_d, m_d, activated(b_y, GROUP == 0, of_keys))
 
 
@@ -242,7 +255,7 @@ def dynamic_tokens_gradient_kernel(
     i_d, _, i_b, start = place(blocks, T, BT * TILES)
     D = 2 * key_channels + value_channels
     heads = key_channels // K
-    first, channels, of_keys, i_out, out_token = channels_of_block(i_d, key_channels, value_channels, K, VD)
+    first, channels, _, _, _ = channels_of_block(i_d, key_channels, value_channels, K, VD)
     o_d, o_r = tl.arange(0, BD), tl.arange(0, RP)
     m_d, m_r = o_d < channels, o_r < R
     features += i_b * z_batch + section_of_block(i_d, heads, GROUP) * R
@@ -340,6 +353,9 @@ def sums_into_row(o_row, row: tl.constexpr, BT: tl.constexpr):
 
 @triton.jit
 def spread(b_product, CT: tl.constexpr):
+    """A product, rounded to the dtype CT, in float32; through a view, for which Triton moves it to the layout of loads
+    instead of all loads, and what is summed along rows, to that of products.
+    """
     rows: tl.constexpr = b_product.shape[0]
     columns: tl.constexpr = b_product.shape[1]
     b_pairs = tl.reshape(b_product, [rows, columns // 2, 2]).to(CT)

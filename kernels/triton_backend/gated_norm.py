@@ -13,11 +13,11 @@ from torch import Tensor
 
 from .short_convolution import sigmoid
 
-# 16 numbers a thread in each tile, and more threads than channels in all but the widest heads.
-TILE_NUMBERS = 4096
+# 8 numbers a thread in each tile, and more threads than channels in all but the widest heads.
+TILE_NUMBERS = 2048
 NUM_WARPS = 8
 # Tiles of a program in the backward, so that its sums are few beside what it reads.
-STEPS = 4
+STEPS = 16
 
 
 class GatedNorm(torch.autograd.Function):

@@ -15,7 +15,7 @@ tokens are read more than once, and those of other programs come from a cache.
 # Tuples that a kernel builds up change their type.
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,16 +28,29 @@ EPSILON = tl.constexpr(L2_EPSILON)
 LOG2_E = tl.constexpr(math.log2(math.e))
 # With more threads than channels in a block, Triton loads taps straight into the layout of the tile.
 NUM_WARPS = 8
-# 32 numbers a thread in the forward. In the backward 4, in each of the 3 * W tiles that the loop carries.
-TILE_NUMBERS = 8192
-RUN_NUMBERS = 1024
+# 16 numbers a thread.
+TILE_NUMBERS = 4096
 # Tokens of a run; W - 1 before it and after it are read and computed besides.
 RUN = 64
-# Tokens of a run whose loads are in flight. The loop is unrolled as many times, so that each has registers of its own:
-# moving a value along would wait for its load.
-AHEAD = 2
-BACKWARD: dict[str, int] = {"num_warps": 8}
 AGE_BLOCK = 256
+
+
+class Backward(NamedTuple):
+    """How the backward is launched.
+
+    numbers: in each of the 3 * W tiles that its loop carries, 4 a thread.
+    ahead: tokens of a run whose loads are in flight. The loop is unrolled as many times, so that each has registers of
+        its own: moving a value along would wait for its load.
+    """
+
+    numbers: int
+    ahead: int
+    options: dict[str, int]
+
+
+# Measured with blocks of 128 channels in bfloat16; what else there is has more room for its registers.
+BACKWARD_128 = Backward(512, 4, {"num_warps": 4, "maxnreg": 128})
+BACKWARD = Backward(1024, 2, {"num_warps": 8})
 
 
 class ConvolveQKV(torch.autograd.Function):
@@ -73,7 +86,8 @@ class ConvolveQKV(torch.autograd.Function):
         (B, T, D), W = x.shape, weight.shape[1]
         value_channels = D - 2 * key_channels
         BD = triton.next_power_of_2(key_head_dim)
-        BT = RUN_NUMBERS // BD
+        launch = BACKWARD_128 if x.dtype == torch.bfloat16 and BD == 128 else BACKWARD
+        BT = launch.numbers // BD
         blocks = channel_blocks(key_channels, key_head_dim, value_channels, BD)
         token_blocks = triton.cdiv(T, BT * RUN) * B
         dx = x.new_empty(B, T, D)
@@ -83,7 +97,7 @@ class ConvolveQKV(torch.autograd.Function):
                 x, weight.t().contiguous(), bias, token_age(cu_seqlens, T),
                 dq.contiguous(), dk.contiguous(), dv.contiguous(), dx, d_parameters,
                 x.stride(0), x.stride(1), T, key_channels, value_channels, blocks,
-                K=key_head_dim, W=W, RUN=RUN, AHEAD=AHEAD, BT=BT, BD=BD, ACT=activate, **BACKWARD,
+                K=key_head_dim, W=W, RUN=RUN, AHEAD=launch.ahead, BT=BT, BD=BD, ACT=activate, **launch.options,
             )  # fmt: skip
         d_parameters = d_parameters.sum(0)
         d_weight = d_parameters[:W].t().contiguous().to(weight.dtype)
@@ -173,7 +187,8 @@ def convolve(
 @triton.jit
 def backward_kernel(
     x, taps, bias, age, dq, dk, dv, dx, d_parameters, x_batch, x_token, T, key_channels, value_channels, blocks,
-    K: tl.constexpr, W: tl.constexpr, RUN: tl.constexpr, AHEAD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ACT: tl.constexpr,
+    K: tl.constexpr, W: tl.constexpr, RUN: tl.constexpr, AHEAD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    ACT: tl.constexpr,
 ):  # fmt: skip
     """One program per BT runs of RUN tokens of a batch entry and block of channels.
 
@@ -207,7 +222,8 @@ def backward_kernel(
 @triton.jit
 def convolve_gradient(
     x, taps, bias, age, d_out, dx, d_parameters, x_token, D, out_token, T, first, channels, o_run,
-    W: tl.constexpr, RUN: tl.constexpr, AHEAD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
+    W: tl.constexpr, RUN: tl.constexpr, AHEAD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ACT: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
     """The gradients of `convolve` for the RUN tokens from each of o_run on.
 

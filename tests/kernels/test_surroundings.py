@@ -64,7 +64,9 @@ def cases(names: Iterable[str]) -> list[object]:
 
 @pytest.mark.parametrize("case", cases(CASES))
 def test_values_and_gradients(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dynamic_convolution, "GRADIENT_TILES", 4)
+    for name, tiles in (("TUNINGS", 4), ("TUNINGS_OF_HEADS", 8)):
+        few = dict(getattr(dynamic_convolution, name).taps_gradient, TILES=tiles)
+        monkeypatch.setattr(dynamic_convolution, name, getattr(dynamic_convolution, name)._replace(taps_gradient=few))
     found = CASES[case].run(torch.float32, torch.float32, DEVICE, "triton")
     truth = CASES[case].run(torch.float32, torch.float64, "cpu", "torch")
     compare(found, truth, "float32")
