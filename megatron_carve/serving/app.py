@@ -9,7 +9,7 @@ import logging
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -138,9 +138,11 @@ class App:
             return await handler(request)
         except Gone:
             raise
+        except web.HTTPException as error:  # aiohttp's own, of paths and methods
+            problem = ApiError(error.status, f"{request.method} {request.path:.200}: {error.reason.lower()}")
+            allowed = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+            return await self._answer(request, problem.body(), problem.status, allowed)
         except Exception as error:
-            if isinstance(error, web.HTTPException):  # aiohttp's own, of paths and methods
-                error = ApiError(error.status, f"{request.method} {request.path:.200}: {error.reason.lower()}")
             problem = as_api_error(error)
             return await self._answer(request, problem.body(), problem.status)
 
@@ -327,9 +329,11 @@ class App:
         data = b"[DONE]" if event is None else _json(event)
         await self._written(request, response.write(b"data: " + data + b"\n\n"))
 
-    async def _answer(self, request: web.Request, body: dict[str, Any], status: int = 200) -> web.StreamResponse:
+    async def _answer(
+        self, request: web.Request, body: dict[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+    ) -> web.StreamResponse:
         """Send a whole answer, and wait until the client has taken it as far as the system does not keep it."""
-        headers = {"Retry-After": "1"} if status in (429, 503) else None
+        headers = {**(headers or {}), **({"Retry-After": "1"} if status in (429, 503) else {})}
         response = web.Response(body=_json(body), status=status, content_type="application/json", headers=headers)
 
         async def send() -> None:

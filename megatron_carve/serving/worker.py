@@ -146,12 +146,14 @@ class Worker:
         """Have tokens made for every prompt and its sampling; what still runs at the end of the context is cancelled.
 
         Raises:
-            Refused: the engine never takes such a prompt.
+            Refused: the engine never takes such a prompt, or so many choices.
             Busy: there is no room.
             Closed: the worker has ended.
         """
         if self.ended.is_set():
             raise Closed("the engine has ended")
+        if len(choices) > self.capacity:
+            raise Refused(f"n: expected at most {self.capacity} choices for all prompts together, got {len(choices)}")
         if self.running + len(choices) > self.capacity:
             raise Busy(f"{self.running} of at most {self.capacity} choices are running or waiting; try again later")
         stream = Stream(len(choices))

@@ -228,6 +228,9 @@ def test_a_full_queue_refuses_and_says_so():
         assert status == 429, answer
         wanted = "5 of at most 6 choices are running or waiting; try again later"
         assert answer["error"] == {"message": wanted, "type": "rate_limit_error", "param": None, "code": "queue_full"}
+        status, answer = await client.post("/v1/completions", {"prompt": "abc", "n": 7})  # which no waiting helps
+        wanted = "n: expected at most 6 choices for all prompts together, got 7"
+        assert (status, answer["error"]["message"]) == (400, wanted)
         held.append(asyncio.create_task(client.post("/v1/completions", body)))
         while client.worker.running < 6:
             await asyncio.sleep(0.01)

@@ -127,6 +127,8 @@ def test_errors_have_their_status_and_openais_form():
             assert a.status == 415 and "application/json, got 'text/plain'" in (await a.json())["error"]["message"]
         assert (await error(404, "/v1/embeddings", {}))["message"] == "POST /v1/embeddings: not found"
         assert (await error(405, "/v1/models", {}))["message"] == "POST /v1/models: method not allowed"
+        async with client.session.post("/v1/models", json={}) as refused:
+            assert refused.headers["Allow"] == "GET,HEAD"
         # One of two that cannot be: the other does not go on.
         assert (await error(400, completions, {"prompt": ["a", [7, 7, 7]]}))[
             "message"
