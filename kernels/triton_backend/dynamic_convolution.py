@@ -173,11 +173,10 @@ def dynamic_forward_kernel(
     """
     i_d, _, i_b, start = place(blocks, T, BT * TILES)
     D = 2 * key_channels + value_channels
-    first, channels, of_keys, i_out, out_token = channels_of_block(i_d, key_channels, value_channels, K, VD)
-    heads = key_channels // K
-    out = tl.where(of_keys, tl.where(i_d < heads, q, k), v) + i_b * T * out_token + i_out
+    first, channels = channels_of_block(i_d, key_channels, value_channels, K, VD)
+    of_keys, out, out_token = outputs_of_block(q, k, v, i_d, i_b, T, key_channels, value_channels, K, VD)
     x += i_b * x_batch + first
-    features += i_b * z_batch + section_of_block(i_d, heads, GROUP) * R
+    features += i_b * z_batch + section_of_block(i_d, key_channels // K, GROUP) * R
     o_d, o_r = tl.arange(0, BD), tl.arange(0, RP)
     m_d, m_r = o_d < channels, o_r < R
     b_taps, b_up = load_tables(taps + first, up + first, D, R, o_d, m_d, o_r, m_r, W, CT)
@@ -203,12 +202,11 @@ def dynamic_taps_gradient_kernel(
     [programs, W, D], or W + 1 with a bias, whose gradient comes last, over the tokens of the programs of a block.
     """
     i_d, i_bt, i_b, start = place(blocks, T, BT * TILES)
-    D = 2 * key_channels + value_channels
-    first, channels, of_keys, i_out, out_token = channels_of_block(i_d, key_channels, value_channels, K, VD)
-    heads = key_channels // K
-    d_out = tl.where(of_keys, tl.where(i_d < heads, dq, dk), dv) + i_b * T * out_token + i_out
+    first, channels = channels_of_block(i_d, key_channels, value_channels, K, VD)
+    of_keys, d_out, out_token = outputs_of_block(dq, dk, dv, i_d, i_b, T, key_channels, value_channels, K, VD)
     x += i_b * x_batch + first
-    features += i_b * z_batch + section_of_block(i_d, heads, GROUP) * R
+    features += i_b * z_batch + section_of_block(i_d, key_channels // K, GROUP) * R
+    D = 2 * key_channels + value_channels
     dy += i_b * T * D + first
     d_features += (i_d.to(tl.int64) * B + i_b) * T * R
     d_up += i_bt.to(tl.int64) * W * R * D + first
@@ -254,11 +252,10 @@ def dynamic_tokens_gradient_kernel(
     """One program per TILES tiles of BT tokens of a batch entry and block of channels; dy, dx: [B, T, D]."""
     i_d, _, i_b, start = place(blocks, T, BT * TILES)
     D = 2 * key_channels + value_channels
-    heads = key_channels // K
-    first, channels, _, _, _ = channels_of_block(i_d, key_channels, value_channels, K, VD)
+    first, channels = channels_of_block(i_d, key_channels, value_channels, K, VD)
     o_d, o_r = tl.arange(0, BD), tl.arange(0, RP)
     m_d, m_r = o_d < channels, o_r < R
-    features += i_b * z_batch + section_of_block(i_d, heads, GROUP) * R
+    features += i_b * z_batch + section_of_block(i_d, key_channels // K, GROUP) * R
     dy += i_b * T * D + first
     dx += i_b * T * D + first
     b_taps, b_up = load_tables(taps + first, up + first, D, R, o_d, m_d, o_r, m_r, W, CT)
@@ -292,16 +289,23 @@ def place(blocks, T, SPAN: tl.constexpr):
 
 @triton.jit
 def channels_of_block(i_d, key_channels, value_channels, K: tl.constexpr, VD: tl.constexpr):
-    """Of block i_d: (first channel, their number, whether they are a head of q or k, the first within q, k or v, how
-    many q, k or v has).
+    """Of block i_d: (first channel, how many)."""
+    heads = key_channels // K
+    of_keys, i_v = i_d < 2 * heads, (i_d - 2 * heads) * VD
+    first = tl.where(of_keys, i_d * K, 2 * key_channels + i_v)
+    return first, tl.where(of_keys, K, tl.minimum(value_channels - i_v, VD))
+
+
+@triton.jit
+def outputs_of_block(q, k, v, i_d, i_b, T, key_channels, value_channels, K: tl.constexpr, VD: tl.constexpr):
+    """Of block i_d: (whether it is a head of q or k, where its q, k or v of a batch entry begin, how far tokens lie
+    apart there).
     """
     heads = key_channels // K
     of_keys = i_d < 2 * heads
-    i_v = (i_d - 2 * heads) * VD
-    first = tl.where(of_keys, i_d * K, 2 * key_channels + i_v)
-    channels = tl.where(of_keys, K, tl.minimum(value_channels - i_v, VD))
-    i_k = i_d % tl.maximum(heads, 1) * K
-    return first, channels, of_keys, tl.where(of_keys, i_k, i_v), tl.where(of_keys, key_channels, value_channels)
+    out_token = tl.where(of_keys, key_channels, value_channels)
+    i_out = tl.where(of_keys, i_d % tl.maximum(heads, 1) * K, (i_d - 2 * heads) * VD)
+    return of_keys, tl.where(of_keys, tl.where(i_d < heads, q, k), v) + i_b * T * out_token + i_out, out_token
 
 
 @triton.jit
