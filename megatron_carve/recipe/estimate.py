@@ -141,12 +141,7 @@ def saved_numbers(recipe: Recipe, letter: str) -> dict[str, float]:
     if letter == EXPERTS:
         return kept | _saved_by_experts(recipe)
     if letter == "*":
-        queries, keys = attention_widths(recipe)
-        rotated = {"rotated": (queries + keys) / t} if recipe.model.position_embedding == "rope" else {}
-        convolved = {} if recipe.model.attention_convolution == "none" else {"convolved": (queries + 2 * keys) / t}
-        if recipe.model.attention_convolution == "dynamic":
-            convolved["features"] = 3 * recipe.mixer.convolution_rank
-        return kept | {"projected": (queries + 2 * keys) / t, **convolved, **rotated, "attended": queries / t}
+        return kept | _saved_by_attention(recipe)
     kind = MIXER_LETTERS[letter]
     sections = {s.name: s.size for s in x.projection_sections(kind)}
     inputs = {"projected": sum(sections.values())}
@@ -182,6 +177,26 @@ def saved_numbers(recipe: Recipe, letter: str) -> dict[str, float]:
     low_rank_gate = {"gate": x.value_dim} if x.has_low_rank_gate else {}
     after = {**low_rank_gate, "output": x.value_dim, "normalised output": x.value_dim}
     return kept | {name: size / t for name, size in {**inputs, **inside, **after}.items()}
+
+
+def _saved_by_attention(recipe: Recipe) -> dict[str, float]:
+    """As saved_numbers, without the layer's input."""
+    m, t = recipe.model, recipe.parallel.tensor
+    queries, keys = (channels / t for channels in attention_widths(recipe))
+    projected = {"projected": queries + 2 * keys}
+    convolved = {} if m.attention_convolution == "none" else {"convolved": queries + 2 * keys}
+    features = {"features": 3.0 * recipe.mixer.convolution_rank} if m.attention_convolution == "dynamic" else {}
+    if _attention_by_heads(recipe):
+        # What is sent nobody keeps but the convolution, if there is one, which keeps what it gets.
+        sent = projected | features if convolved else {}
+        return sent | {"exchanged": queries + 2 * keys, "attended": queries, "received": queries}
+    rotated = {"rotated": queries + keys} if m.position_embedding == "rope" else {}
+    return projected | convolved | features | rotated | {"attended": queries}
+
+
+def _attention_by_heads(recipe: Recipe) -> bool:
+    """Whether context-parallel ranks exchange tokens for heads of attention, instead of Transformer Engine's ways."""
+    return recipe.parallel.context > 1 and (recipe.data.documents == "apart" or recipe.model.layers == "local")
 
 
 def _by_heads(recipe: Recipe) -> bool:

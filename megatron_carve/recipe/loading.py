@@ -115,10 +115,32 @@ class Recipe:
                 f"{expected} is known to the layers {' '.join(sorted(known - {'|'}))}, got {' '.join(others)} in "
                 f"model.pattern {self.model.pattern!r}"
             )
-        if "*" in self.model.pattern and self.parallel.context > 1:
-            raise ValueError(f"{expected} with attention layers takes parallel.context 1, got {self.parallel.context}")
+        self.check_attention_by_heads(expected)
         if self.megatron.get("cuda_graph_impl", "none") != "none":
             raise ValueError(f"{expected} has other shapes at every step, which megatron.cuda_graph_impl cannot record")
+
+    def check_attention_by_heads(self, reason: str) -> None:
+        """Raise ValueError where context-parallel ranks cannot exchange tokens for heads of attention.
+
+        Args:
+            reason: the key and value for which they must.
+        """
+        m, p = self.model, self.parallel
+        if "*" not in m.pattern or p.context == 1:
+            return
+        key = "num_attention_heads" if m.num_query_groups is None else "num_query_groups"
+        if (found := getattr(m, key)) % (p.tensor * p.context):
+            raise ValueError(
+                f"model.{key}: expected a multiple of parallel.tensor * parallel.context = {p.tensor} * {p.context} "
+                f"with {reason}, got {found}"
+            )
+        for name, expected in (("softmax_type", "vanilla"), ("qk_clip", False), ("cp_comm_type", None)):
+            if (given := self.megatron.get(name, expected)) != expected:
+                wanted = "null" if expected is None else str(expected).lower()
+                raise ValueError(
+                    f"megatron.{name}: expected {wanted} with {reason} and parallel.context > 1, where ranks exchange "
+                    f"tokens for heads of attention, got {given}"
+                )
 
     @property
     def experts(self) -> Experts:

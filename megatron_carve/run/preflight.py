@@ -271,11 +271,8 @@ def choose_layers(recipe: Recipe, device: str) -> LayerImplementation:
             "megatron.normalization: layers without Transformer Engine support RMSNorm only, got "
             f"{recipe.megatron['normalization']!r}"
         )
-    if layers == "local" and recipe.parallel.context > 1 and "*" in recipe.model.pattern:
-        raise ValueError(
-            "parallel.context: attention without Transformer Engine's layers takes whole sequences, expected 1, got "
-            f"{recipe.parallel.context}"
-        )
+    if layers == "local":
+        recipe.check_attention_by_heads("model.layers: local")
     if "G" in recipe.model.pattern and not (HAVE_FLA and device == "cuda"):
         raise ImportError("model.pattern: the layer G (Megatron's GDN) needs flash-linear-attention and a GPU")
     return layers

@@ -116,7 +116,6 @@ def test_a_sample_says_where_its_documents_begin(tmp_path):
         (["data.text=null"], "is for data.text and data.indexed, whose sequences hold several; got neither"),
         (["model.pattern=C-G-"], "is known to the layers * - 2 C E K, got G in model.pattern 'C-G-'"),
         (["model.pattern=C-/C-"], "is known to the layers * - 2 C E K, got / in model.pattern 'C-/C-'"),
-        (["parallel.context=2"], "with attention layers takes parallel.context 1, got 2"),
         (["megatron.cuda_graph_impl=local"], "has other shapes at every step"),
     ],
 )

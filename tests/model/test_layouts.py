@@ -12,9 +12,12 @@ HYBRID, CARVE, GDN2 = {"pattern": "C-2-*-"}, {"pattern": "C-C-"}, {"pattern": "2
 DYNAMIC = {"short_convolution": "dynamic", "convolution_rank": 4}
 KDA = {"pattern": "K-K-", "mixer": DYNAMIC}
 DELTA = {"pattern": "C-C-", "mixer": {"content_rank": 4, "erase": "delta", **DYNAMIC}}
-# Two groups of queries, each with its key and value.
-CONVOLVED = {"pattern": "*-*-", "attention_convolution": "dynamic", "mixer": {"convolution_rank": 3}, "groups": 2}
+# Pairs of queries share a key and a value.
+CONVOLVED = {
+    "pattern": "*-*-", "attention_convolution": "dynamic", "mixer": {"convolution_rank": 3}, "heads": 8, "groups": 4,
+}  # fmt: skip
 STATIC = {"pattern": "*-*-", "attention_convolution": "static"}
+FAR = {"pattern": "*-*-", "heads": 8, "groups": 4, "window": None}
 # Documents of random lengths that 2 * cp divides, packed into one sequence. Local attention does not take them.
 PACKED = {"pattern": "C-2-", "documents": [24, 80, 8, 72], "seq_length": 184, "steps": 2}
 # Documents of any lengths in the rows of a batch, kept apart.
@@ -25,6 +28,7 @@ MULTI_TOKEN = {"pattern": "C-2-/C-", "steps": 2}
 EXPERTS = {"pattern": "C-CE*E"}
 SEQUENCE = {"mixer_context": "sequence"}
 FULL = {"recompute": "full"}
+CORE = {"recompute": "selective", "recompute_modules": ["core_attn"]}
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,14 @@ def single(tmp_path_factory):
         pytest.param(APART_HYBRID, {"tp": 2, "dp": 2, **FULL}, marks=pytest.mark.long),
         pytest.param({**CONVOLVED, **ROWS}, {"tp": 2, "sp": True}, marks=pytest.mark.long),
         pytest.param(APART_HYBRID, {"pp": 4, "pattern": "C-|2|-|*-"}, marks=pytest.mark.long),
+        pytest.param(APART_HYBRID, {"cp": 2}, marks=pytest.mark.slow),
+        pytest.param(APART_HYBRID, {"tp": 2, "sp": True, "cp": 2}, marks=pytest.mark.long),
+        pytest.param(APART_HYBRID, {"cp": 4, **SEQUENCE, **FULL}, marks=pytest.mark.long),
+        pytest.param(APART_HYBRID, {"cp": 2, "pp": 2, "pattern": "C-2|-*-"}, marks=pytest.mark.long),
+        pytest.param({**CONVOLVED, **ROWS}, {"tp": 2, "cp": 2}, marks=pytest.mark.long),
+        pytest.param({**STATIC, **ROWS}, {"cp": 2, "dp": 2}, marks=pytest.mark.long),
+        pytest.param({**FAR, **ROWS}, {"cp": 2, **CORE}, marks=pytest.mark.long),
+        pytest.param(FAR, {"cp": 4, **CORE}, marks=pytest.mark.long),
         pytest.param(APART, {"tp": 2, "sp": True, "cp": 2}, marks=pytest.mark.long),
         pytest.param(APART, {"cp": 4, **SEQUENCE, "mixer_recompute": True}, marks=pytest.mark.long),
         pytest.param(APART, {"cp": 2, "pp": 2, **SEQUENCE}, marks=pytest.mark.long),
@@ -116,6 +128,7 @@ def test_layout_equals_one_process(single, model, layout, tmp_path):
         (HYBRID, {"dp": 2, "distributed_optimizer": False}, "data_and_context"),
         (CARVE, {"cp": 2}, "data_and_context"),
         (CARVE, {"cp": 2}, "tokens_for_heads"),
+        (FAR, {"cp": 2}, "tokens_for_heads"),
         (CARVE, {"cp": 2, **SEQUENCE}, "tokens_before"),
         (CARVE, {"cp": 2, **SEQUENCE}, "states"),
         (GDN2, {"cp": 2, **SEQUENCE}, "transitions"),

@@ -14,6 +14,7 @@ MINIMAL = """\
 model: {pattern: C-*-, hidden_size: 64, ffn_hidden_size: 160}
 training: {steps: 10}
 """
+APART = ("data.text=x.jsonl", "data.documents=apart")
 
 
 SMALL = """\
@@ -465,6 +466,26 @@ class TestRanges:
                 "optimizer cannot save their float32 decay",
             ),
             (
+                [*APART, "model.num_query_groups=2", "parallel.context=4"],
+                "model.num_query_groups: expected a multiple of parallel.tensor * parallel.context = 1 * 4 with "
+                "data.documents: apart, got 2",
+            ),
+            (
+                [*APART, "parallel.tensor=2", "parallel.context=4"],
+                "model.num_attention_heads: expected a multiple of parallel.tensor * parallel.context = 2 * 4 with "
+                "data.documents: apart, got 4",
+            ),
+            (
+                [*APART, "parallel.context=2", "megatron.softmax_type=learnable"],
+                "megatron.softmax_type: expected vanilla with data.documents: apart and parallel.context > 1, where "
+                "ranks exchange tokens for heads of attention, got learnable",
+            ),
+            (
+                [*APART, "parallel.context=2", "megatron.cp_comm_type=a2a"],
+                "megatron.cp_comm_type: expected null with data.documents: apart and parallel.context > 1, where ranks "
+                "exchange tokens for heads of attention, got a2a",
+            ),
+            (
                 ["model.attention_convolution=static", "model.pattern=C-2-"],
                 "model.attention_convolution: static is for the layers *, got model.pattern 'C-2-'",
             ),
@@ -483,6 +504,11 @@ class TestRanges:
     def test_the_plain_optimizer_where_all_parameters_are_of_one_kind(self, other):
         words = ["parallel.distributed_optimizer=false", "training.precision=bf16", other]
         assert not load_recipe("small.yaml", words).parallel.distributed_optimizer
+
+    @pytest.mark.parametrize("other", ["model.pattern=C-2-", "data.documents=joined", "parallel.context=1"])
+    def test_heads_of_attention_need_not_divide_where_none_are_exchanged(self, other):
+        words = [*APART, "model.num_query_groups=1", "megatron.cp_comm_type=p2p", "parallel.context=2", other]
+        assert load_recipe("small.yaml", words).model.num_query_groups == 1
 
     def test_heads_need_not_divide_where_no_mixer_has_them(self):
         recipe = load_recipe("small.yaml", ["parallel.tensor=3", "training.seq_length=66", "model.pattern=-*-*"])

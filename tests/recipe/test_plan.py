@@ -13,6 +13,7 @@ from support.models import config, groups, hybrid_model, one_process
 from megatron_carve import plan
 from megatron_carve.data.text import Texts, prepare_folder
 from megatron_carve.data.tokenizer import load_tokenizer
+from megatron_carve.model.context.documents import Documents
 from megatron_carve.model.variants import MIXER_LETTERS
 from megatron_carve.recipe import check_layout, estimate, load_recipe
 
@@ -183,7 +184,7 @@ class OneOfSeveral:
         self.size, self.rank = lambda: size, lambda: 0
 
 
-def numbers_of_layer(layer: torch.nn.Module, tokens: int) -> int:
+def numbers_of_layer(layer: torch.nn.Module, tokens: int, **options) -> int:
     """Float32 numbers that a layer keeps for the backward of so many tokens, its input among them."""
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept: dict[int, int] = {}
@@ -194,7 +195,7 @@ def numbers_of_layer(layer: torch.nn.Module, tokens: int) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        layer(torch.randn(tokens, 1, 32, requires_grad=True), None)
+        layer(torch.randn(tokens, 1, 32, requires_grad=True), None, **options)
     return sum(kept.values())
 
 
@@ -290,6 +291,37 @@ def test_what_a_convolution_adds_to_attention(convolution):
     )  # fmt: skip
     more = estimate.layer_parameters(recipe, "*") - estimate.layer_parameters(without, "*")
     assert layer_flops(args, "*") == 2 * more > 0
+
+
+@pytest.mark.parametrize("convolution", ["none", "static"])
+def test_saved_numbers_of_attention_by_heads(convolution):
+    """Of documents over two ranks, with the convolution's kernels of a GPU in Triton's interpreter."""
+    from support import interpreter  # noqa: F401
+
+    from megatron_carve.model.context import exchange, state_passing
+    from megatron_carve.specs import stack_spec
+
+    recipe = small(
+        "model.attention_head_dim=32", "model.pattern='*'", f"model.attention_convolution={convolution}",
+        "parallel.context=2", "data.documents=apart", "data.text=x",
+    )  # fmt: skip
+    tokens, two = 128, groups()
+    two.cp = OneOfSeveral(2)
+    spec = stack_spec("local", attention_convolution=convolution).submodules.attention_layer.submodules.self_attention
+    settings = config(mixer_backend="triton", kv_channels=32, **megatron_sizes(recipe))
+    attention = build_module(spec, settings, layer_number=1, pg_collection=two)
+    angles = torch.randn(tokens, 1, 1, 32)
+    documents = Documents.of_rows(torch.tensor([[0, 70, 71]], dtype=torch.int32), 2 * tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "all_to_all", lambda group, x, *splits: x.clone())
+        patch.setattr(state_passing, "all_to_all", lambda group, x, received, sent: x.new_zeros(0, *x.shape[1:]))
+        found = numbers_of_layer(attention, tokens, rotary_pos_emb=angles, packed_seq_params=documents)
+    numbers = estimate.saved_numbers(recipe, "*")
+    expected = (sum(numbers.values()) - numbers["input"]) * tokens  # the norm before attention keeps it
+    # Not in the plan: sines and cosines for queries and keys, the logarithms of softmax's sums, the mask of a CPU, the
+    # tokens before a shard.
+    more = 4 * tokens * 32 + 4 * tokens + (2 * tokens) ** 2 + (convolution == "static") * 3 * (3 * 128)
+    assert found == expected + more
 
 
 def test_attention_sees_its_window_in_the_count_of_operations():

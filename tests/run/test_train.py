@@ -231,13 +231,25 @@ def test_two_replicas_train_as_one_process(folder, straight):
         assert actual[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
 
 
-@pytest.mark.long
-def test_tokens_spread_over_two_processes_train_as_one(folder):
-    """On the recall task, where the processes hold different numbers of tokens that count."""
-    words = ["tiny.yaml", "model.pattern=C-2-", "training.steps=6", "checkpoint.interval=null"]
-    train(folder, *words, "run.name=together")
-    train_ranks(2, folder, *words, "run.name=spread", "parallel.context=2")
-    expected, actual = losses(folder, "together"), losses(folder, "spread")
+@pytest.mark.parametrize(
+    "more",
+    [
+        # Of the recall task the processes hold different numbers of tokens that count.
+        pytest.param(["model.pattern=C-2-"], marks=pytest.mark.long, id="recurrent"),
+        pytest.param(["model.pattern=C-*-"], marks=pytest.mark.long, id="hybrid"),
+        pytest.param(["model.pattern=C-*-", "data.text=lines.jsonl", "data.documents=apart"], marks=pytest.mark.slow,
+                     id="hybrid of documents apart"),
+    ],
+)  # fmt: skip
+def test_tokens_spread_over_two_processes_train_as_one(folder, more, request):
+    draw = random.Random(0)
+    lines = (json.dumps({"text": TEXT[: draw.choice([0, 3, 30, 150])]}) for _ in range(200))
+    (folder / "lines.jsonl").write_text("\n".join(lines))
+    name = request.node.callspec.id
+    words = ["tiny.yaml", "model.num_attention_heads=2", *more, "training.steps=6", "checkpoint.interval=null"]
+    train(folder, *words, f"run.name={name} together")
+    train_ranks(2, folder, *words, f"run.name={name} spread", "parallel.context=2")
+    expected, actual = losses(folder, f"{name} together"), losses(folder, f"{name} spread")
     assert list(actual) == list(expected) == list(range(1, 7))
     for step, loss in expected.items():
         assert actual[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
@@ -309,14 +321,6 @@ def test_a_walk_over_layouts_trains_as_one_process(folder, unmoved, seed):
     assert list(actual) == list(expected) == list(range(1, 13))
     for step, loss in expected.items():
         assert actual[step] == pytest.approx(loss, rel=2e-5), f"step {step} of {walk}"
-
-
-@pytest.mark.slow
-def test_attention_over_spread_tokens_needs_transformer_engine(folder):
-    words = ["tiny.yaml", "run.name=refused", "model.pattern=C-*-", "parallel.context=2"]
-    with pytest.raises(AssertionError, match=r"parallel\.context: attention without .* expected 1"):
-        train_ranks(2, folder, *words)
-    assert not (folder / "runs" / "refused").exists()
 
 
 @pytest.mark.long

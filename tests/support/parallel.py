@@ -19,8 +19,8 @@ def run_layout(out: Path, *, tp: int = 1, pp: int = 1, cp: int = 1, dp: int = 1,
     also outputs, gradients of the embedded tokens and of parameters, put together from all ranks."""
     settings = {
         "tp": tp, "pp": pp, "cp": cp, "sp": sp, "virtual": 1, "ep": 1, "pattern": "C-2-*-", "documents": None,
-        "rows": None, "dtype": "float32", "steps": 3, "seq_length": 80, "micro_batch_size": 1, "micro_batches": 4,
-        "distributed_optimizer": dp > 1, "out": str(out), **job,
+        "rows": None, "window": 16, "dtype": "float32", "steps": 3, "seq_length": 80, "micro_batch_size": 1,
+        "micro_batches": 4, "distributed_optimizer": dp > 1, "out": str(out), **job,
     }  # fmt: skip
     run_ranks(tp * pp * cp * dp, WORKER, settings)
     return torch.load(out, weights_only=False)

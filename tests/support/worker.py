@@ -122,7 +122,7 @@ def transformer_config(job: dict):
         num_layers=len(job["pattern"].split("/")[0].replace("|", "")),
         mtp_num_layers=job["pattern"].count("/") or None,
         hidden_size=32,
-        num_attention_heads=4,
+        num_attention_heads=job.get("heads", 4),
         num_query_groups=job.get("groups"),
         ffn_hidden_size=48,
         linear_num_key_heads=4,
@@ -140,7 +140,7 @@ def transformer_config(job: dict):
         transformer_impl="local",
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        window_size=(15, 0),
+        window_size=(job["window"] - 1, 0) if job["window"] else None,
         tensor_model_parallel_size=job["tp"],
         pipeline_model_parallel_size=job["pp"],
         context_parallel_size=job["cp"],
@@ -183,9 +183,6 @@ def build_model(config, job: dict, stage: int):
     from megatron_carve.specs import stack_spec
 
     spec = stack_spec("local", attention_convolution=job.get("attention_convolution", "none"))
-    if job["cp"] > 1:
-        attention = spec.submodules.attention_layer.submodules.self_attention.submodules
-        attention.core_attention = GatheredAttention
     return HybridModel(
         config,
         spec,
@@ -322,29 +319,6 @@ class Record:
                 for i, where, x in parts:
                     found[name][i, :, where] = x
         return found
-
-
-class GatheredAttention(torch.nn.Module):
-    """Causal sliding-window attention over all tokens of a context-parallel group, for want of Transformer Engine's."""
-
-    def __init__(self, config, *_, pg_collection, **__) -> None:
-        super().__init__()
-        self.window, self.group = config.window_size[0], pg_collection.cp
-
-    def forward(self, q, k, v, *_, **__) -> torch.Tensor:
-        from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-
-        T, B, heads, _ = q.shape
-        size, rank = self.group.size(), self.group.rank()
-        pieces = torch.arange(T * size).chunk(2 * size)
-        places = [torch.cat([pieces[i], pieces[-1 - i]]) for i in range(size)]
-        k, v = (gather_from_sequence_parallel_region(x.contiguous(), group=self.group) for x in (k, v))
-        k, v = (x.repeat_interleave(heads // x.shape[2], 2) for x in (k, v))
-        distance = places[rank][:, None] - torch.cat(places)[None]
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        mask = (distance >= 0) & (distance <= self.window)
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return out.permute(2, 0, 1, 3).reshape(T, B, -1)
 
 
 def mean_loss(reports: list[dict], world: int) -> float:
