@@ -301,8 +301,8 @@ class Parallel(_Checked):
     """Sequence parallelism among tensor-parallel ranks; no effect at tensor = 1."""
     pipeline: int = 1
     context: int = 1
-    """Ranks over which the tokens of a sequence are spread; 2 * context divides training.seq_length. Attention needs
-    Transformer Engine's layers for it."""
+    """Ranks over which the tokens of a sequence are spread; 2 * context divides training.seq_length. With
+    model.layers: local or data.documents: apart, tensor * context divides attention's query groups."""
     context_method: Literal["auto", "heads", "sequence"] = "auto"
     """How these ranks share a mixer's work. heads: each computes a part of the heads for all tokens; context divides
     the key heads of a tensor-parallel rank. sequence: each computes all heads for its part of the tokens, from the

@@ -5,6 +5,8 @@ processes of its own on the same GPUs. On two GPUs -k "data or tensor or context
 """
 
 import importlib.util
+import json
+import random
 import shutil
 
 import pytest
@@ -31,6 +33,9 @@ EXPERTS = (
     "model.pattern=C-CE*E", "megatron.num_experts=4", "megatron.moe_ffn_hidden_size=176",
     "megatron.moe_token_dispatcher_type=alltoall",
 )  # fmt: skip
+APART = ("data.text=texts.jsonl", "data.documents=apart", "training.seq_length=256")
+WIDE_APART = (*APART, "model.attention_window=null", "model.num_query_groups=2")
+LOCAL = ("model.layers=local",)
 # Name -> GPUs, words of the model, words of the layout.
 LAYOUTS = {
     "data": (2, (), []),
@@ -38,6 +43,10 @@ LAYOUTS = {
     "tensor without sequence": (2, (), ["parallel.tensor=2", "parallel.sequence=false"]),
     "context by heads": (2, (), ["parallel.context=2", "parallel.context_method=heads"]),
     "context by sequence": (2, (), ["parallel.context=2", "parallel.context_method=sequence"]),
+    "context, local layers": (2, LOCAL, ["parallel.context=2"]),
+    "context, documents": (2, APART, ["parallel.context=2"]),
+    "context by sequence, documents": (2, WIDE_APART, ["parallel.context=2", "parallel.context_method=sequence"]),
+    "context, documents, local layers": (2, (*LOCAL, *APART), ["parallel.context=2"]),
     "pipeline": (2, (), ["parallel.pipeline=2", "model.pattern=C-*|-2-"]),
     "interleaved pipeline": (2, (), ["parallel.pipeline=2", "model.pattern=C-|*|-2|-"]),
     "expert 2": (2, EXPERTS, ["megatron.expert_model_parallel_size=2"]),
@@ -45,6 +54,7 @@ LAYOUTS = {
     "tensor 4": (4, (), ["parallel.tensor=4"]),
     "context 4": (4, (), ["parallel.context=4"]),
     "tensor 2 x context 2": (4, (), ["parallel.tensor=2", "parallel.context=2"]),
+    "tensor 2 x context 2, documents": (4, APART, ["parallel.tensor=2", "parallel.context=2"]),
     "pipeline 2 x tensor 2": (4, (), ["parallel.pipeline=2", "parallel.tensor=2"]),
     "expert 2 x tensor 2": (4, EXPERTS, ["megatron.expert_model_parallel_size=2", "parallel.tensor=2"]),
     "expert 4": (4, EXPERTS, ["megatron.expert_model_parallel_size=4", "training.micro_batch_size=2"]),
@@ -79,6 +89,7 @@ def one_gpu(ranks, tmp_path_factory):
     def run(model):
         if model not in folders:
             folders[model] = tmp_path_factory.mktemp("one")
+            write_texts(folders[model] / "texts.jsonl")
             ranks(1).train(folders[model], *WORDS, *model, timeout=240)
         assert (folders[model] / "runs/run/summary.json").exists(), "the run on one GPU has failed"
         return folders[model]
@@ -93,7 +104,7 @@ def test_several_gpus_go_on_as_one(ranks, one_gpu, tmp_path, name):
         pytest.skip(f"needs {gpus} GPUs")
     several = ranks(gpus)
     one = one_gpu(model)
-    shutil.copytree(one / "runs", tmp_path / "runs")
+    shutil.copytree(one, tmp_path, dirs_exist_ok=True)
     (tmp_path / "runs/run/checkpoints/latest_checkpointed_iteration.txt").write_text(str(SAVED))
     said = several.train(tmp_path, *WORDS, *model, *layout, timeout=240)
     assert f"resuming at step {SAVED}" in said
@@ -105,6 +116,14 @@ def test_several_gpus_go_on_as_one(ranks, one_gpu, tmp_path, name):
     # A stage whose parameters were gathered wrongly after a step of the optimizer departed by 8.6e-3, no layout that
     # is right by more than 2.5e-4 in twenty steps.
     assert max(difference.values()) < 2e-3, difference
+
+
+def write_texts(path):
+    """Documents of one token, of a rank's shard and more of a sequence, and between."""
+    draw = random.Random(0)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "and", "sleeps"]
+    texts = (" ".join(draw.choices(words, k=draw.choice([0, 1, 5, 20, 90]))) for _ in range(400))
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
 
 
 def measured(folder):
