@@ -237,7 +237,7 @@ def test_two_replicas_train_as_one_process(folder, straight):
         # Of the recall task the processes hold different numbers of tokens that count.
         pytest.param(["model.pattern=C-2-"], marks=pytest.mark.long, id="recurrent"),
         pytest.param(["model.pattern=C-*-"], marks=pytest.mark.long, id="hybrid"),
-        pytest.param(["model.pattern=C-*-", "data.text=lines.jsonl", "data.documents=apart"], marks=pytest.mark.slow,
+        pytest.param(["model.pattern=2-*-", "data.text=lines.jsonl", "data.documents=apart"], marks=pytest.mark.slow,
                      id="hybrid of documents apart"),
     ],
 )  # fmt: skip
