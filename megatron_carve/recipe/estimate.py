@@ -49,14 +49,16 @@ def layer_parameters(recipe: Recipe, letter: str) -> int:
     if letter in MIXER_LETTERS:
         return recipe.mixer.parameter_count(MIXER_LETTERS[letter], h)
     if letter == "-":
-        return h + 3 * h * recipe.model.ffn_hidden_size
+        return h + recipe.mlp.parameters(h, recipe.model.ffn_hidden_size)
     if letter == EXPERTS:
         return recipe.experts.parameters
     queries, keys = attention_widths(recipe)
     of_convolution = recipe.mixer.attention_convolution_parameters(
         recipe.model.attention_convolution, queries + 2 * keys, h
     )
-    return h + h * (queries + 2 * keys) + queries * h + of_convolution
+    biased = recipe.mlp.biased
+    biases = (queries + 2 * keys) * (biased or bool(recipe.megatron.get("add_qkv_bias"))) + h * biased
+    return h + h * (queries + 2 * keys) + queries * h + biases + of_convolution
 
 
 def parameters(recipe: Recipe, vocab_size: int) -> dict[str, int]:
@@ -137,7 +139,7 @@ def saved_numbers(recipe: Recipe, letter: str) -> dict[str, float]:
         kept = {name: size / t for name, size in kept.items()}
     if letter == "-":
         ffn = recipe.model.ffn_hidden_size / t
-        return kept | {"projected": 2 * ffn, "activated": ffn}
+        return kept | {"projected": recipe.mlp.maps_in * ffn, "activated": ffn}
     if letter == EXPERTS:
         return kept | _saved_by_experts(recipe)
     if letter == "*":
@@ -214,11 +216,15 @@ def _saved_by_experts(recipe: Recipe) -> dict[str, float]:
     x, t = recipe.experts, recipe.parallel.tensor
     tokens = x.top_k / t * x.tensor  # that the experts of a rank see, for each of the sequence's
     width = x.width / x.tensor
-    kept = {"dispatched": tokens * x.seen_size, "projected": tokens * 2 * width, "activated": tokens * width}
+    kept = {
+        "dispatched": tokens * x.seen_size,
+        "projected": tokens * x.mlp.maps_in * width,
+        "activated": tokens * width,
+    }
     if x.latent_size is not None:
         kept["combined"] = x.latent_size / t
     if x.shared_width:
-        kept |= {"shared projected": 2 * x.shared_width / t, "shared activated": x.shared_width / t}
+        kept |= {"shared projected": x.mlp.maps_in * x.shared_width / t, "shared activated": x.shared_width / t}
     if x.shared_gate:
         kept["shared output"] = x.hidden_size / t
     return kept

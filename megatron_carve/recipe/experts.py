@@ -12,8 +12,29 @@ LETTER = "E"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mlp:
+    """What an MLP is made of: of SwiGLU two maps to its inner width, and one back.
+
+    Attributes:
+        maps_in: to the inner width.
+        biased: all maps add a bias; those of attention and of a router do too then.
+    """
+
+    maps_in: int
+    biased: bool
+
+    @classmethod
+    def of(cls, megatron: Mapping[str, Any]) -> Mlp:
+        return cls(maps_in=1 + bool(megatron.get("swiglu", True)), biased=bool(megatron.get("add_bias_linear", False)))
+
+    def parameters(self, size: int, width: int) -> int:
+        """Of one that takes and gives `size` channels, with an inner width."""
+        return (self.maps_in + 1) * size * width + (self.maps_in * width + size) * self.biased
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experts:
-    """One E layer: a router sends each token to some of the experts, SwiGLU MLPs; all tokens see the shared one.
+    """One E layer: a router sends each token to some of the experts, MLPs; all tokens see the shared one.
 
     Attributes:
         hidden_size: of the model.
@@ -25,6 +46,7 @@ class Experts:
         latent_size: what routed experts see of a token, by a projection there and back; None for all of it.
         parallel: ranks that the experts are spread over.
         tensor: ranks that one expert is divided over.
+        mlp: what they are made of.
     """
 
     hidden_size: int
@@ -36,6 +58,7 @@ class Experts:
     latent_size: int | None
     parallel: int
     tensor: int
+    mlp: Mlp
 
     @classmethod
     def of(cls, model: Model, parallel: Parallel, megatron: Mapping[str, Any]) -> Experts:
@@ -77,6 +100,7 @@ class Experts:
             latent_size=None if latent is None else size("moe_latent_size", None),
             parallel=spread,
             tensor=size("expert_tensor_parallel_size", parallel.tensor),
+            mlp=Mlp.of(megatron),
         )
 
     @property
@@ -87,14 +111,15 @@ class Experts:
     @property
     def of_one_expert(self) -> int:
         """Parameters of one routed expert."""
-        return 3 * self.seen_size * self.width
+        return self.mlp.parameters(self.seen_size, self.width)
 
     @property
     def outside_routed(self) -> int:
         """Parameters of a layer that every token uses: norm, router, shared expert, latent projections."""
         h = self.hidden_size
         latent = 2 * h * self.latent_size if self.latent_size is not None else 0
-        return h + h * self.number + 3 * h * self.shared_width + h * self.shared_gate + latent
+        shared = self.mlp.parameters(h, self.shared_width) if self.shared_width else 0
+        return h + (h + self.mlp.biased) * self.number + shared + h * self.shared_gate + latent
 
     @property
     def parameters(self) -> int:

@@ -17,7 +17,7 @@ import yaml
 
 from megatron_carve.model.config import MixerConfig, describe_type
 from megatron_carve.model.variants import MIXER_LETTERS
-from megatron_carve.recipe.experts import LETTER, Experts
+from megatron_carve.recipe.experts import LETTER, Experts, Mlp
 from megatron_carve.recipe.schema import Checkpoint, Data, Model, Parallel, Run, Training
 
 INHERIT = "inherit"
@@ -141,6 +141,11 @@ class Recipe:
                     f"megatron.{name}: expected {wanted} with {reason} and parallel.context > 1, where ranks exchange "
                     f"tokens for heads of attention, got {given}"
                 )
+
+    @property
+    def mlp(self) -> Mlp:
+        """What the MLPs of the model are made of."""
+        return Mlp.of(self.megatron)
 
     @property
     def experts(self) -> Experts:

@@ -36,9 +36,9 @@ def small(*changes: str):
 
 def megatron_sizes(recipe) -> dict:
     x = recipe.mixer
-    experts = {"num_moe_experts" if k == "num_experts" else k: v for k, v in recipe.megatron.items()}
+    names = {"num_experts": "num_moe_experts", "swiglu": "gated_linear_unit"}
     return {
-        **experts,
+        **{names.get(k, k): v for k, v in recipe.megatron.items()},
         "linear_num_key_heads": x.num_key_heads, "linear_num_value_heads": x.num_value_heads,
         "linear_key_head_dim": x.key_head_dim, "linear_value_head_dim": x.value_head_dim, "mixer": x.options,
     }  # fmt: skip
@@ -72,6 +72,17 @@ def test_parameters_are_those_of_the_built_model(pattern, convolution):
         )  # fmt: skip
     finally:
         patch.revert()
+    assert sum(estimate.parameters(recipe, 64).values()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["megatron.swiglu=false", *SHARED], ["megatron.add_bias_linear=true"], ["megatron.add_qkv_bias=true"]],
+    ids=lambda more: more[0],
+)
+def test_parameters_are_those_of_megatrons_other_mlps_and_biases(more):
+    recipe = small("model.pattern=C-*E", "model.num_query_groups=2", *EXPERTS, *more)
+    model = hybrid_model("C-*E", num_query_groups=2, **megatron_sizes(recipe))
     assert sum(estimate.parameters(recipe, 64).values()) == sum(p.numel() for p in model.parameters())
 
 
