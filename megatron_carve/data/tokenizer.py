@@ -7,9 +7,11 @@ import binascii
 import hashlib
 import importlib
 import json
+import pickle
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -190,6 +192,12 @@ class _Rust(Tokenizer):
     def __reduce__(self) -> tuple[Any, ...]:
         return _Rust, (self.spec, self.fingerprint, self.vocab_size, self.eod, self._backend)
 
+    def is_sent_whole(self) -> bool:
+        """Whether another process gets it to the last bit. It goes there as JSON, which this library reads with scores
+        rounded: of those that transformers has made of a SentencePiece model, equal sums may then differ.
+        """
+        return bool(pickle.loads(pickle.dumps(self._backend)).to_str() == self._backend.to_str())
+
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         # Without offsets, which cost a third of the time. Truncation, padding and the reading of special tokens are
         # the backend's state, which a call of transformers may have changed.
@@ -237,9 +245,9 @@ class _HuggingFace(Tokenizer):
         fast = hasattr(backend, "encode_batch_fast")  # tokenizers 0.20.1 on
         self._rust = _Rust(spec, self.fingerprint, self.vocab_size, self.eod, backend) if fast else None
 
-    @property
+    @cached_property
     def of_texts(self) -> Tokenizer:
-        return self._rust or self
+        return self if self._rust is None or not self._rust.is_sent_whole() else self._rust
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         if self._rust is not None:

@@ -254,6 +254,27 @@ def test_huggingface_texts_need_no_torch_in_another_process(huggingface_folder):
     assert found.stdout.decode() == f"{[ids, tokenizer.eod, tokenizer.decode(ids)]}\n"
 
 
+def test_huggingface_scores_that_would_be_rounded_on_the_way_are_not_sent(sentencepiece_model, tmp_path):
+    pytest.importorskip("transformers")
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(sentencepiece_model("scores").read_bytes())
+    for i, score in enumerate(np.random.default_rng(0).uniform(-20, 0, 1000)):
+        model.pieces.add(piece=f"word{i}", score=score)
+    (tmp_path / "spiece.model").write_bytes(model.SerializeToString())
+    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(f"huggingface:{tmp_path}")
+
+    def scores(tokenizer):
+        return [score for _, score in json.loads(tokenizer._backend.to_str())["model"]["vocab"]]
+
+    there = pickle.loads(pickle.dumps(tokenizer.of_texts))
+    assert scores(getattr(there, "_rust", there)) == scores(tokenizer._rust)
+    assert scores(pickle.loads(pickle.dumps(tokenizer._rust))) != scores(tokenizer._rust)
+
+
 def test_a_tokenizer_that_changed_is_not_sent(tmp_path):
     path = tmp_path / "ranks.tiktoken"
     write_ranks(path)
