@@ -173,16 +173,14 @@ class RunFolder:
             share: see checksums.check.
         """
         folder, stop, outcome = self.checkpoint(step), threading.Event(), Future[None]()
-        with ThreadPoolExecutor(1, "checksums") as pool:
+        with ThreadPoolExecutor(1, "checksums") as pool, contextlib.ExitStack() as at_the_end:
+            at_the_end.callback(stop.set)
             try:
                 # Read in this thread, since reading the index imports.
                 outcome = pool.submit(_compare, folder, _data(folder, weights_only), share, stop)
-            except CheckpointError as error:
+            except (CheckpointError, OSError) as error:
                 outcome.set_exception(error)
-            try:
-                yield outcome.result
-            finally:
-                stop.set()
+            yield outcome.result
 
     def check_contents(self, step: int) -> None:
         """Raise CheckpointError if the checkpoint of this step holds pickled objects that Megatron does not keep there.

@@ -86,12 +86,12 @@ def on_every_process(store: Store, rank: int, processes: int, name: str, work: C
     """Run `work`, called `name` (once a program), on every rank; if it fails on one, it fails on all.
 
     Raises:
-        ValueError: what `work` raised on the first rank where it did.
+        ValueError: what `work` raised on the first rank where it did, of which an OSError is one line too.
     """
     complaint = ""
     try:
         work()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         complaint = str(error)
     with _shared(store) as shared:
         if rank:

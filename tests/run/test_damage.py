@@ -10,6 +10,8 @@ from support.programs import in_turn, program
 from support.train import train, train_ranks
 
 from megatron_carve import checksums
+from megatron_carve.run import folder as folders
+from megatron_carve.run.folder import RunFolder
 from megatron_carve.run.full_disk import full_disk
 
 pytestmark = pytest.mark.slow
@@ -187,6 +189,17 @@ class TestChecksums:
         stop = Event()
         stop.set()
         checksums.check(tmp_path, files, {"a": None}, stop=stop)
+
+    def test_what_cannot_be_read_is_for_who_waits(self, tmp_path, monkeypatch):
+        def unreadable(*args):
+            raise OSError(errno.EIO, "Input/output error")
+
+        for what in ("_data", "_compare"):
+            with monkeypatch.context() as patched:
+                patched.setattr(folders, "_data", lambda *args: {})
+                patched.setattr(folders, what, unreadable)
+                with RunFolder(tmp_path).data_check(1) as wait, pytest.raises(OSError, match="Input/output"):
+                    wait()
 
     def test_files_that_are_gone_or_not_in_the_list(self, tmp_path):
         (tmp_path / "a").write_bytes(b"")

@@ -1,8 +1,11 @@
 """The environment of a program's processes."""
 
+import errno
 import os
+from threading import Thread
 
 import pytest
+from torch.distributed import HashStore
 
 from megatron_carve.recipe import load_recipe
 from megatron_carve.run import launch
@@ -57,3 +60,24 @@ def test_a_process_alone_takes_a_free_port_and_keeps_it(monkeypatch):
     assert asked == [0, 0]
     assert stores[0].port != stores[1].port
     assert launch.join_processes()[0].port == stores[1].port  # once more, by the environment
+
+
+def test_what_one_process_cannot_read_ends_all_of_them_in_one_line():
+    """Raised there alone, it would be said by nobody, as only the first process of a node speaks."""
+    store, found = HashStore(), []
+
+    def first():
+        try:
+            launch.on_every_process(store, 0, 2, "name", lambda: None)
+        except ValueError as error:
+            found.append(str(error))
+
+    def unreadable():
+        raise OSError(errno.EIO, "Input/output error", "a")
+
+    thread = Thread(target=first, daemon=True)
+    thread.start()
+    with pytest.raises(ValueError, match="Input/output error: 'a'"):
+        launch.on_every_process(store, 1, 2, "name", unreadable)
+    thread.join(10)
+    assert found == ["[Errno 5] Input/output error: 'a'"]
