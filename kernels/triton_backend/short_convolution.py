@@ -303,7 +303,7 @@ def activation_gradient(b_y, b_d_out, ACT: tl.constexpr, NORM):
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)) to float32 rounding, in a third of the instructions of a division and an exponential."""
+    """1 / (1 + exp(-x)) to a few float32 roundings, in a third of the instructions of a division and an exponential."""
     b_root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2_E))
     return b_root * b_root
 

@@ -134,7 +134,7 @@ def prepare_text(
 
     Args:
         cache_dir: created if missing.
-        workers: processes that tokenise. More than one load the tokenizer by its spec.
+        workers: processes that tokenise; see `Tokenizer.of_texts` for what more than one get of the tokenizer.
         progress: show a progress bar in bytes on stderr.
 
     Raises:

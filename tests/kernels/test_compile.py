@@ -40,6 +40,8 @@ OTHERS = [
 # Bytes that a thread of a sequential loop may spill: beside so much shared memory an SM's cache has room for little.
 # The content stages rebuild the decays, scores and writes of a chunk in one program, and hold a state meanwhile: more
 # than fits; with fewer registers they are slower yet.
+# Of dynamic taps the forward spills some numbers for more programs on an SM, the taps' gradient with all the registers
+# that a thread can have; nothing that was measured is faster.
 SPILLED = {"gdn2": 0, "diagonal": 2304, "delta": 700, "dynamic": 104, "heads": 0}
 
 
