@@ -9,8 +9,6 @@
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-"${PYTHON:-python3}" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet tokenizers==0.23.3
 cat > "$folder/copies.py" <<'PY'
 import copy
 import pickle
@@ -36,6 +34,8 @@ forgotten = all(ids == [0, 6] and not copies[way].encode_special_tokens for way,
 kept = all(other.truncation["max_length"] == 100 for other in copies.values())
 sys.exit(not (wanted == [0, 1, 2, 3, 4] and forgotten and kept))
 PY
+"${PYTHON:-python3}" -m venv "$folder/venv"
+"$folder/venv/bin/pip" install --quiet tokenizers==0.23.3
 if "$folder/venv/bin/python" "$folder/copies.py"; then
     echo "as described"
 else

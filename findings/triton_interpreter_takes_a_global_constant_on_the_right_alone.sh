@@ -10,8 +10,6 @@
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-"${PYTHON:-python3}" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet triton==3.8.0 torch==2.14.1 numpy==2.5.5
 cat > "$folder/scale.py" <<'PY'
 import sys
 
@@ -55,6 +53,8 @@ for kernel in (left, right):
 print(f"triton {triton.__version__}, interpreted: {found}")
 sys.exit(not ("cannot convert" in found["left"] and found["right"] == [2.0, 2.0, 2.0, 2.0]))
 PY
+"${PYTHON:-python3}" -m venv "$folder/venv"
+"$folder/venv/bin/pip" install --quiet triton==3.8.0 torch==2.14.1 numpy==2.5.5
 if "$folder/venv/bin/python" "$folder/scale.py" compile && TRITON_INTERPRET=1 "$folder/venv/bin/python" "$folder/scale.py" interpret; then
     echo "as described"
 else

@@ -10,6 +10,12 @@ from megatron_carve.model.core_attention import LocalAttention, share_of_heads
 from megatron_carve.recipe import load_recipe
 from megatron_carve.run.preflight import choose_layers
 
+REFUSED = [
+    ({"num_query_groups": 2}, r"num_query_groups: .* context parallel size = 1 \* 4, got 2"),
+    ({"softmax_type": "off-by-one"}, "expected softmax_type vanilla .* got off-by-one, qk_clip False"),
+    ({"qk_clip": True}, "without qk_clip, got vanilla, qk_clip True"),
+]
+
 
 @pytest.fixture(scope="module", autouse=True)
 def megatron():
@@ -17,14 +23,7 @@ def megatron():
         yield
 
 
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [
-        ({"num_query_groups": 2}, r"num_query_groups: .* context parallel size = 1 \* 4, got 2"),
-        ({"softmax_type": "off-by-one"}, "expected softmax_type vanilla .* got off-by-one, qk_clip False"),
-        ({"qk_clip": True}, "without qk_clip, got vanilla, qk_clip True"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "complaint"), REFUSED)
 def test_what_ranks_cannot_share_is_refused(changes, complaint):
     with pytest.raises(ValueError, match=complaint):
         share_of_heads(config(**changes), tensor=1, context=4)

@@ -475,15 +475,13 @@ class TestRanges:
                 "model.num_attention_heads: expected a multiple of parallel.tensor * parallel.context = 2 * 4 with "
                 "data.documents: apart, got 4",
             ),
-            (
-                [*APART, "parallel.context=2", "megatron.softmax_type=learnable"],
-                "megatron.softmax_type: expected vanilla with data.documents: apart and parallel.context > 1, where "
-                "ranks exchange tokens for heads of attention, got learnable",
-            ),
-            (
-                [*APART, "parallel.context=2", "megatron.cp_comm_type=a2a"],
-                "megatron.cp_comm_type: expected null with data.documents: apart and parallel.context > 1, where ranks "
-                "exchange tokens for heads of attention, got a2a",
+            *(
+                (
+                    [*APART, "parallel.context=2", f"megatron.{name}={given}"],
+                    f"megatron.{name}: expected {expected} with data.documents: apart and parallel.context > 1, where "
+                    f"ranks exchange tokens for heads of attention, got {given}",
+                )
+                for name, expected, given in (("softmax_type", "vanilla", "learnable"), ("cp_comm_type", "null", "a2a"))
             ),
             (
                 ["model.attention_convolution=static", "model.pattern=C-2-"],
