@@ -48,7 +48,7 @@ class Backward(NamedTuple):
     options: dict[str, int]
 
 
-# Measured with blocks of 128 channels in bfloat16; what else there is has more room for its registers.
+# Measured with blocks of 128 channels in bfloat16; other blocks take what was there before.
 BACKWARD_128 = Backward(512, 4, {"num_warps": 4, "maxnreg": 128})
 BACKWARD = Backward(1024, 2, {"num_warps": 8})
 
