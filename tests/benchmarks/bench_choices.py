@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import mlp_as_large_as, train_each
+from training_runs import mlp_as_large_as, train_each
 
 from megatron_carve.recipe import estimate, load_recipe
 from megatron_carve.run.vocabulary import vocab_size

@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from bench_choices import source
-from runs import mlp_as_large_as
 from torch import Tensor, nn
+from training_runs import mlp_as_large_as
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.models import hybrid_model, one_process

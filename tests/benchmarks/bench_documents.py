@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from runs import train_each
+from training_runs import train_each
 
 from megatron_carve.run.progress import read_metrics
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import mlp_as_large_as, train_each
+from training_runs import mlp_as_large_as, train_each
 
 from megatron_carve.recipe import Recipe, estimate, load_recipe
 
