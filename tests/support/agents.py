@@ -3,7 +3,6 @@ commands go on."""
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
+from support.ports import free_port
 
 AGENTS = 2
 
@@ -25,10 +25,8 @@ class Agents:
     """
 
     def __init__(self, folder: Path, words: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        rendezvous = ["--rdzv-backend=c10d", "--rdzv-id=1", f"--rdzv-endpoint=127.0.0.1:{port}"]
+        endpoint = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
+        rendezvous = ["--rdzv-backend=c10d", "--rdzv-id=1", endpoint]
         command = [
             sys.executable, "-m", "torch.distributed.run", f"--nnodes={AGENTS}", "--nproc-per-node=1", *rendezvous,
             "-m", "megatron_carve.train", *words,

@@ -4,10 +4,10 @@ import contextlib
 import importlib.util
 import io
 import os
-import socket
 from pathlib import Path
 
 import torch
+from support.ports import free_port
 
 TINY = """
 inherit: debug
@@ -45,10 +45,8 @@ def alone():
     """One process, of which nothing is left in the environment, with a port of its own."""
     from megatron_carve.run.session import session
 
-    with session(), socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
-        s.close()
+    with session():
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         yield
 
 

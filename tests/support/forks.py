@@ -10,7 +10,6 @@ import os
 import runpy
 import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -53,9 +52,12 @@ def run_forked(command: list[str], *, processes: int = 0, cwd: str | os.PathLike
     Raises:
         TimeoutError: it took longer; it has been ended.
     """
+    from support.ports import free_port  # the server, to which this file is a script, does without
+
     with tempfile.TemporaryDirectory() as logs:
         job = {
             "command": command, "processes": processes, "cwd": str(Path(cwd).resolve()), "logs": logs,
+            "port": free_port(),
             "environment": {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         }  # fmt: skip
         server = _server()
@@ -97,14 +99,11 @@ def serve() -> None:
 
 def _all_ranks(job: dict[str, Any]) -> int:
     """Fork for every rank and wait; the others end when one fails."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     running = {}
     for rank in range(max(job["processes"], 1)):
         pid = os.fork()
         if pid == 0:
-            _be_rank(job, rank, port)
+            _be_rank(job, rank)
         running[pid] = rank
     failed = 0
     while running:
@@ -118,7 +117,7 @@ def _all_ranks(job: dict[str, Any]) -> int:
     return failed
 
 
-def _be_rank(job: dict[str, Any], rank: int, port: int) -> None:
+def _be_rank(job: dict[str, Any], rank: int) -> None:
     """In the new process: run the program and exit."""
     for descriptor, name in ((1, "out"), (2, "err")):
         log = os.open(f"{job['logs']}/{rank}.{name}", os.O_WRONLY | os.O_CREAT, 0o600)
@@ -128,7 +127,7 @@ def _be_rank(job: dict[str, Any], rank: int, port: int) -> None:
     os.environ.clear()
     os.environ.update(job["environment"])
     if job["processes"]:
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["processes"], "MASTER_PORT": port}
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["processes"], "MASTER_PORT": job["port"]}
         os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1")
     program, *words = job["command"]
     try:

@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -47,10 +46,10 @@ class Ranks:
     def train(self, folder: Path, *words: str, timeout: float) -> str:
         """`megatron_carve.train WORDS` in `folder`; what it printed. A failure raises with the end of that, and a run
         that takes longer than so many seconds is a failure."""
+        from support.ports import free_port  # the processes, to which this file is a script, do without
+
         self.jobs += 1
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            job = {"words": words, "folder": str(folder), "port": free.getsockname()[1]}
+        job = {"words": words, "folder": str(folder), "port": free_port()}
         written = self.folder / "job"
         written.write_text(json.dumps(job))
         written.rename(self.folder / f"{self.jobs}.json")
