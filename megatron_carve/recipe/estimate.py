@@ -192,8 +192,8 @@ def _saved_by_attention(recipe: Recipe) -> dict[str, float]:
         # What is sent nobody keeps but the convolution, if there is one, which keeps what it gets.
         sent = projected | features if convolved else {}
         return sent | {"exchanged": queries + 2 * keys, "attended": queries, "received": queries}
-    rotated = {"rotated": queries + keys} if m.position_embedding == "rope" else {}
-    return projected | convolved | features | rotated | {"attended": queries}
+    # Rotary positions make new queries and keys, and those that they are made of nobody keeps.
+    return projected | convolved | features | {"attended": queries}
 
 
 def _attention_by_heads(recipe: Recipe) -> bool:
