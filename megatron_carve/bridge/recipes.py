@@ -118,6 +118,8 @@ def _resolved(recipe: str | Recipe, overrides: tuple[str, ...]) -> Recipe:
         raise ValueError("data.documents: Megatron-Bridge's steps know no documents apart; expected joined, got apart")
     if (optimizer := resolved.megatron.get("optimizer", "adam")) != "adam":
         raise ValueError(f"megatron.optimizer: expected adam with Megatron-Bridge, got {optimizer}")
+    if resolved.megatron.get("tp_comm_overlap"):
+        raise ValueError("megatron.tp_comm_overlap: expected false with Megatron-Bridge, which has its own, got true")
     device = use_device(resolved.run.device)
     return dataclasses.replace(resolved, run=dataclasses.replace(resolved.run, device=device))
 

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megatron_carve.model.config import LayerImplementation
@@ -185,6 +186,7 @@ def check_extra(recipe: Recipe) -> None:
     if "lr_wsd_decay_style" in extra and recipe.training.lr_schedule != "wsd":
         raise RecipeError("megatron.lr_wsd_decay_style: has no effect without training.lr_schedule=wsd")
     _check_optimizer(recipe)
+    _check_overlap(recipe)
     workers = extra.get("num_workers", 0)
     if isinstance(workers, int) and workers < 0:
         raise RecipeError(f"megatron.num_workers: expected an integer of at least 0, got {workers}")
@@ -219,6 +221,39 @@ def _check_optimizer(recipe: Recipe) -> None:
                 f"megatron.{name}: expected {str(expected).lower()} with megatron.optimizer=muon, got "
                 f"{str(found).lower()}"
             )
+
+
+def _check_overlap(recipe: Recipe) -> None:
+    """What Transformer Engine's user buffers do not carry. It does not look: of other sizes and types they would hold
+    something else, or sums of it that are wrong."""
+    m, p, t, extra = recipe.model, recipe.parallel, recipe.training, recipe.megatron
+    if extra.get("tp_comm_overlap") is not True:
+        return
+    evaluated, scaling = extra.get("eval_micro_batch_size"), extra.get("fp8_recipe", "delayed")
+    backend, settings = extra.get("tp_comm_bootstrap_backend", "nccl"), extra.get("tp_comm_overlap_cfg")
+    unset = {"fp4": "null", "first_last_layers_bf16": "false", "overlap_moe_expert_parallel_comm": "false"}
+    rules = [
+        ("parallel.tensor", p.tensor, p.tensor in (2, 4, 8), "2, 4 or 8"),
+        ("parallel.sequence", p.sequence, p.sequence, "true"),
+        ("training.precision", t.precision, t.precision == "bf16", "bf16"),
+        ("model.hidden_size", m.hidden_size, m.hidden_size % 32 == 0, "a multiple of 32"),
+        ("model.pattern", m.pattern, not set(m.pattern) & set("D+"), "no layers D and +, whose projections are others"),
+        (
+            "megatron.eval_micro_batch_size", evaluated, evaluated in (None, t.micro_batch_size),
+            f"training.micro_batch_size={t.micro_batch_size}",
+        ),
+        (
+            "megatron.fp8_recipe", scaling, not extra.get("fp8") or scaling in ("delayed", "tensorwise"),
+            "delayed or tensorwise",
+        ),
+        *((f"megatron.{name}", extra.get(name), not extra.get(name), off) for name, off in unset.items()),
+        ("megatron.tp_comm_bootstrap_backend", backend, backend in ("nccl", "gloo"), "nccl or gloo"),
+        ("megatron.tp_comm_overlap_cfg", settings, settings is None or Path(settings).is_file(), "a file"),
+    ]  # fmt: skip
+    for key, found, fits, expected in rules:
+        if not fits:
+            shown = str(found).lower() if isinstance(found, bool) else found
+            raise RecipeError(f"{key}: expected {expected} with megatron.tp_comm_overlap, got {shown}")
 
 
 def _require(module: str, what: str, to_install: str) -> None:

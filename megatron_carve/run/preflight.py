@@ -271,6 +271,10 @@ def choose_layers(recipe: Recipe, device: str) -> LayerImplementation:
             "megatron.normalization: layers without Transformer Engine support RMSNorm only, got "
             f"{recipe.megatron['normalization']!r}"
         )
+    if layers == "local" and recipe.megatron.get("tp_comm_overlap"):
+        raise ValueError(
+            "megatron.tp_comm_overlap: expected Transformer Engine's layers, which need a GPU, got model.layers: local"
+        )
     if layers == "local":
         recipe.check_attention_by_heads("model.layers: local")
     if "G" in recipe.model.pattern and not (HAVE_FLA and device == "cuda"):

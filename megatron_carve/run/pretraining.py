@@ -51,7 +51,8 @@ def pretrain(
     errors = get_error_handler()
     errors.initialize()
     console = sys.stderr
-    with _megatron_output(plan), _forked_workers(), interruptible(partial(_say, plan, console)) as interrupted:
+    says = partial(_say, plan, console)
+    with _megatron_output(plan), _forked_workers(), _user_buffers(plan), interruptible(says) as interrupted:
         try:
             return _pretrain(plan, listener, on_models)
         except SystemExit as end:
@@ -120,6 +121,30 @@ def _pretrain(plan: Plan, listener: TrainingListener, on_models: Callable[[Seque
         return count_parameters(models)
     finally:
         _kill_data_workers()
+
+
+@contextlib.contextmanager
+def _user_buffers(plan: Plan) -> Iterator[None]:
+    """Those that Megatron, before it builds the model, has Transformer Engine make for tp_comm_overlap are freed.
+
+    That waits for the GPU, and so perhaps for another rank, as one that failed must not; and ends a process whose CUDA
+    is broken. There they are left to the end of the process.
+    """
+    try:
+        yield
+    finally:
+        if plan.recipe.megatron.get("tp_comm_overlap"):
+            from transformer_engine.pytorch import destroy_ub
+
+            if not isinstance(sys.exception(), Exception | KeyboardInterrupt) or _gpu_is_idle():
+                destroy_ub()
+
+
+def _gpu_is_idle() -> bool:
+    try:
+        return torch.cuda.current_stream().query()
+    except RuntimeError:
+        return False
 
 
 @contextlib.contextmanager

@@ -88,6 +88,7 @@ def test_other_layouts_keep_their_sizes():
     [
         (("data.documents=apart", "data.text=x.txt"), "data.documents: Megatron-Bridge's steps know"),
         (("megatron.optimizer=muon",), "megatron.optimizer: expected adam with Megatron-Bridge, got muon"),
+        (("megatron.tp_comm_overlap=true",), "megatron.tp_comm_overlap: expected false with Megatron-Bridge"),
         (("model.layers=transformer_engine",), "transformer_engine is not installed"),
         (("model.hiden_size=3",), "hidden_size"),
     ],

@@ -352,3 +352,65 @@ class TestPackages:
         with pytest.raises(ImportError) as error:
             check_extra(load(f"megatron.{option}"))
         assert str(error.value) == f"megatron.{option.removesuffix('=true').removesuffix('=x')}: the package {says}"
+
+
+class TestOverlap:
+    """What would come out wrong of Transformer Engine's user buffers, or stop in the midst of a step."""
+
+    WORDS = ("parallel.tensor=2", "megatron.tp_comm_overlap=true")
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["parallel.tensor=1"], "parallel.tensor: expected 2, 4 or 8 with megatron.tp_comm_overlap, got 1"),
+            (["parallel.tensor=16"], "parallel.tensor: expected 2, 4 or 8 with megatron.tp_comm_overlap, got 16"),
+            (["parallel.sequence=false"], "parallel.sequence: expected true with megatron.tp_comm_overlap, got false"),
+            (["training.precision=fp16"], "training.precision: expected bf16 with megatron.tp_comm_overlap, got fp16"),
+            (
+                ["model.hidden_size=80"],
+                "model.hidden_size: expected a multiple of 32 with megatron.tp_comm_overlap, got 80",
+            ),
+            (
+                ["model.pattern=C-+-"],
+                "model.pattern: expected no layers D and +, whose projections are others with "
+                "megatron.tp_comm_overlap, got C-+-",
+            ),
+            (
+                ["megatron.eval_micro_batch_size=2"],
+                "megatron.eval_micro_batch_size: expected training.micro_batch_size=1 with megatron.tp_comm_overlap, "
+                "got 2",
+            ),
+            (
+                ["model.pattern='*-'", "megatron.fp8=hybrid", "megatron.fp8_recipe=blockwise"],
+                "megatron.fp8_recipe: expected delayed or tensorwise with megatron.tp_comm_overlap, got blockwise",
+            ),
+            (
+                ["megatron.overlap_moe_expert_parallel_comm=true"],
+                "megatron.overlap_moe_expert_parallel_comm: expected false with megatron.tp_comm_overlap, got true",
+            ),
+            (
+                ["megatron.tp_comm_bootstrap_backend=mpi"],
+                "megatron.tp_comm_bootstrap_backend: expected nccl or gloo with megatron.tp_comm_overlap, got mpi",
+            ),
+            (
+                ["megatron.tp_comm_overlap_cfg=none.yaml"],
+                "megatron.tp_comm_overlap_cfg: expected a file with megatron.tp_comm_overlap, got none.yaml",
+            ),
+        ],
+    )
+    def test_what_buffers_do_not_carry_is_refused(self, load, words, message):
+        with pytest.raises(RecipeError) as error:
+            check_extra(load(*self.WORDS, *words))
+        assert str(error.value) == message
+        check_extra(load(*self.WORDS, *words, "megatron.tp_comm_overlap=false"))
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            [], ["parallel.tensor=4", "model.pattern='*-'", "megatron.fp8=hybrid"],
+            ["megatron.eval_micro_batch_size=1", "model.pattern=C-*-/C-"],
+            ["megatron.tp_comm_overlap_cfg=small.yaml", "megatron.tp_comm_bootstrap_backend=gloo"],
+        ],
+    )  # fmt: skip
+    def test_what_they_carry_is_not(self, load, words):
+        check_extra(load(*self.WORDS, *words))

@@ -323,6 +323,10 @@ CASES = {
     "no Transformer Engine": Case(
         "small.yaml model.layers=transformer_engine", ("model.layers: transformer_engine is not installed; install",)
     ),
+    "overlap without Transformer Engine": Case(
+        "small.yaml megatron.tp_comm_overlap=true",
+        ("megatron.tp_comm_overlap: expected Transformer Engine's layers", "got model.layers: local"),
+    ),
     "no Triton kernels": Case("small.yaml model.mixer_backend=triton", ("'triton'", "use backend='torch' or 'auto'")),
     "letter M": Case("small.yaml model.pattern=M-C-", ("model.pattern: the layers M need Transformer Engine",)),
     "experts without a number": Case("small.yaml model.pattern=C-E", ("megatron.num_experts: expected an integer",)),

@@ -12,6 +12,7 @@ from megatron_carve.run import launch
 from megatron_carve.run.launch import set_connections
 
 VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
+USER_BUFFERS = ("UB_SKIPMC", "UB_TIMEOUT")
 
 
 @pytest.mark.parametrize(
@@ -32,10 +33,23 @@ def test_one_queue_to_the_gpu_where_megatron_insists(monkeypatch, words, expecte
     assert os.environ.get(VARIABLE) == expected
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"), [([], (None, None)), (["megatron.tp_comm_overlap=true"], ("1", "86400"))], ids=str
+)
+def test_user_buffers_are_made_without_multicast_and_wait(monkeypatch, words, expected):
+    for name in USER_BUFFERS:
+        monkeypatch.setenv(name, "to be restored")
+        monkeypatch.delenv(name)
+    set_connections(load_recipe("debug", words))
+    assert tuple(map(os.environ.get, USER_BUFFERS)) == expected
+
+
 def test_what_the_user_says_stays(monkeypatch):
-    monkeypatch.setenv(VARIABLE, "8")
-    set_connections(load_recipe("debug", ["parallel.tensor=2"]))
-    assert os.environ[VARIABLE] == "8"
+    says = {VARIABLE: "8", **dict.fromkeys(USER_BUFFERS, "0")}
+    for name, value in says.items():
+        monkeypatch.setenv(name, value)
+    set_connections(load_recipe("debug", ["parallel.tensor=2", "megatron.tp_comm_overlap=true"]))
+    assert {name: os.environ[name] for name in says} == says
 
 
 def test_a_process_alone_takes_a_free_port_and_keeps_it(monkeypatch):
