@@ -137,6 +137,8 @@ def _stages(recipe: Recipe, vocab: int) -> list[str]:
 
 def _memory(recipe: Recipe, vocab: int, gpus: int, gpu_memory: float) -> list[str]:
     found = {part: number / GIB for part, number in estimate.memory(recipe, vocab, gpus).items()}
+    if buffers := estimate.user_buffer_bytes(recipe):
+        found["user buffers"] = buffers / GIB
     found["CUDA and gaps (a guess)"] = RESERVE_GIB
     total = sum(found.values())
     lines = [_row(part, f"{number:.1f}", "") for part, number in found.items()]

@@ -294,6 +294,17 @@ def memory(recipe: Recipe, vocab_size: int, gpus: int) -> dict[str, float]:
     return found
 
 
+def user_buffer_bytes(recipe: Recipe) -> float:
+    """Of what Transformer Engine takes for tp_comm_overlap besides tensors: twelve buffers, for forward and backward of
+    two pairs of projections, each of all tokens' hidden states; eight are gathered into, where fp8 takes one byte."""
+    t = recipe.training
+    if not recipe.megatron.get("tp_comm_overlap"):
+        return 0
+    tokens = t.micro_batch_size * t.seq_length / recipe.parallel.context
+    gathered = 1 if recipe.megatron.get("fp8") else 2
+    return tokens * recipe.model.hidden_size * (8 * gathered + 4 * 2)
+
+
 def state_bytes(recipe: Recipe) -> int:
     """Of all recurrent states of one sequence, float32: what generation keeps instead of a growing cache."""
     x = recipe.mixer

@@ -364,6 +364,21 @@ def test_muon_keeps_one_moment_of_what_is_in_layers():
     assert adam - muon == pytest.approx(4 * 1_360_825_344)
 
 
+def test_user_buffers_are_planned_beside_tensors(capsys):
+    """Twelve of all tokens' hidden states, eight of them of one byte with fp8."""
+    words = ["parallel.tensor=2", "megatron.tp_comm_overlap=true", "training.micro_batch_size=4"]
+    recipe, without = (load_recipe("carve_1p3b_hybrid", more) for more in (words, words[:1] + words[2:]))
+    one = 4 * 4096 * 2048 * 2
+    assert estimate.user_buffer_bytes(recipe) == 12 * one
+    assert estimate.user_buffer_bytes(load_recipe("carve_1p3b_hybrid", [*words, "parallel.context=2"])) == 6 * one
+    in_fp8 = load_recipe("carve_1p3b_hybrid", [*words, "model.pattern='*-'", "megatron.fp8=hybrid"])
+    assert estimate.user_buffer_bytes(in_fp8) == 8 * one
+    assert estimate.memory(recipe, 32000, 2) == estimate.memory(without, 32000, 2)
+    for words_of, lines in ((words, 1), (words[:1], 0)):
+        assert plan.main(["carve_1p3b_hybrid", *words_of]) == 0
+        assert len(re.findall(r"user buffers +0\.8", capsys.readouterr().out)) == lines
+
+
 def test_memory_falls_with_what_divides_it():
     def total(*changes: str, gpus: int = 8) -> float:
         return sum(estimate.memory(load_recipe("carve_1p3b_hybrid", changes), 32000, gpus).values())
