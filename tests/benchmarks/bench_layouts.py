@@ -15,6 +15,9 @@ A micro-batch has 16,384 tokens, a step --micro-batches of them for every GPU: f
 is divided as `plan` proposes. The layouts called long have one sequence of 16,384 a GPU and step; context parallelism
 has one sequence, as long as all of those together, and is a share of their speed.
 
+In the layouts called overlap Transformer Engine's layers send while they multiply. What CUDA copies for that is not in
+the column of NCCL, nor are their buffers in those of memory.
+
 Libraries of the next measurement are imported while one runs, on other cores. With --side-by-side those that together
 need no more GPUs than there are run at the same time, a GPU each: on a host with 16 cores a GPU little is lost by it,
 and the first, which compile the kernels of all others, wait for each other least. On a machine without a GPU the model
@@ -90,12 +93,17 @@ MODELS = {
 }
 
 
+OVERLAP = "megatron.tp_comm_overlap=true"
+
+
 def _of(gpus: int) -> dict[str, Layout]:
     """The layouts that take all of so many GPUs for one kind of parallelism."""
-    context, long, by_heads = f"parallel.context={gpus}", f"data{gpus}-long", f"context{gpus}-heads"
+    tensor, context = f"parallel.tensor={gpus}", f"parallel.context={gpus}"
+    long, by_heads = f"data{gpus}-long", f"context{gpus}-heads"
     return {
         f"data{gpus}": Layout(gpus, []),
-        f"tensor{gpus}": Layout(gpus, [f"parallel.tensor={gpus}"]),
+        f"tensor{gpus}": Layout(gpus, [tensor]),
+        f"tensor{gpus}-overlap": Layout(gpus, [tensor, OVERLAP]),
         long: Layout(gpus, [], None, "long"),
         by_heads: Layout(gpus, [context, "parallel.context_method=heads"], long, "one"),
         f"context{gpus}-sequence": Layout(
@@ -111,6 +119,7 @@ LAYOUTS = {
     **_of(2),
     **_of(4),
     "data2-tensor2": Layout(4, ["parallel.tensor=2"]),
+    "data2-tensor2-overlap": Layout(4, ["parallel.tensor=2", OVERLAP]),
     "data4-expert2": Layout(4, ["megatron.expert_model_parallel_size=2"]),
 }
 
@@ -118,6 +127,7 @@ LAYOUTS = {
 def in_order(gpus: int) -> list[tuple[str, str]]:
     """(layout, model) of all that is worth measuring on two or four GPUs, the most valuable first."""
     tensor = ["tensor2"] if gpus == 2 else ["data2-tensor2", "tensor4"]
+    overlap = [f"{layout}-overlap" for layout in tensor]
     of_18_heads = tensor[:1]  # of attention, as GDN-2's hybrid has them
     long, methods = f"data{gpus}-long", [f"context{gpus}-heads", f"context{gpus}-sequence"]
     experts = [f"expert{gpus}", "data4-expert2"] if gpus == 4 else [f"expert{gpus}"]
@@ -127,6 +137,7 @@ def in_order(gpus: int) -> list[tuple[str, str]]:
         ([long, methods[0]], [ATTENTION]),
         ([f"pipeline{gpus}"], ["carve", ATTENTION]),
         (["one", f"data{gpus}", *of_18_heads, f"pipeline{gpus}"], ["gdn2"]),
+        (overlap, ["carve", ATTENTION]),
         (["one", f"data{gpus}", *experts], ["moe"]),
     ]
     return [(layout, model) for layouts, models in stages for layout in layouts for model in models]

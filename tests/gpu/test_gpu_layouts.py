@@ -36,11 +36,17 @@ EXPERTS = (
 APART = ("data.text=texts.jsonl", "data.documents=apart", "training.seq_length=256")
 WIDE_APART = (*APART, "model.attention_window=null", "model.num_query_groups=2")
 LOCAL = ("model.layers=local",)
+OVERLAP = "megatron.tp_comm_overlap=true"
+RECOMPUTED = ("recompute_granularity=full", "recompute_method=uniform", "recompute_num_layers=1")
 # Name -> GPUs, words of the model, words of the layout.
 LAYOUTS = {
     "data": (2, (), []),
     "tensor": (2, (), ["parallel.tensor=2"]),
     "tensor without sequence": (2, (), ["parallel.tensor=2", "parallel.sequence=false"]),
+    "tensor, overlapped": (2, (), ["parallel.tensor=2", OVERLAP]),
+    "tensor, overlapped, recomputed": (2, (), ["parallel.tensor=2", OVERLAP, *(f"megatron.{w}" for w in RECOMPUTED)]),
+    "tensor, overlapped, documents": (2, APART, ["parallel.tensor=2", OVERLAP]),
+    "tensor, overlapped, further tokens": (2, ("model.pattern=C-*-/2-",), ["parallel.tensor=2", OVERLAP]),
     "context by heads": (2, (), ["parallel.context=2", "parallel.context_method=heads"]),
     "context by sequence": (2, (), ["parallel.context=2", "parallel.context_method=sequence"]),
     "context, local layers": (2, LOCAL, ["parallel.context=2"]),
@@ -56,6 +62,9 @@ LAYOUTS = {
     "tensor 2 x context 2": (4, (), ["parallel.tensor=2", "parallel.context=2"]),
     "tensor 2 x context 2, documents": (4, APART, ["parallel.tensor=2", "parallel.context=2"]),
     "pipeline 2 x tensor 2": (4, (), ["parallel.pipeline=2", "parallel.tensor=2"]),
+    "tensor 4, overlapped": (4, (), ["parallel.tensor=4", OVERLAP]),
+    "tensor 2 x context 2, overlapped": (4, (), ["parallel.tensor=2", "parallel.context=2", OVERLAP]),
+    "pipeline 2 x tensor 2, overlapped": (4, (), ["parallel.pipeline=2", "parallel.tensor=2", OVERLAP]),
     "expert 2 x tensor 2": (4, EXPERTS, ["megatron.expert_model_parallel_size=2", "parallel.tensor=2"]),
     "expert 4": (4, EXPERTS, ["megatron.expert_model_parallel_size=4", "training.micro_batch_size=2"]),
 }
@@ -108,6 +117,8 @@ def test_several_gpus_go_on_as_one(ranks, one_gpu, tmp_path, name):
     (tmp_path / "runs/run/checkpoints/latest_checkpointed_iteration.txt").write_text(str(SAVED))
     said = several.train(tmp_path, *WORDS, *model, *layout, timeout=240)
     assert f"resuming at step {SAVED}" in said
+    # Transformer Engine says so when it makes buffers, as it can in these processes only if those before were freed.
+    assert ("[UB]" in (tmp_path / "runs/run/logs/rank0.log").read_text()) == (OVERLAP in layout)
     expected, found = (measured(folder) for folder in (one, tmp_path))
     first, norm = SAVED + 1, abs(found[SAVED + 1]["grad_norm"] / expected[SAVED + 1]["grad_norm"] - 1)
     difference = {s: abs(found[s]["loss"] / expected[s]["loss"] - 1) for s in range(first, STEPS + 1)}
