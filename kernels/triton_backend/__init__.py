@@ -9,7 +9,8 @@ The way of a chunk op's data (C chunks, everything but the loops for all of them
                 chunk_output                    outputs
     backward    decay, gradient_operands        what of the forward is needed again
                 chunk_state                     the state's gradient, from the last chunk to the first
-                content                         CARVE with diagonal erase: instead, with the gates' gradients
+                content                         CARVE with diagonal erase: instead, with the gates' gradients, what
+                                                waits for no later chunk first, for all chunks at once
                 chunk_gradient, steep           gradients of everything that belongs to tokens
                 erasing_decay
 

@@ -22,7 +22,7 @@ from .decay import (
 )
 from .gates import GATE_SCALAR, GATE_SCALAR_LOGITS, GATE_VALUES, load_erase_gate, load_write_gate
 from .products import matmul
-from .stages import HOPPER, Call, Factors, GradientOperands, Inputs, Tuning
+from .stages import HOPPER, Call, Factors, Inputs, Tuning
 from .steep import steep_gradient
 from .tiles import load_columns, load_matrix, load_rows, load_tile, store_rows, store_tile
 
@@ -39,7 +39,8 @@ def chunk_value_gradient_kernel(
     V: tl.constexpr, SPLIT: tl.constexpr, SCALAR_W: tl.constexpr, LOGITS_W: tl.constexpr,
     TRANSPOSED: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per chunk and value head: gradients of values, write gates and both score matrices.
+    """One program per chunk and value head: gradients of values, write gates and both score matrices. Without
+    d_residuals d_written is given.
 
     HE heads have an erase gate, and so A, of their own. TRANSPOSED: residuals and their gradients are [V, C]. A row of
     d_output_rows [NC, HV, V], if there are any, is added to do.
@@ -53,9 +54,12 @@ def chunk_value_gradient_kernel(
     i_chv = i_c * HV + i_hv
     start, o_r, m_r = chunk_rows(table, i_c)
     o_v = tl.arange(0, V)
-    b_At = load_matrix(A, i_c * HE + i_hv // (HV // HE), o_r, o_r, BT, BT, True)
-    b_dz = matmul(b_At, load_matrix(d_residuals, i_chv, o_r, o_v, BT, V, TRANSPOSED), CT, PRECISION)
-    store_tile(d_written, i_chv, o_r, V, o_v, b_dz)
+    if d_residuals is None:
+        b_dz = load_tile(d_written, i_chv, o_r, V, o_v).to(tl.float32)
+    else:
+        b_At = load_matrix(A, i_c * HE + i_hv // (HV // HE), o_r, o_r, BT, BT, True)
+        b_dz = matmul(b_At, load_matrix(d_residuals, i_chv, o_r, o_v, BT, V, TRANSPOSED), CT, PRECISION)
+        store_tile(d_written, i_chv, o_r, V, o_v, b_dz)
     b_v = load_rows(v, start, o_r, m_r, i_hv, HV, V, o_v).to(tl.float32)
     b_w = load_write_gate(w, start, o_r, m_r, i_hv, HV, V, o_v, SPLIT, SCALAR_W, LOGITS_W)
     store_rows(dv, start, o_r, m_r, i_hv, HV, V, o_v, b_w * b_dz)
@@ -227,22 +231,23 @@ def _by_value_head(call: Call, x: Inputs, blocks: int, with_content: bool) -> In
 
 
 def chunk_gradient(
-    call: Call, x: Inputs, factors: Factors, operands: GradientOperands, A: Tensor, states: Tensor, do: Tensor,
-    d_output_rows: Tensor | None, d_residuals: Tensor, d_states: Tensor, d_content: Tensor | None,
+    call: Call, x: Inputs, factors: Factors, residuals: Tensor, A: Tensor, states: Tensor, do: Tensor,
+    d_output_rows: Tensor | None, d_residuals: Tensor | None, d_states: Tensor, d_content: Tensor | None,
+    d_written: Tensor | None = None,
 ) -> Inputs:  # fmt: skip
-    """Gradients of the inputs; None for what the call has not."""
+    """Gradients of the inputs; None for what the call has not. d_written, see chunk_value_gradient_kernel, is given
+    where d_residuals is not."""
     key_tuning = PRECISE_KEY_TUNING if call.precise_decay else KEY_TUNING
     BK = call.key_block(key_tuning)
     blocks = call.K // BK
     dq, dk, dv, dg, db, dw, dA_log, d_dt_bias, d_content_share = _by_value_head(call, x, blocks, d_content is None)
     transposed = call.sees_content and d_output_rows is not None  # from the delta form's loop
-    d_written, dT, dP = (
-        call.tiles(do, call.HV, CHUNK_TOKENS, call.V),
-        *(call.tiles(do, call.HV, CHUNK_TOKENS, CHUNK_TOKENS) for _ in range(2)),
-    )
+    if d_written is None:
+        d_written = call.tiles(do, call.HV, CHUNK_TOKENS, call.V)
+    dT, dP = (call.tiles(do, call.HV, CHUNK_TOKENS, CHUNK_TOKENS) for _ in range(2))
     dP_own = call.floats(do, call.HV, CHUNK_TOKENS)
     chunk_value_gradient_kernel[(call.chunks.count, call.HV)](
-        x.v, x.w, A, do, d_output_rows, operands.residuals, d_residuals,
+        x.v, x.w, A, do, d_output_rows, residuals, d_residuals,
         dv, dw, d_written, dT, dP, dP_own,
         call.chunks.table, call.H, call.HV, call.erase_heads,
         V=call.V, SPLIT=call.split, SCALAR_W=call.scalar_w, LOGITS_W=call.logits_w,
@@ -253,7 +258,7 @@ def chunk_gradient(
     steep_gradient(call, x, factors, dT, dP, dq, steep_dk, steep_dbk, dg)
     chunk_key_gradient_kernel[(call.chunks.count * blocks, call.HV)](
         x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, x.content, *factors.of_rows,
-        states, d_states, do, d_output_rows, operands.residuals, d_written, dT, dP, dP_own, steep_dk, steep_dbk,
+        states, d_states, do, d_output_rows, residuals, d_written, dT, dP, dP_own, steep_dk, steep_dbk,
         dq, dk, dg, db, d_content_share, dA_log, d_dt_bias,
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV, call.erase_heads,
         K=call.K, BK=BK, V=call.V, GATE=call.gate, BEFORE=call.before, PRECISE=call.precise_decay,

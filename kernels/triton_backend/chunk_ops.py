@@ -17,6 +17,7 @@ from .chunk_output import chunk_output
 from .chunk_state import chunk_state, chunk_state_gradient
 from .chunks import make_chunks
 from .content_gradient import content_gradient
+from .content_operands import content_operands
 from .content_terms import content_terms
 from .decay import decay_factors
 from .delta_operands import delta_operands
@@ -88,7 +89,9 @@ def backward_stages(
     factors = decay_factors(call, x)
     operands = gradient_operands(call, x, factors, A, states, do)
     d_states, d_residuals, d_initial = chunk_state_gradient(call, factors, operands, do, d_final_state, has_initial)
-    return chunk_gradient(call, x, factors, operands, A, states, do, None, d_residuals, d_states, None), d_initial
+    return chunk_gradient(
+        call, x, factors, operands.residuals, A, states, do, None, d_residuals, d_states, None
+    ), d_initial
 
 
 class ContentOptions(NamedTuple):
@@ -142,22 +145,25 @@ class ChunkDiagonal(torch.autograd.Function):
         d_initial: list[Tensor | None] = [None, None, None]
         if through_means:
             factors = decay_factors(call, x)
-            operands = gradient_operands(call, x, factors, A, states, do, with_P_sum=True)
+            operands = gradient_operands(call, x, factors, A, states, do, for_content=True)
+            of_content = content_operands(call, x, decay, factors, operands, states, do, detached)
             found = content_gradient(
-                call, x, decay, Content(down, up, bias), code, factors, operands, A, states, do,
-                d_final, count, has_initial, content_chunk, detached,
+                call, x, decay, Content(down, up, bias), code, factors, operands, of_content, states,
+                d_final, count, has_initial, content_chunk,
             )  # fmt: skip
-            d_states, d_residuals, d_rows, *d_initial = found
-            d = chunk_gradient(call, x, factors, operands, A, states, do, d_rows, d_residuals, d_states, None)
+            d_states, d_written, d_rows, *d_initial = found
+            residuals = operands.residuals
+            del operands, of_content  # the memory is for the gradients
+            d = chunk_gradient(call, x, factors, residuals, A, states, do, d_rows, None, d_states, None, d_written)
         else:
             d_S = None if d_final[0] is None else d_final[0].contiguous()
             d, d_initial[0] = backward_stages(call, x, A, states, do, d_S, has_initial)
         of_decay = erasing_decay_gradient(call, decay, d.g)
-        of_content = content_map_gradients(of_decay.content, code, mean, down, up)
+        of_maps = content_map_gradients(of_decay.content, code, mean, down, up)
         d_bias = None if bias is None else of_decay.content.sum(0)
         d_w = (d.b + d.w).to(x.w.dtype)
         given_gradients = d.q, d.k, d.v, of_decay.g, of_decay.erase_logits, d_w, *_sums(of_decay)
-        return None, None, None, *given_gradients, *of_content, d_bias, *d_initial, None
+        return None, None, None, *given_gradients, *of_maps, d_bias, *d_initial, None
 
 
 def _sums(d: Any) -> tuple[Tensor | None, ...]:
@@ -209,7 +215,9 @@ class ChunkDelta(torch.autograd.Function):
                 call, x, Content(down, up, bias), codes, factors, operands, A, states, do,
                 d_final, count, has_initial, content_chunk, detached,
             )  # fmt: skip
-        d = chunk_gradient(call, x, factors, operands, A, states, do, d_rows, d_residuals, d_states, d_content)
+        d = chunk_gradient(
+            call, x, factors, operands.residuals, A, states, do, d_rows, d_residuals, d_states, d_content
+        )
         of_content = content_map_gradients(d.content, codes, means, down, up)
         d_bias = None if bias is None else d.b.sum((0, 1), dtype=torch.float32)
         return None, None, None, *d.of_tokens, *of_content, d_bias, *d_initial, None

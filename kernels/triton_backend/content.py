@@ -3,8 +3,9 @@
 The decays of a content chunk wait for the mean of the one before it. So one stage goes through the chunks of a sequence
 and value head and finds the means alone; once all content terms are known, everything else is GDN-2's stages for all
 chunks at once, with the decays of erasing_decay.py and the write gate as erase gate. Backward it is the same: one stage
-carries the gradients of the state and of the means from chunk to chunk, then all others follow at once. Every value
-head has decays of its own here, so that H is the number of them, and key-side tensors are given for each.
+carries the gradients of the state and of the means from chunk to chunk, with operands of which content_operands.py
+prepares all that wait for no later chunk, then all others follow at once. Every value head has decays of its own here,
+so that H is the number of them, and key-side tensors are given for each.
 
 A team of programs works on a head (see cooperation.py): what the chunks of a content chunk do does not depend on each
 other once their content term is known, and is found side by side.
@@ -19,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .chunks import BT
 from .cooperation import cooperates, multiprocessors
 from .decay import LOG2_E, STEEPEST_LOG2_DECAY, load_rate
 from .stages import Call, Content
@@ -34,6 +36,19 @@ def load_channels(x, start, o_r, m_r, i_h, H, D: tl.constexpr, o_d):
     """load_rows transposed, [BD, rows]."""
     p_x = x + start * (H * D) + (o_r[None, :] * (H * D) + (i_h * D + o_d)[:, None])
     return tl.load(p_x, mask=m_r[None, :], other=0.0)
+
+
+@triton.jit
+def load_tile_channels(x, i, o_r, D: tl.constexpr, o_d):
+    """load_tile transposed, [BD, rows]."""
+    return tl.load(x + i * BT * D + (o_r[None, :] * D + o_d[:, None]))
+
+
+@triton.jit
+def load_before(x, i, o_r, D: tl.constexpr, o_d):
+    """What a tile's rows before those of o_r hold, as load_tile_channels; zero before row 0."""
+    p_x = x + i * BT * D + ((o_r[None, :] - 1) * D + o_d[:, None])
+    return tl.load(p_x, mask=(o_r > 0)[None, :], other=0.0)
 
 
 @triton.jit
@@ -66,6 +81,22 @@ def fast_log2(x):
     if INTERPRETED:
         return tl.log2(x)
     return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def fast_exp2(x):
+    """The GPU's own exponential, whose results below float32's normal numbers are 0."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def reciprocal(x):
+    """The GPU's own, of 23 bits."""
+    if INTERPRETED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

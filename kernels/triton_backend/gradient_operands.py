@@ -23,7 +23,8 @@ def gradient_operands_kernel(
     table, scale, erase_scale, H, HV, HE,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, SPLIT: tl.constexpr,
     GATE: tl.constexpr, BEFORE: tl.constexpr, SCALAR_W: tl.constexpr, LOGITS_W: tl.constexpr,
-    STATES_T: tl.constexpr, FOR_DELTA_LOOP: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+    STATES_T: tl.constexpr, FOR_DELTA_LOOP: tl.constexpr, FOR_CONTENT: tl.constexpr,
+    CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk and value head. STATES_T: the states are [V, K].
 
@@ -33,7 +34,9 @@ def gradient_operands_kernel(
         erasure [NC, HE, C, K]: A (exp(G) b k); for the delta form's loop exp(G) b k.
         residuals [NC, HV, C, V]: R = A (w v - exp(G) b k S); for the delta form's loop [NC, HV, V, C].
         d_residuals_here [NC, HV, C, V]: P^T do, what the chunk's own outputs give its residuals; not for that loop.
-        P_sum [NC, HV, C] float32, where there is one: column sums of P; not for that loop.
+        P_sum [NC, HV, C] float32: column sums of P, for the diagonal form's content alone. For it A^T comes before
+        k_to_end, d_residuals_here and P_sum, erasure is without A, it and q_from_start are in the shifted factors of
+        decay.py, and so is k_right, which is also written.
     and for the delta form's loop alone, in the shifted factors of decay.py:
         P [NC, H, C, C], k_right [NC, H, C, K] as in the forward,
         gate_slope [NC, HE, K, C]: derivative of the rows left b k by the erase logits.
@@ -61,12 +64,15 @@ def gradient_operands_kernel(
         b_k_right = (b_k * right_factor(b_left)).to(CT)
         b_P += matmul(b_q, tl.trans(b_k_right), CT, PRECISION)
         if leads_keys:
-            store_tile(q_from_start, i_ch, o_r, K, o_k, b_q * UNSHIFT)
-            if FOR_DELTA_LOOP:
+            store_tile(q_from_start, i_ch, o_r, K, o_k, b_q if FOR_CONTENT else b_q * UNSHIFT)
+            if FOR_DELTA_LOOP or FOR_CONTENT:
                 store_tile(k_right, i_ch, o_r, K, o_k, b_k_right)
             if wants_k_to_end:
                 b_to_end = load_decay_to_end(b_left, last, rest, first_steep, i_ch, o_r, K, o_k)
-                store_tile(k_to_end, i_ch, o_r, K, o_k, b_k * b_to_end)
+                b_k_to_end = b_k * b_to_end
+                if FOR_CONTENT:
+                    b_k_to_end = matmul(tl.trans(load_tile(A, i_e, o_r, BT, o_r)), b_k_to_end, CT, PRECISION)
+                store_tile(k_to_end, i_ch, o_r, K, o_k, b_k_to_end)
     o_square = i_ch * BT * BT + (o_r[:, None] * BT + o_r[None, :])
     b_P = merge_scores(b_P, P + o_square, first_steep, o_r)
     b_P = tl.where(o_r[:, None] == o_r[None, :], b_own[:, None], b_P).to(CT)
@@ -74,10 +80,14 @@ def gradient_operands_kernel(
         if leads_keys:
             tl.store(P + o_square, b_P)
     else:
-        if P_sum is not None:
-            tl.store(P_sum + i_chv * BT + o_r, tl.sum(b_P.to(tl.float32), 0))
         b_do = load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v)
-        store_tile(d_residuals_here, i_chv, o_r, V, o_v, matmul(tl.trans(b_P), b_do, CT, PRECISION))
+        b_dR = matmul(tl.trans(b_P), b_do, CT, PRECISION)
+        if FOR_CONTENT:
+            b_A = load_tile(A, i_e, o_r, BT, o_r)
+            b_P_sum = tl.sum(b_P.to(tl.float32), 0)
+            tl.store(P_sum + i_chv * BT + o_r, tl.sum(b_A.to(tl.float32) * b_P_sum[:, None], 0))
+            b_dR = matmul(tl.trans(b_A), b_dR, CT, PRECISION)
+        store_tile(d_residuals_here, i_chv, o_r, V, o_v, b_dR)
 
     b_A = load_tile(A, i_e, o_r, BT, o_r)
     b_z = load_write_gate(w, start, o_r, m_r, i_hv, HV, V, o_v, SPLIT, SCALAR_W, LOGITS_W)
@@ -87,20 +97,24 @@ def gradient_operands_kernel(
         b_left = erase_left(load_left(left, i_ch, o_r, K, o_k), left, i_ch, o_r, K, o_k, BEFORE)
         b_k = load_rows(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * b_left
         b_b = load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_e, K, o_k, erase_scale, GATE)
-        b_E = (b_b * b_k * UNSHIFT).to(CT)
+        b_E = b_b * b_k
+        if FOR_CONTENT:
+            store_tile(erasure, i_e, o_r, K, o_k, b_E)
+        b_E = (b_E * UNSHIFT).to(CT)
         if FOR_DELTA_LOOP:
             if leads_gate:
                 store_tile(erasure, i_e, o_r, K, o_k, b_E)
                 store_matrix(gate_slope, i_e, o_r, o_k, BT, K, True, b_b * (1.0 - b_b / erase_scale) * b_k)
-        elif leads_gate:
-            store_tile(erasure, i_e, o_r, K, o_k, matmul(b_A, b_E, CT, PRECISION))
+        elif not FOR_CONTENT:  # noqa: SIM102  decided by the compiler
+            if leads_gate:
+                store_tile(erasure, i_e, o_r, K, o_k, matmul(b_A, b_E, CT, PRECISION))
         b_z -= matmul(b_E, load_matrix(states, i_chv, o_k, o_v, K, V, STATES_T), CT, PRECISION)
     store_matrix(residuals, i_chv, o_r, o_v, BT, V, FOR_DELTA_LOOP, matmul(b_A, b_z, CT, PRECISION))
 
 
 def gradient_operands(
     call: Call, x: Inputs, factors: Factors, A: Tensor, states: Tensor, do: Tensor, *,
-    for_delta_loop: bool = False, with_P_sum: bool = False,
+    for_delta_loop: bool = False, for_content: bool = False,
 ) -> GradientOperands:  # fmt: skip
     key_tile, gate_heads = (CHUNK_TOKENS, call.K), call.erase_heads
     value_tile = (call.V, CHUNK_TOKENS) if for_delta_loop else (CHUNK_TOKENS, call.V)
@@ -110,9 +124,9 @@ def gradient_operands(
         call.tiles(x.q, call.HV, *value_tile),
         None if for_delta_loop else call.tiles(x.q, call.HV, *value_tile),
         P if for_delta_loop else None,
-        call.tiles(x.q, call.H, *key_tile) if for_delta_loop else None,
+        call.tiles(x.q, call.H, *key_tile) if for_delta_loop or for_content else None,
         call.tiles(x.q, gate_heads, call.K, CHUNK_TOKENS) if for_delta_loop else None,
-        call.floats(x.q, call.HV, CHUNK_TOKENS) if with_P_sum else None,
+        call.floats(x.q, call.HV, CHUNK_TOKENS) if for_content else None,
     )  # fmt: skip
     BK = call.key_block(TUNING)
     gradient_operands_kernel[(call.chunks.count, call.HV)](
@@ -121,6 +135,7 @@ def gradient_operands(
         operands.k_right, operands.gate_slope, operands.P_sum,
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV, gate_heads,
         K=call.K, BK=BK, V=call.V, **call.gates,
-        STATES_T=call.sees_content, FOR_DELTA_LOOP=for_delta_loop, **call.launch(TUNING, BK, call.V),
+        STATES_T=call.sees_content, FOR_DELTA_LOOP=for_delta_loop, FOR_CONTENT=for_content,
+        **call.launch(TUNING, BK, call.V),
     )  # fmt: skip
     return operands

@@ -116,8 +116,8 @@ class DeltaOperands(NamedTuple):
 
 
 class GradientOperands(NamedTuple):
-    """What gradient_operands_kernel writes; d_residuals_here only without the delta form's loop, P, k_right and
-    gate_slope only for it, P_sum only for the diagonal form's."""
+    """What gradient_operands_kernel writes; d_residuals_here only without the delta form's loop, P and gate_slope only
+    for it, P_sum only for the diagonal form's content, k_right only for these two."""
 
     erasure: Tensor
     k_to_end: Tensor

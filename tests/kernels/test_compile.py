@@ -16,10 +16,12 @@ CHUNK = {
     "chunk_key_gradient",
 }  # fmt: skip
 PARALLEL_CHUNK = CHUNK | {"chunk_operands", "chunk_state"}
+CONTENT = {"content_terms", "content_operands", "steep_content_operands", "content_gradient"}
+# Those that go from chunk to chunk.
+LOOPS = "content_terms", "content_gradient"
 KERNELS = {
     "gdn2": PARALLEL_CHUNK | {"chunk_state_gradient", "gdn2", "attend"},
-    "diagonal": PARALLEL_CHUNK
-    | {"content_terms", "content_gradient", "erasing_decay", "erasing_decay_gradient", "carve_token"},
+    "diagonal": PARALLEL_CHUNK | CONTENT | {"erasing_decay", "erasing_decay_gradient", "carve_token"},
     "delta": CHUNK | {"delta_operands", "delta_state", "delta_state_gradient", "carve_token"},
     "dynamic": {"dynamic_forward", "dynamic_taps_gradient", "dynamic_tokens_gradient"},
 }
@@ -38,8 +40,8 @@ OTHERS = [
     ("dynamic", "bfloat16", 256), ("dynamic", "float16", 128), ("dynamic", "float32", 128), ("heads", "bfloat16", 96),
 ]  # fmt: skip
 # Bytes that a thread of a sequential loop may spill: beside so much shared memory an SM's cache has room for little.
-# The content stages rebuild the decays, scores and writes of a chunk in one program, and hold a state meanwhile: more
-# than fits; with fewer registers they are slower yet.
+# The forward's content stage rebuilds the decays, scores and writes of a chunk in one program, and holds a state
+# meanwhile: more than fits; with fewer registers it is slower yet.
 # Of dynamic taps the forward spills some numbers for more programs on an SM, the taps' gradient with all the registers
 # that a thread can have; nothing that was measured is faster.
 SPILLED = {"gdn2": 0, "diagonal": 2304, "delta": 700, "dynamic": 104, "heads": 0}
@@ -65,7 +67,7 @@ def test_kernels_fit_a_hopper_gpu(form: str, dtype: str, width: int, tmp_path: P
         if form in ("dynamic", "heads"):  # every kernel is a loop; its products are too narrow for warp groups
             assert all(row["spilled"] <= SPILLED[form] and not row["products"] for row in rows), rows
             return
-        loops = [row for row in rows if "_state" in row["kernel"] or row["kernel"].startswith("content_")]
+        loops = [row for row in rows if "_state" in row["kernel"] or row["kernel"].startswith(LOOPS)]
         assert len(loops) == {"gdn2": 2, "diagonal": 3}[ERASE[form]] and all(row["products"] for row in loops), rows
         # a compiler that finds sums touched while a product runs makes all products of a kernel wait for each other
         assert all(row["waits"] <= row["products"] / 2 for row in rows), rows

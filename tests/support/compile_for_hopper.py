@@ -85,7 +85,8 @@ def main(form: str, dtype: torch.dtype, width: int) -> None:
             return [*keys, decay, gate, leaf(1, tokens, HEADS, width)], {"A_log": A_log, **options}
         content = leaf(RANK, width), leaf(width, RANK)
         by_channel = {name: leaf(HEADS, width, dtype=torch.float32) for name in ("A_log", "erase_bias")}
-        return [*keys, decay, gate, leaf(1, tokens, HEADS), *content], {**by_channel, **options, **FORMS[form]}
+        options |= {"content_chunk": T, **FORMS[form]}
+        return [*keys, decay, gate, leaf(1, tokens, HEADS), *content], by_channel | options
 
     op = "gdn2" if form == "gdn2" else "carve"
 
