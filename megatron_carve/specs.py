@@ -16,7 +16,6 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as megatron_hybrid_stack_spec
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
-from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -32,7 +31,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
     MoETransformerLayer,
-    TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
@@ -41,6 +39,7 @@ from megatron_carve.model.attention import WindowedSelfAttention
 from megatron_carve.model.config import Convolution, LayerImplementation
 from megatron_carve.model.convolved_attention import ConvolvedSelfAttention
 from megatron_carve.model.core_attention import LocalAttention
+from megatron_carve.model.decoding import DecodingLayer
 from megatron_carve.model.local_layers import RMSNorm, StandaloneRMSNorm, fused_rms_norm_affine
 from megatron_carve.model.mixers.base import LinearAttentionMixer, MixerSubmodules
 from megatron_carve.model.mixers.carve import CarveMixer
@@ -209,7 +208,7 @@ def _gpt_spec(kind: MixerKind, model_config: Any, vp_stage: int | None) -> Trans
                 **mlp.sharded_state_dict_keys_map,
             },
         )
-        return ModuleSpec(module=TransformerLayer, submodules=merged)
+        return ModuleSpec(module=DecodingLayer, submodules=merged)
 
     specs = [block(mixer if linear else attention) for linear in get_linear_attention_pattern(config)]
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
@@ -219,7 +218,7 @@ def _gpt_spec(kind: MixerKind, model_config: Any, vp_stage: int | None) -> Trans
 
 def _mixing_layer(tools: Toolkit, mixing: ModuleSpec, first_linear: str) -> ModuleSpec:
     return ModuleSpec(
-        module=TransformerLayer,
+        module=DecodingLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=tools.norm,
             self_attention=mixing,
@@ -252,7 +251,7 @@ def _gdn_layer_spec(tools: Toolkit) -> ModuleSpec:
 
 def _mlp_layer_spec(tools: Toolkit) -> ModuleSpec:
     return ModuleSpec(
-        module=MLPLayer,
+        module=DecodingLayer,
         submodules=TransformerLayerSubmodules(
             pre_mlp_layernorm=tools.norm,
             mlp=partial(

@@ -1,0 +1,26 @@
+"""Launches that begin while the one before still runs (programmatic dependent launch, from Hopper on).
+
+A kernel loads what the launch before cannot have written (weights, and a layer's state, which that layer alone writes),
+then waits for it. As every kernel waits before it lets the next one begin, all but the launch before is then complete:
+what it writes from there on, nobody still reads.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+FIRST_CAPABILITY = 9
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a GPU has it."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= FIRST_CAPABILITY
+
+
+@triton.jit
+def wait_for_launch_before(OVERLAP: tl.constexpr):
+    """Nothing that the launch before writes may be read, and nothing at all written, before this."""
+    if OVERLAP:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()

@@ -1,0 +1,151 @@
+"""The step of one token of every sequence: residual layers in few launches, where their modules are plain."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from megatron_carve.kernels import resolve_backend
+from megatron_carve.kernels.decoding import token_product
+from megatron_carve.model.local_layers import RMSNorm
+from megatron_carve.model.mixers.base import LinearAttentionMixer
+from megatron_carve.model.mixers.next_token import is_one_token, mix_next_token, mixes_in_one_launch
+
+NORMED_LINEAR: tuple[type, ...] = ()
+ROW_LINEAR: tuple[type, ...] = (RowParallelLinear,)
+if HAVE_TE:
+    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
+
+    NORMED_LINEAR, ROW_LINEAR = (TELayerNormColumnParallelLinear,), (RowParallelLinear, TERowParallelLinear)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class DecodingLayer(TransformerLayer):
+    """A TransformerLayer, that of an MLP alone included, which in a step of one token of every sequence computes a
+    mixer and an MLP of SiLU-gated units from its modules' weights, in a few launches each.
+
+    Where a module is none of the plain ones that are known here (quantised or adapted weights, biases, hooks), and in
+    everything but such a step, it is upstream's.
+    """
+
+    def _forward_attention(self, hidden_states, *args, inference_context=None, **options):
+        mixer = self.self_attention
+        if isinstance(mixer, LinearAttentionMixer) and self._decodes(hidden_states, inference_context):
+            first, last = normed_linear(self.input_layernorm, mixer.in_proj), row_linear(mixer.out_proj)
+            if first and last and mixes_in_one_launch(mixer) and isinstance(self.cross_attention, IdentityOp):
+                x = hidden_states.flatten(0, 1)
+                mixed = mix_next_token(mixer, inference_context, first(x, self._backend))
+                return last(mixed, x, self._backend).view_as(hidden_states), None
+        return super()._forward_attention(hidden_states, *args, inference_context=inference_context, **options)
+
+    def _forward_mlp(self, hidden_states, inference_context=None, **options):
+        if type(self.mlp) is MLP and self._decodes(hidden_states, inference_context) and is_silu_gated(self.mlp):
+            first = normed_linear(self.pre_mlp_layernorm, self.mlp.linear_fc1)
+            last = row_linear(self.mlp.linear_fc2)
+            if first and last:
+                x = hidden_states.flatten(0, 1)
+                return last(first(x, self._backend, gated=True), x, self._backend).view_as(hidden_states)
+        return super()._forward_mlp(hidden_states, inference_context, **options)
+
+    @property
+    def _backend(self) -> str:
+        return getattr(self.config, "mixer_backend", "auto")
+
+    def _decodes(self, hidden_states: Tensor, context: Any) -> bool:
+        """Whether this is a step of one token of every sequence that Triton can take."""
+        c = self.config
+        return (
+            context is not None
+            and not (self.training or torch.is_grad_enabled())
+            and hidden_states.dtype in DTYPES
+            and not (c.fp8 or c.fp4 or c.fp32_residual_connection or c.sequence_parallel)
+            and not c.inference_fuse_tp_communication
+            and resolve_backend(self._backend, hidden_states.device) == "triton"
+            and is_one_token(context, hidden_states)
+        )
+
+
+class NormedLinear(NamedTuple):
+    """A projection's own weights and those of the RMSNorm before it."""
+
+    weight: Tensor
+    norm_weight: Tensor
+    eps: float
+    zero_centered: bool
+
+    def __call__(self, x: Tensor, backend: str, gated: bool = False) -> Tensor:
+        """[N, in] -> [N, out], gated half as many."""
+        return token_product(
+            x, self.weight, norm_weight=self.norm_weight, eps=self.eps, zero_centered=self.zero_centered, gated=gated,
+            backend=backend,
+        )  # fmt: skip
+
+
+class RowLinear(NamedTuple):
+    """A projection back to the hidden size; `weight` where no other rank has a part of it."""
+
+    module: nn.Module
+    weight: Tensor | None
+
+    def __call__(self, x: Tensor, residual: Tensor, backend: str) -> Tensor:
+        """[N, in], [N, hidden] -> [N, hidden]."""
+        if self.weight is None:
+            return residual + self.module(x[None])[0][0]
+        return token_product(x, self.weight, residual=residual, backend=backend)
+
+
+def normed_linear(norm: nn.Module, linear: nn.Module) -> NormedLinear | None:
+    """What a column-parallel projection with the RMSNorm before it computes, or None where that is not known."""
+    if type(linear) in NORMED_LINEAR and isinstance(norm, IdentityOp):
+        if linear.normalization != "RMSNorm" or linear.use_bias or not _is_plain(linear, linear.layer_norm_weight):
+            return None
+        return NormedLinear(linear.weight, linear.layer_norm_weight, linear.eps, linear.zero_centered_gamma)
+    if type(linear) is ColumnParallelLinear and isinstance(norm, RMSNorm) and not _is_hooked(norm):
+        if linear.bias is not None or linear.gather_output or not _is_plain(linear, norm.weight):
+            return None
+        return NormedLinear(linear.weight, norm.weight, norm.eps, norm.zero_centered)
+    return None
+
+
+def row_linear(linear: nn.Module) -> RowLinear | None:
+    """A row-parallel projection without bias, or None."""
+    if type(linear) not in ROW_LINEAR or not _is_plain(linear):
+        return None
+    if linear.bias is not None and linear.bias.numel():
+        return None
+    alone = linear.config.tensor_model_parallel_size == 1
+    return RowLinear(linear, linear.weight if alone else None)
+
+
+def is_silu_gated(mlp: MLP) -> bool:
+    """Whether an MLP's units are SiLU(a) * b."""
+    c = mlp.config
+    return (
+        c.gated_linear_unit
+        and mlp.activation_func is F.silu
+        and c.activation_func_clamp_value is None
+        and not c.glu_linear_offset
+        and not c.use_te_activation_func
+        and not _is_hooked(mlp)
+    )
+
+
+def _is_plain(linear: nn.Module, *others: Tensor) -> bool:
+    """Whether a projection is x W^T of parameters as they are, in one dtype, which nobody watches or replaces."""
+    weights = (linear.weight, *others)
+    return not _is_hooked(linear) and all(
+        type(w) in (Tensor, nn.Parameter) and w.is_contiguous() and w.dtype == linear.weight.dtype in DTYPES
+        for w in weights
+    )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

@@ -1,0 +1,100 @@
+"""A mixer's step of one token of every sequence, from its projection on in one launch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_carve.kernels import CarveState
+from megatron_carve.kernels.backends import HEAD_WIDTHS
+from megatron_carve.kernels.decoding import FEW_SEQUENCES, TokenCall, mix_token
+from megatron_carve.model.mixers.dynamic import layer_memory
+from megatron_carve.model.requests import requests_of_step
+from megatron_carve.model.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from megatron_carve.model.mixers.base import LinearAttentionMixer
+
+
+
+def is_one_token(context: Any, hidden_states: Tensor) -> bool:
+    """Whether hidden_states, [T, B, hidden], are one token of every sequence of an inference context."""
+    if context.is_static_batching():
+        return hidden_states.shape[0] == 1
+    requests = requests_of_step(context)
+    return not requests.prompts and requests.decoding == hidden_states.shape[0]
+
+
+def mixes_in_one_launch(mixer: LinearAttentionMixer) -> bool:
+    """Whether the kernel has what this mixer computes between its projections."""
+    c = mixer.mixer
+    return (
+        c.short_convolution != "dynamic"
+        and mixer.exchange.size == 1
+        and c.key_head_dim in HEAD_WIDTHS
+        and c.value_head_dim in HEAD_WIDTHS
+    )
+
+
+def mix_next_token(mixer: LinearAttentionMixer, context: Any, projected: Tensor) -> Tensor:
+    """From the fused projection, [N, sections], to what out_proj takes, [N, HV * V]; memory is brought up to date.
+
+    Of a dynamic context N are the requests that generate, padding included.
+    """
+    sizes = mixer.local_sizes
+    convolved = sizes["query"] + sizes["key"] + sizes["value"]
+    parts = dict(zip(list(sizes)[3:], projected[:, convolved:].split(list(sizes.values())[3:], 1), strict=True))
+    kept, state, where = _memory(mixer, context, projected[None, :, :convolved])
+    call = TokenCall(
+        convolved=projected[:, :convolved], erase=parts.get("erase"), write=parts["write"],
+        write_gates=VARIANTS[mixer.kind].write, kept=kept, state=state, key_heads=sizes["key"] // mixer.mixer.key_head_dim,
+        taps=getattr(mixer.conv, "weight", None), convolution_bias=getattr(mixer.conv, "bias", None),
+        norm_weight=mixer.out_norm.weight, eps=mixer.out_norm.eps, activation=mixer.out_norm.activation,
+        **_decay_and_gate(mixer, parts["decay"], parts.get("gate")), **_erase(mixer), **where,
+    )  # fmt: skip
+    return mix_token(call, mixer.backend)
+
+
+def _memory(
+    mixer: LinearAttentionMixer, context: Any, convolved: Tensor
+) -> tuple[Tensor, CarveState | tuple[Tensor], dict[str, Tensor]]:
+    """(kept tokens, state, which of them are whose), of a static or a dynamic context."""
+    if context.is_static_batching():
+        cache = mixer._cache(context, convolved)
+        return cache.tokens, CarveState(*cache.state) if len(cache.state) > 1 else (cache.state[0],), {}
+    requests = requests_of_step(context)
+    memory = layer_memory(mixer, context)
+    positions = requests.positions[: requests.decoding]
+    state = CarveState(memory.S, *memory.sums, positions) if memory.sums else (memory.S,)
+    assert requests.slots is not None
+    return memory.tokens, state, {"rows": requests.slots, "positions": positions}
+
+
+def _decay_and_gate(mixer: LinearAttentionMixer, decay: Tensor, gate: Tensor | None) -> dict[str, Any]:
+    """Raw decay and output gate, or what they are made of."""
+    A_log, dt_bias = mixer.decay(mixer.exchange).values()
+    found: dict[str, Any] = {"A_log": A_log, "dt_bias": dt_bias, "decay": decay, "gate": gate}
+    if mixer.tp_size > 1:  # features are spread over the ranks
+        expanded = mixer._raw_decay_and_gate(decay[None], None if gate is None else gate[None])
+        return found | {n: None if x is None else x[0] for n, x in zip(("decay", "gate"), expanded, strict=True)}
+    inside = decay.shape[0] <= FEW_SEQUENCES
+    if mixer.mixer.decay_projection == "low_rank":
+        up = mixer.decay_up.weight
+        found |= {"decay_up": up} if inside else {"decay": F.linear(decay, up)}
+    if mixer.mixer.has_low_rank_gate and gate is not None:
+        up, bias = mixer.gate_up.weight, mixer.gate_up.bias
+        found |= {"gate_up": up, "gate_bias": bias} if inside else {"gate": F.linear(gate, up, bias)}
+    return found
+
+
+def _erase(mixer: LinearAttentionMixer) -> dict[str, Any]:
+    """How the erase gate is formed, and CARVE's parts of it."""
+    c, found = mixer.mixer, {"erase_scale": mixer.erase_scale}
+    if VARIANTS[mixer.kind].op != "carve":
+        return found
+    maps = {name: getattr(mixer, name, None) for name in ("content_down", "content_up")}
+    chosen = {"erase_form": c.erase, "prediction": c.prediction, "content_chunk": c.content_chunk}
+    return found | maps | chosen | {"erase_bias": mixer.erase_bias(mixer.exchange)}
