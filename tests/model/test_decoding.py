@@ -1,0 +1,196 @@
+"""Residual layers that take a token of every sequence in few launches: when they do, and that they compute the same."""
+
+import pytest
+import torch
+from support import interpreter
+from support.models import hybrid_model, one_process
+
+SIZES = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_value_heads": 2, "ffn_hidden_size": 32}
+VOCAB, LENGTH = 32, 30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def megatron():
+    with one_process(interpreter.DEVICE):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def wide_tiles(monkeypatch):
+    """Fewer programs for the interpreter."""
+    from megatron_carve.kernels.triton_backend import decode_products
+
+    monkeypatch.setattr(decode_products, "PLAIN", decode_products.Tuning(64, 64, 4))
+    monkeypatch.setattr(decode_products, "GATED", decode_products.Tuning(64, 64, 4))
+
+
+def perturbed(pattern, **changes):
+    model = hybrid_model(pattern, vocab_size=VOCAB, length=LENGTH, **SIZES | {"mixer_backend": "triton"} | changes)
+    model = model.to(interpreter.DEVICE).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """How often mixers and products ran in few launches, and a switch to have them never do so."""
+    from megatron_carve.model import decoding
+    from megatron_carve.model.mixers import next_token
+
+    counted = {"mixers": 0, "products": 0, "allowed": True}
+
+    def count(module, name, key):
+        real = getattr(module, name)
+
+        def counting(*args, **options):
+            counted[key] += 1
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, name, counting)
+
+    count(next_token, "mix_token", "mixers")
+    count(decoding, "normed_product", "products")
+    count(decoding, "add_product", "products")
+    decodes = decoding.DecodingLayer._decodes
+    monkeypatch.setattr(decoding.DecodingLayer, "_decodes", lambda *a: counted["allowed"] and decodes(*a))
+    return counted
+
+
+def decoded(model, tokens):
+    """Logits [B, T, V] of `tokens`, [B, T], one by one."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    context = StaticInferenceContext(tokens.shape[0], LENGTH)
+    found = []
+    for token in tokens.split(1, 1):
+        positions = torch.full_like(token, context.sequence_len_offset)
+        with torch.no_grad():
+            found.append(model(token, positions, None, inference_context=context, runtime_gather_output=True))
+        context.sequence_len_offset += 1
+    return torch.cat(found, 1)
+
+
+MODELS = {
+    "carve": ("C-", {}, 2),
+    "gdn2, kda and attention": ("2K*-", {"linear_num_value_heads": 4, "mixer": {"negative_eigenvalues": True}}, 2),
+    "full rank, no gate, zero-centred norm": (
+        "C-",
+        {
+            "mixer": {
+                "decay_projection": "full_rank",
+                "output_gate_activation": "none",
+                "conv_bias": True,
+                "erase": "delta",
+            },
+            "layernorm_zero_centered_gamma": True,
+        },
+        2,
+    ),
+    "many sequences": ("2-", {"mixer": {"short_convolution": "none"}}, 17),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "carve" else [pytest.mark.slow]) for n in MODELS])
+def test_a_step_computes_what_the_modules_do(name, launches):
+    pattern, changes, sequences = MODELS[name]
+    model = perturbed(pattern, **changes)
+    tokens = torch.randint(VOCAB, (sequences, 2 if sequences > 2 else 3), device=interpreter.DEVICE)
+    found = decoded(model, tokens)
+    mixers, mlps = sum(pattern.count(x) for x in "C2K"), pattern.count("-")
+    assert launches["mixers"] == tokens.shape[1] * mixers
+    assert launches["products"] == tokens.shape[1] * 2 * (mixers + mlps)
+    launches["allowed"] = False
+    torch.testing.assert_close(found, decoded(model, tokens), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_requests_of_an_engine_get_the_same(launches):
+    from types import SimpleNamespace
+
+    from megatron_carve.use.engine import Engine, Sampling
+
+    model = perturbed("C")
+    trained = SimpleNamespace(model=model, vocab_size=VOCAB, device=torch.device(interpreter.DEVICE), recipe=None)
+
+    def generated():
+        engine = Engine(trained, max_requests=3, max_tokens=16, max_sequence=LENGTH, block_tokens=16)
+        for length in (1, 2):
+            engine.add([3] * length, Sampling(max_tokens=length + 2, temperature=0, logprobs=1))
+        found = {}
+        while not engine.idle():
+            for step in engine.step():
+                found.setdefault(step.request, []).append((step.tokens, step.logprobs))
+        return {n: ([t for t, _ in steps], torch.tensor([p for _, p in steps])) for n, steps in found.items()}
+
+    found = generated()
+    assert launches["mixers"] == 3
+    launches["allowed"] = False
+    for number, (tokens, logprobs) in generated().items():
+        assert found[number][0] == tokens
+        torch.testing.assert_close(found[number][1], logprobs, rtol=1e-4, atol=2e-5)
+
+
+def quantised(model):
+    class Quantised(torch.nn.Parameter):
+        pass
+
+    mlp = model.decoder.layers[1].mlp
+    mlp.linear_fc1.weight = Quantised(mlp.linear_fc1.weight.data)
+
+
+def adapted(model):
+    class Adapted(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear, self.weight = linear, linear.weight
+
+        def forward(self, x):
+            return self.linear(x)
+
+    model.decoder.layers[1].mlp.linear_fc2 = Adapted(model.decoder.layers[1].mlp.linear_fc2)
+
+
+def hooked(model):
+    model.decoder.layers[1].mlp.linear_fc1.register_forward_hook(lambda *a: None)
+
+
+def biased(model):
+    linear = model.decoder.layers[1].mlp.linear_fc2
+    linear.bias = torch.nn.Parameter(torch.ones(linear.output_size, device=interpreter.DEVICE))
+
+
+def in_float64(model):
+    model.decoder.layers[1].pre_mlp_layernorm.double()
+
+
+@pytest.mark.parametrize("change", [quantised, adapted, hooked, biased, in_float64], ids=lambda f: f.__name__)
+def test_what_is_not_plain_is_left_to_its_modules(change, launches):
+    model = perturbed("C-")
+    change(model)
+    tokens = torch.randint(VOCAB, (1, 2), device=interpreter.DEVICE)
+    found = decoded(model, tokens)
+    assert launches == {"mixers": 2, "products": 4, "allowed": True}
+    launches["allowed"] = False
+    torch.testing.assert_close(found, decoded(model, tokens), rtol=1e-4, atol=2e-5)
+
+
+def test_other_steps_are_left_to_the_modules(launches):
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    model = perturbed("C-", mixer_backend="torch" if interpreter.DEVICE == "cpu" else "auto")
+    tokens = torch.randint(VOCAB, (1, 2), device=interpreter.DEVICE)
+    if interpreter.DEVICE == "cpu":
+        decoded(model, tokens)
+        assert launches["mixers"] == launches["products"] == 0
+    layer, hidden = model.decoder.layers[1], torch.zeros(1, 1, 32, device=interpreter.DEVICE)
+    layer.config.mixer_backend, context = "triton", StaticInferenceContext(1, LENGTH)
+    with torch.no_grad():
+        assert layer._decodes(hidden, context)
+        assert not layer._decodes(hidden, None)
+        assert not layer._decodes(hidden.expand(2, -1, -1), context)
+        assert not layer._decodes(hidden.double(), context)
+        layer.train()
+        assert not layer._decodes(hidden, context)
+    assert not layer.eval()._decodes(hidden, context)  # with gradients
