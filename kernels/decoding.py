@@ -98,27 +98,40 @@ def mix_token(call: TokenCall, backend: str = "auto") -> Tensor:
     return decoding.mix_token(call)
 
 
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """An RMSNorm: its weight [D], what is added to the mean of squares, and whether its factor is weight + 1."""
+
+    weight: Tensor
+    eps: float
+    zero_centered: bool = False
+
+
 @torch.no_grad()
-def token_product(
-    x: Tensor, weight: Tensor, *, norm_weight: Tensor | None = None, eps: float = 0.0, zero_centered: bool = False,
-    residual: Tensor | None = None, gated: bool = False, backend: str = "auto",
-) -> Tensor:  # fmt: skip
-    """x W^T of one token of every sequence, with what surrounds it in a residual layer.
+def normed_product(x: Tensor, norm: Norm, weight: Tensor, *, gated: bool = False, backend: str = "auto") -> Tensor:
+    """W norm(x) of one token of every sequence, through SwiGLU if `gated`.
 
     Args:
         x: [N, D].
-        weight: [out, D], in one piece.
-        norm_weight: [D], of an RMSNorm of x before the product.
-        eps, zero_centered: of that norm; zero_centered: its factor is norm_weight + 1.
-        residual: [N, out], added to the product.
-        gated: the first half of the outputs, through SiLU, times the other half; not with residual.
+        norm: of x.
+        weight: [out, D] in one piece, in the dtype of x.
+        gated: SiLU of the first half of the outputs, times the other half.
 
     Returns:
         [N, out], gated [N, out / 2], in the dtype of x.
     """
-    options = (norm_weight, eps, zero_centered, residual, gated)
     if resolve_backend(backend, x.device) == "triton":
         from .triton_backend import decode_products
 
-        return decode_products.product(x, weight, *options)
-    return decoding.product(x, weight, *options)
+        return decode_products.normed_product(x, norm, weight, gated)
+    return decoding.normed_product(x, norm, weight, gated)
+
+
+@torch.no_grad()
+def add_product(hidden: Tensor, x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
+    """hidden += W x of one token of every sequence, in place: [N, out], x [N, D], weight [out, D]. Returns hidden."""
+    if resolve_backend(backend, x.device) == "triton":
+        from .triton_backend import decode_products
+
+        return decode_products.add_product(hidden, x, weight)
+    return hidden.add_(x @ weight.t())

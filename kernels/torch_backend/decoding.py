@@ -14,30 +14,25 @@ from . import elementwise
 from .recurrent import recurrent_op
 
 if TYPE_CHECKING:
-    from ..decoding import TokenCall
+    from ..decoding import Norm, TokenCall
 
 
-def product(
-    x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float, zero_centered: bool, residual: Tensor | None,
-    gated: bool,
-) -> Tensor:  # fmt: skip
-    if norm_weight is not None:
-        compute = torch.promote_types(x.dtype, torch.float32)
-        factor = norm_weight.to(compute) + (1 if zero_centered else 0)
-        x = F.rms_norm(x.to(compute), (x.shape[-1],), factor, eps).to(x.dtype)
-    out = x @ weight.t()
-    if gated:
-        gate, partner = (part.to(torch.promote_types(x.dtype, torch.float32)) for part in out.chunk(2, -1))
-        return (F.silu(gate) * partner).to(x.dtype)
-    return out if residual is None else residual + out
+def normed_product(x: Tensor, norm: Norm, weight: Tensor, gated: bool) -> Tensor:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    factor = norm.weight.to(compute) + (1 if norm.zero_centered else 0)
+    out = F.rms_norm(x.to(compute), (x.shape[-1],), factor, norm.eps).to(x.dtype) @ weight.t()
+    if not gated:
+        return out
+    gate, partner = (part.to(compute) for part in out.chunk(2, -1))
+    return (F.silu(gate) * partner).to(x.dtype)
 
 
 def mix_token(call: TokenCall) -> Tensor:
     x, S = call.convolved, call.state[0]
     HV, K, V = S.shape[1:]
-    H, slots = call.key_heads, slice(None)
-    out = x.new_zeros(x.shape[0], HV * V)
-    there = slice(None)
+    H, out = call.key_heads, x.new_zeros(x.shape[0], HV * V)
+    there: slice | Tensor = slice(None)
+    slots: slice | Tensor = slice(None)
     if call.rows is not None:
         there = call.rows >= 0
         slots = call.rows[there].long()

@@ -123,11 +123,7 @@ def mixer_token_kernel(
         b_ahead += (load_state(S, b, o_k, o_v, m_k, K, V, BV),)
     b_old_q, b_old_k = load_kept(kept + i_h * K, o_k, m_k, D, W), load_kept(kept + first_k, o_k, m_k, D, W)
     b_dt_bias = tl.load(dt_bias + i_h * K + o_k, mask=m_k, other=0.0)
-    if RATES:
-        b_rate = tl.load(A_log + i_h * K + o_k, mask=m_k, other=0.0)
-    else:
-        b_rate = tl.load(A_log + i_h)
-    b_rate = tl.exp(tl.minimum(b_rate, LARGEST))
+    b_rate = tl.exp(tl.minimum(load_rates(A_log, i_h, o_k, m_k, K, RATES), LARGEST))
     wait_for_launch_before(OVERLAP)
     ends = False
     if CARVE:
@@ -155,10 +151,10 @@ def mixer_token_kernel(
                 b_logits += content_term(
                     mean + o_mean + j * V, content_down, content_up, i_h * 0, o_k, K, V, R, BK, BR, VP
                 )  # fmt: skip
+        b_log_decay = b_g
         if CARVE and DIAGONAL:  # log(1 - sigmoid(x)) is -softplus(x)
-            b_decay = tl.exp(b_g - softplus(b_logits))
-        else:
-            b_decay = tl.exp(b_g)
+            b_log_decay -= softplus(b_logits)
+        b_decay = tl.exp(b_log_decay)
         if WRITE == "value_heads":
             b_w = write_gate(tl.load(write + i_hv))
         elif WRITE == "key_heads":
@@ -212,6 +208,15 @@ def mixer_token_kernel(
                 if ACTIVATION == "silu":
                     b_out *= b_gate
             tl.store(out + j * V + i * BV + o_v, b_out.to(out.dtype.element_ty))
+
+
+@triton.jit
+def load_rates(A_log, i_h, o_k, m_k, K: tl.constexpr, RATES: tl.constexpr):
+    """A_log of a key head: of its channels, [BK], or one number."""
+    if RATES:
+        return tl.load(A_log + i_h * K + o_k, mask=m_k, other=0.0)
+    else:  # noqa: RET505  # Triton compiles what follows a return
+        return tl.load(A_log + i_h)
 
 
 @triton.jit
@@ -278,7 +283,8 @@ def load_tap(taps, first, o_c, m_c, j: tl.constexpr, W: tl.constexpr):
     """Tap j of channels, 1 where there is no convolution."""
     if taps is None:
         return tl.where(m_c, 1.0, 0.0)
-    return tl.load(taps + (first + o_c) * W + j, mask=m_c, other=0.0).to(tl.float32)
+    else:  # noqa: RET505  # Triton compiles what follows a return
+        return tl.load(taps + (first + o_c) * W + j, mask=m_c, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..decoding import Norm
 from .overlap import overlaps, wait_for_launch_before
 from .short_convolution import sigmoid
 
@@ -42,49 +43,50 @@ PLAIN, GATED = Tuning(4, 1024, 4), Tuning(4, 1024, 4)
 SWIGLU_BLOCK = 1024
 
 
-def product(
-    x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float, zero_centered: bool, residual: Tensor | None,
-    gated: bool,
-) -> Tensor:  # fmt: skip
+def normed_product(x: Tensor, norm: Norm, weight: Tensor, gated: bool) -> Tensor:
     """See kernels/decoding.py."""
     with torch.cuda.device_of(x):
         if x.shape[0] <= FEW_TOKENS:
-            return _product_of_few(x, weight, norm_weight, eps, zero_centered, residual, gated)
-        if norm_weight is not None:
-            x = _normalised(x, norm_weight, eps, zero_centered)
-        if residual is not None:
-            return torch.addmm(residual, x, weight.t())
-        out = F.linear(x, weight)
+            out = x.new_empty(x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0])
+            _product_of_few(x, norm, weight, None, out, gated)
+            return out
+        out = F.linear(_normalised(x, norm), weight)
         return _swiglu(out) if gated else out
 
 
+def add_product(hidden: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """See kernels/decoding.py."""
+    if x.shape[0] > FEW_TOKENS:
+        return hidden.addmm_(x, weight.t())
+    with torch.cuda.device_of(x):
+        _product_of_few(x, None, weight, hidden, hidden, False)
+    return hidden
+
+
 def _product_of_few(
-    x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float, zero_centered: bool, residual: Tensor | None,
-    gated: bool,
-) -> Tensor:  # fmt: skip
-    M, D = x.shape
-    N = weight.shape[0] // 2 if gated else weight.shape[0]
-    out = x.new_empty(M, N)
-    tuning = GATED if gated else PLAIN
+    x: Tensor, norm: Norm | None, weight: Tensor, residual: Tensor | None, out: Tensor, gated: bool
+) -> None:
+    (M, D), N = x.shape, out.shape[1]
+    tuning, overlap = GATED if gated else PLAIN, overlaps(x.device)
     BD = min(tuning.block, triton.next_power_of_2(D))
-    overlap = overlaps(x.device)
     product_kernel[(triton.cdiv(N, tuning.rows),)](
-        x, norm_weight, weight, residual, out, x.stride(0), N, D, eps,
+        x, None if norm is None else norm.weight, weight, residual, out, x.stride(0), out.stride(0), N, D,
+        0.0 if norm is None else norm.eps,
         M=M, BN=tuning.rows, BD=BD, BX=triton.next_power_of_2(D), WHOLE=D % BD == 0, ONE=BD >= D, GATED=gated,
-        ZERO_CENTERED=zero_centered, OVERLAP=overlap, num_warps=tuning.num_warps, launch_pdl=overlap,
+        ZERO_CENTERED=norm is not None and norm.zero_centered, OVERLAP=overlap, num_warps=tuning.num_warps,
+        launch_pdl=overlap,
     )  # fmt: skip
-    return out
 
 
 @triton.jit
 def product_kernel(
-    x, norm_weight, weight, residual, out, x_stride, N, D, eps,
+    x, norm_weight, weight, residual, out, x_stride, out_stride, N, D, eps,
     M: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BX: tl.constexpr, WHOLE: tl.constexpr, ONE: tl.constexpr,
     GATED: tl.constexpr, ZERO_CENTERED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per BN outputs of all M tokens.
 
-    x: [M, D], rows x_stride apart; norm_weight: [D] or None; weight: [N, D], GATED [2 N, D]; residual, out: [M, N].
+    x: [M, D]; norm_weight: [D] or None; weight: [N, D], GATED [2 N, D]; out: [M, N], and residual, which it may be.
     WHOLE: D is made of blocks of BD inputs; ONE: of one.
     """
     o_n, o_d = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BD)
@@ -124,7 +126,7 @@ def product_kernel(
         b_out = tl.sum(b_sum[m], 1).to(out.dtype.element_ty)
         if GATED:
             b_out = swiglu(b_out, tl.sum(b_partner_sum[m], 1).to(out.dtype.element_ty))
-        p_out = m * N + o_n
+        p_out = m * out_stride + o_n
         if residual is not None:
             b_residual = tl.load(residual + p_out, mask=m_n, other=0.0).to(tl.float32)
             b_out = b_residual + b_out.to(tl.float32)
@@ -175,12 +177,12 @@ def swiglu(b_gate, b_partner):
     return b_gate * sigmoid(b_gate) * b_partner.to(tl.float32)
 
 
-def _normalised(x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tensor:
+def _normalised(x: Tensor, norm: Norm) -> Tensor:
     M, D = x.shape
     out, overlap = x.new_empty(M, D), overlaps(x.device)
     norm_kernel[(M,)](
-        x, weight, out, x.stride(0), D, eps,
-        BX=triton.next_power_of_2(D), ZERO_CENTERED=zero_centered, OVERLAP=overlap, launch_pdl=overlap,
+        x, norm.weight, out, x.stride(0), D, norm.eps,
+        BX=triton.next_power_of_2(D), ZERO_CENTERED=norm.zero_centered, OVERLAP=overlap, launch_pdl=overlap,
     )  # fmt: skip
     return out
 

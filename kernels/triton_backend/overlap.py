@@ -1,8 +1,9 @@
 """Launches that begin while the one before still runs (programmatic dependent launch, from Hopper on).
 
-A kernel loads what the launch before cannot have written (weights, and a layer's state, which that layer alone writes),
-then waits for it. As every kernel waits before it lets the next one begin, all but the launch before is then complete:
-what it writes from there on, nobody still reads.
+A kernel loads what the launch before has not written (weights, and a layer's memory, which that layer alone writes),
+then waits for it. As every kernel waits before it lets the next one begin, all but the launch before is complete then,
+and what is written from there on, nobody still reads. A launch of another kind lets none begin before its end, but what
+it writes need not be seen before the wait either.
 """
 
 import torch

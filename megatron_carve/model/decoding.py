@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_carve.kernels import resolve_backend
-from megatron_carve.kernels.decoding import token_product
+from megatron_carve.kernels.decoding import Norm, add_product, normed_product
 from megatron_carve.model.local_layers import RMSNorm
 from megatron_carve.model.mixers.base import LinearAttentionMixer
 from megatron_carve.model.mixers.next_token import is_one_token, mix_next_token, mixes_in_one_launch
@@ -42,8 +43,8 @@ class DecodingLayer(TransformerLayer):
             first, last = normed_linear(self.input_layernorm, mixer.in_proj), row_linear(mixer.out_proj)
             if first and last and mixes_in_one_launch(mixer) and isinstance(self.cross_attention, IdentityOp):
                 x = hidden_states.flatten(0, 1)
-                mixed = mix_next_token(mixer, inference_context, first(x, self._backend))
-                return last(mixed, x, self._backend).view_as(hidden_states), None
+                mixed = mix_next_token(mixer, inference_context, x, partial(first.product, backend=self._backend))
+                return last.add(x, mixed, self._backend).view_as(hidden_states), None
         return super()._forward_attention(hidden_states, *args, inference_context=inference_context, **options)
 
     def _forward_mlp(self, hidden_states, inference_context=None, **options):
@@ -52,7 +53,7 @@ class DecodingLayer(TransformerLayer):
             last = row_linear(self.mlp.linear_fc2)
             if first and last:
                 x = hidden_states.flatten(0, 1)
-                return last(first(x, self._backend, gated=True), x, self._backend).view_as(hidden_states)
+                return last.add(x, first.product(x, self._backend, gated=True), self._backend).view_as(hidden_states)
         return super()._forward_mlp(hidden_states, inference_context, **options)
 
     @property
@@ -74,48 +75,43 @@ class DecodingLayer(TransformerLayer):
 
 
 class NormedLinear(NamedTuple):
-    """A projection's own weights and those of the RMSNorm before it."""
+    """A projection and the RMSNorm before it."""
 
+    norm: Norm
     weight: Tensor
-    norm_weight: Tensor
-    eps: float
-    zero_centered: bool
 
-    def __call__(self, x: Tensor, backend: str, gated: bool = False) -> Tensor:
+    def product(self, x: Tensor, backend: str, gated: bool = False) -> Tensor:
         """[N, in] -> [N, out], gated half as many."""
-        return token_product(
-            x, self.weight, norm_weight=self.norm_weight, eps=self.eps, zero_centered=self.zero_centered, gated=gated,
-            backend=backend,
-        )  # fmt: skip
+        return normed_product(x, self.norm, self.weight, gated=gated, backend=backend)
 
 
 class RowLinear(NamedTuple):
     """A projection back to the hidden size; `weight` where no other rank has a part of it."""
 
-    module: nn.Module
+    module: Any
     weight: Tensor | None
 
-    def __call__(self, x: Tensor, residual: Tensor, backend: str) -> Tensor:
-        """[N, in], [N, hidden] -> [N, hidden]."""
+    def add(self, hidden: Tensor, x: Tensor, backend: str) -> Tensor:
+        """[N, hidden], which it is added to, and [N, in]."""
         if self.weight is None:
-            return residual + self.module(x[None])[0][0]
-        return token_product(x, self.weight, residual=residual, backend=backend)
+            return hidden.add_(self.module(x[None])[0][0])
+        return add_product(hidden, x, self.weight, backend=backend)
 
 
-def normed_linear(norm: nn.Module, linear: nn.Module) -> NormedLinear | None:
+def normed_linear(norm: Any, linear: Any) -> NormedLinear | None:
     """What a column-parallel projection with the RMSNorm before it computes, or None where that is not known."""
     if type(linear) in NORMED_LINEAR and isinstance(norm, IdentityOp):
         if linear.normalization != "RMSNorm" or linear.use_bias or not _is_plain(linear, linear.layer_norm_weight):
             return None
-        return NormedLinear(linear.weight, linear.layer_norm_weight, linear.eps, linear.zero_centered_gamma)
+        return NormedLinear(Norm(linear.layer_norm_weight, linear.eps, linear.zero_centered_gamma), linear.weight)
     if type(linear) is ColumnParallelLinear and isinstance(norm, RMSNorm) and not _is_hooked(norm):
         if linear.bias is not None or linear.gather_output or not _is_plain(linear, norm.weight):
             return None
-        return NormedLinear(linear.weight, norm.weight, norm.eps, norm.zero_centered)
+        return NormedLinear(Norm(norm.weight, norm.eps, norm.zero_centered), linear.weight)
     return None
 
 
-def row_linear(linear: nn.Module) -> RowLinear | None:
+def row_linear(linear: Any) -> RowLinear | None:
     """A row-parallel projection without bias, or None."""
     if type(linear) not in ROW_LINEAR or not _is_plain(linear):
         return None
@@ -125,7 +121,7 @@ def row_linear(linear: nn.Module) -> RowLinear | None:
     return RowLinear(linear, linear.weight if alone else None)
 
 
-def is_silu_gated(mlp: MLP) -> bool:
+def is_silu_gated(mlp: Any) -> bool:
     """Whether an MLP's units are SiLU(a) * b."""
     c = mlp.config
     return (
@@ -138,7 +134,7 @@ def is_silu_gated(mlp: MLP) -> bool:
     )
 
 
-def _is_plain(linear: nn.Module, *others: Tensor) -> bool:
+def _is_plain(linear: Any, *others: Tensor) -> bool:
     """Whether a projection is x W^T of parameters as they are, in one dtype, which nobody watches or replaces."""
     weights = (linear.weight, *others)
     return not _is_hooked(linear) and all(

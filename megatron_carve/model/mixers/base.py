@@ -218,7 +218,7 @@ class LinearAttentionMixer(MegatronModule):
             with torch.no_grad():
                 out = mix_requests(self, inference_context, mine)
         elif inference_context is not None:
-            out = self._recurrence_from(self._cache(inference_context, mine[0]), span, *mine)
+            out = self._recurrence_from(self.cache(inference_context, mine[0]), span, *mine)
         elif self.recompute and torch.is_grad_enabled():
             out = checkpoint(self._recurrence, span, *mine, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -263,12 +263,13 @@ class LinearAttentionMixer(MegatronModule):
         keep_newest(cache.tokens, pieces[0].transpose(0, 1))
         return _go_on(self.op_call(inputs), cache.state)
 
-    def _cache(self, context: Any, convolved: Tensor) -> MixerCache:
-        batch, channels = convolved.shape[1:]
+    def cache(self, context: Any, tokens: Tensor) -> MixerCache:
+        """What a static inference context holds of this layer, for [T, B, any] of tokens in the layer's dtype."""
+        channels = sum(self.local_sizes[name] for name in CONVOLVED)
         heads, (K, V) = self.mixer.num_value_heads // self.tp_size, (self.mixer.key_head_dim, self.mixer.value_head_dim)
         return mixer_cache(
-            context, self.layer_number or 0, batch, ((self.mixer.taps - 1, channels), convolved.dtype),
-            state_shapes(VARIANTS[self.kind].op, heads, K, V), convolved.device,
+            context, self.layer_number or 0, tokens.shape[1], ((self.mixer.taps - 1, channels), tokens.dtype),
+            state_shapes(VARIANTS[self.kind].op, heads, K, V), tokens.device,
         )  # fmt: skip
 
     def _check_inference(self, packed_seq_params: Any) -> None:

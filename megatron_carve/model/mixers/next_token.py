@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,7 +17,6 @@ from megatron_carve.model.variants import VARIANTS
 
 if TYPE_CHECKING:
     from megatron_carve.model.mixers.base import LinearAttentionMixer
-
 
 
 def is_one_token(context: Any, hidden_states: Tensor) -> bool:
@@ -39,18 +38,24 @@ def mixes_in_one_launch(mixer: LinearAttentionMixer) -> bool:
     )
 
 
-def mix_next_token(mixer: LinearAttentionMixer, context: Any, projected: Tensor) -> Tensor:
-    """From the fused projection, [N, sections], to what out_proj takes, [N, HV * V]; memory is brought up to date.
+def mix_next_token(
+    mixer: LinearAttentionMixer, context: Any, hidden: Tensor, project: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """From hidden states, [N, hidden], to what out_proj takes, [N, HV * V]; memory is brought up to date.
 
-    Of a dynamic context N are the requests that generate, padding included.
+    Args:
+        context: of a dynamic one N are the requests that generate, padding included.
+        project: to [N, sections], the norm before included.
     """
-    sizes = mixer.local_sizes
+    # Before the projection, while which the kernel may begin to read it: whatever clears it must be done by then.
+    kept, state, where = _memory(mixer, context, hidden[None])
+    projected, sizes = project(hidden), mixer.local_sizes
     convolved = sizes["query"] + sizes["key"] + sizes["value"]
     parts = dict(zip(list(sizes)[3:], projected[:, convolved:].split(list(sizes.values())[3:], 1), strict=True))
-    kept, state, where = _memory(mixer, context, projected[None, :, :convolved])
     call = TokenCall(
         convolved=projected[:, :convolved], erase=parts.get("erase"), write=parts["write"],
-        write_gates=VARIANTS[mixer.kind].write, kept=kept, state=state, key_heads=sizes["key"] // mixer.mixer.key_head_dim,
+        write_gates=VARIANTS[mixer.kind].write, kept=kept, state=state,
+        key_heads=sizes["key"] // mixer.mixer.key_head_dim,
         taps=getattr(mixer.conv, "weight", None), convolution_bias=getattr(mixer.conv, "bias", None),
         norm_weight=mixer.out_norm.weight, eps=mixer.out_norm.eps, activation=mixer.out_norm.activation,
         **_decay_and_gate(mixer, parts["decay"], parts.get("gate")), **_erase(mixer), **where,
@@ -58,19 +63,21 @@ def mix_next_token(mixer: LinearAttentionMixer, context: Any, projected: Tensor)
     return mix_token(call, mixer.backend)
 
 
-def _memory(
-    mixer: LinearAttentionMixer, context: Any, convolved: Tensor
-) -> tuple[Tensor, CarveState | tuple[Tensor], dict[str, Tensor]]:
+def _memory(mixer: LinearAttentionMixer, context: Any, hidden: Tensor) -> tuple[Tensor, Any, dict[str, Any]]:
     """(kept tokens, state, which of them are whose), of a static or a dynamic context."""
     if context.is_static_batching():
-        cache = mixer._cache(context, convolved)
-        return cache.tokens, CarveState(*cache.state) if len(cache.state) > 1 else (cache.state[0],), {}
+        cache = mixer.cache(context, hidden)
+        return cache.tokens, _state(*cache.state), {}
     requests = requests_of_step(context)
     memory = layer_memory(mixer, context)
     positions = requests.positions[: requests.decoding]
-    state = CarveState(memory.S, *memory.sums, positions) if memory.sums else (memory.S,)
     assert requests.slots is not None
+    state = _state(memory.S, *memory.sums, *([positions] if memory.sums else []))
     return memory.tokens, state, {"rows": requests.slots, "positions": positions}
+
+
+def _state(*parts: Tensor) -> CarveState | tuple[Tensor]:
+    return CarveState(*parts) if len(parts) > 1 else (parts[0],)
 
 
 def _decay_and_gate(mixer: LinearAttentionMixer, decay: Tensor, gate: Tensor | None) -> dict[str, Any]:
