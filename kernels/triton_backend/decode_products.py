@@ -30,7 +30,7 @@ class Tuning(NamedTuple):
     """How few tokens are multiplied.
 
     rows: outputs of a program.
-    block: inputs of a tile of weights, of which a program has one or two in registers.
+    block: inputs of a tile of weights at most; a program has one or two in registers.
     """
 
     rows: int
@@ -39,6 +39,10 @@ class Tuning(NamedTuple):
 
 
 PLAIN, GATED = Tuning(4, 1024, 4), Tuning(4, 1024, 4)
+# Inputs whose products a thread sums up at once: as many weights as it loads.
+RUN = tl.constexpr(8)
+# Inputs of a tile, where there are as many.
+NARROWEST = 256
 # Numbers of a program of swiglu_kernel.
 SWIGLU_BLOCK = 1024
 
@@ -68,7 +72,7 @@ def _product_of_few(
 ) -> None:
     (M, D), N = x.shape, out.shape[1]
     tuning, overlap = GATED if gated else PLAIN, overlaps(x.device)
-    BD = min(tuning.block, triton.next_power_of_2(D))
+    BD = min(tuning.block, _whole_blocks(D))
     product_kernel[(triton.cdiv(N, tuning.rows),)](
         x, None if norm is None else norm.weight, weight, residual, out, x.stride(0), out.stride(0), N, D,
         0.0 if norm is None else norm.eps,
@@ -76,6 +80,11 @@ def _product_of_few(
         ZERO_CENTERED=norm is not None and norm.zero_centered, OVERLAP=overlap, num_warps=tuning.num_warps,
         launch_pdl=overlap,
     )  # fmt: skip
+
+
+def _whole_blocks(D: int) -> int:
+    """The widest block that D is made of, or where that is a narrow one, one for all."""
+    return D & -D if D & -D >= NARROWEST else max(triton.next_power_of_2(D), RUN.value)
 
 
 @triton.jit
@@ -99,8 +108,8 @@ def product_kernel(
     wait_for_launch_before(OVERLAP)
     b_scale, b_sum, b_partner_sum = (), (), ()
     for m in tl.static_range(M):
-        b_sum += (tl.zeros([BN, BD], tl.float32),)
-        b_partner_sum += (tl.zeros([BN, BD], tl.float32),)
+        b_sum += (tl.zeros([BN, BD // RUN], tl.float32),)
+        b_partner_sum += (tl.zeros([BN, BD // RUN], tl.float32),)
         if norm_weight is None:
             b_scale += (1.0,)
         else:
@@ -116,9 +125,9 @@ def product_kernel(
         b_more, b_more_partner = (), ()
         for m in tl.static_range(M):
             b_x = load_input(x + m * x_stride, norm_weight, first + o_d, D, b_scale[m], WHOLE, ZERO_CENTERED)
-            b_more += (b_sum[m] + b_weight.to(tl.float32) * b_x[None, :],)
+            b_more += (b_sum[m] + sums_of_runs(b_weight, b_x),)
             if GATED:
-                b_more_partner += (b_partner_sum[m] + b_partner.to(tl.float32) * b_x[None, :],)
+                b_more_partner += (b_partner_sum[m] + sums_of_runs(b_partner, b_x),)
             else:
                 b_more_partner += (b_partner_sum[m],)
         b_sum, b_partner_sum = b_more, b_more_partner
@@ -139,6 +148,14 @@ def inverse_rms(x, D, eps, BX: tl.constexpr):
     o_x = tl.arange(0, BX)
     b_x = tl.load(x + o_x, mask=o_x < D, other=0.0).to(tl.float32)
     return tl.rsqrt(tl.sum(b_x * b_x, 0) / D + eps)
+
+
+@triton.jit
+def sums_of_runs(b_weight, b_x):
+    """Products of a tile of weights with inputs, summed up over runs of RUN inputs, which one thread has."""
+    BN: tl.constexpr = b_weight.shape[0]
+    BD: tl.constexpr = b_weight.shape[1]
+    return tl.sum(tl.reshape(b_weight.to(tl.float32) * b_x[None, :], [BN, BD // RUN, RUN]), 2)
 
 
 @triton.jit
