@@ -8,6 +8,7 @@ from support.tolerances import assert_close
 
 pytestmark = pytest.mark.gpu
 
+VOCAB, LENGTH = 64, 60
 SIZES = {"K": 128, "V": 128, "H": 16, "rank": 128, "content": 32, "steps": 5}
 CASES = {
     "previous": TokenSteps("previous", N=1, **SIZES),
@@ -28,41 +29,60 @@ def test_a_mixers_step_in_bfloat16(case: str) -> None:
     assert_close(found, truth, "bfloat16", plain=CASES[case].run(torch.bfloat16, torch.bfloat16, "cpu", "torch"))
 
 
-@pytest.mark.parametrize("layers", ["local", "transformer_engine"])
-@pytest.mark.parametrize("sequences", [1, 3, 40])
-def test_a_model_decodes_as_by_its_modules(layers, sequences, monkeypatch):
-    from megatron_carve.model import decoding
+@pytest.fixture(scope="module", params=["local", "transformer_engine"])
+def models(request):
+    """One model in float32 and in bfloat16, with the same weights."""
     from megatron_carve.specs import stack_spec
+
+    if request.param == "transformer_engine":
+        pytest.importorskip("transformer_engine.pytorch")
+    sizes = {
+        "hidden_size": 256, "kv_channels": 64, "ffn_hidden_size": 320, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    }  # fmt: skip
+    with one_process("cuda"):
+        made = {}
+        for dtype, options in (torch.bfloat16, {"bf16": True, "params_dtype": torch.bfloat16}), (torch.float32, {}):
+            spec = stack_spec(request.param)
+            made[dtype] = hybrid_model("C-2-K-*-", spec, vocab_size=VOCAB, length=LENGTH, **sizes, **options)
+            made[dtype] = made[dtype].cuda().eval()
+        with torch.no_grad():
+            for rounded, exact in zip(made[torch.bfloat16].parameters(), made[torch.float32].parameters(), strict=True):
+                rounded += 0.05 * torch.randn_like(rounded)
+                exact.copy_(rounded)
+        yield made
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 40])
+def test_a_model_decodes_as_by_its_modules(models, sequences, monkeypatch):
+    from megatron_carve.model import decoding
     from megatron_carve.use.generation import Memory
 
-    if layers == "transformer_engine":
-        pytest.importorskip("transformer_engine.pytorch")
-    sizes = {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_num_value_heads": 4}
-    with one_process("cuda"):
-        model = hybrid_model(
-            "C-2-K-*-", stack_spec(layers), bf16=True, params_dtype=torch.bfloat16, hidden_size=256, kv_channels=64,
-            ffn_hidden_size=320, **sizes,
-        ).cuda().eval()  # fmt: skip
-        tokens = torch.randint(64, (12, sequences), device="cuda")
-        prompts = [torch.randint(64, (5 + i % 3,), device="cuda") for i in range(sequences)]
+    decodes, taken = decoding.DecodingLayer._decodes, []
 
-        def logits(few_launches: bool, cuda_graph: bool) -> torch.Tensor:
-            with monkeypatch.context() as m:
-                taken = []
-                decodes = decoding.DecodingLayer._decodes
-                m.setattr(
-                    decoding.DecodingLayer, "_decodes",
-                    lambda *a: few_launches and (taken.append(decodes(*a)) or taken[-1]),
-                )  # fmt: skip
-                memory = Memory(model, sequences, 40, vocab_size=64, cuda_graph=cuda_graph)
-                for place, prompt in enumerate(prompts):
-                    memory.read(place, prompt)
-                found = torch.stack([memory.step(step).clone() for step in tokens])
-                assert any(taken) == few_launches
-            return found
+    def logits(dtype, few_launches, cuda_graph=False):
+        def decide(*arguments):
+            taken.append(few_launches and decodes(*arguments))
+            return taken[-1]
 
-        expected = logits(False, False)
-        found = logits(True, False)
-        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
-        assert (found - expected).square().mean().sqrt() < 0.01 * expected.square().mean().sqrt()
-        torch.testing.assert_close(logits(True, True), found, rtol=0, atol=0)
+        taken.clear()
+        monkeypatch.setattr(decoding.DecodingLayer, "_decodes", decide)
+        memory = Memory(models[dtype], sequences, LENGTH, vocab_size=VOCAB, cuda_graph=cuda_graph)
+        for place, prompt in enumerate(prompts):
+            memory.read(place, prompt)
+        found = torch.stack([memory.step(token).clone() for token in tokens])
+        assert any(taken) == few_launches
+        return found
+
+    tokens = torch.randint(VOCAB, (20, sequences), device="cuda")
+    prompts = [torch.randint(VOCAB, (5 + i % 3,), device="cuda") for i in range(sequences)]
+    exact = logits(torch.float32, False)
+    torch.testing.assert_close(logits(torch.float32, True), exact, rtol=1e-3, atol=2e-3)
+    found = logits(torch.bfloat16, True)
+    errors = [
+        ((x - exact).square().mean() / exact.square().mean()).sqrt().item()
+        for x in (found, logits(torch.bfloat16, False))
+    ]
+    print(f"relative error of bfloat16 in few launches {errors[0]:.2e}, by modules {errors[1]:.2e}")
+    assert errors[0] < 1.3 * errors[1] and errors[1] < 0.1
+    assert torch.equal(logits(torch.bfloat16, True, cuda_graph=True), found)

@@ -92,7 +92,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "carve" else [pytest.mark.slow]) for n in MODELS])
+MARKS = {"carve": [], "many sequences": [pytest.mark.long]}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, [pytest.mark.slow])) for n in MODELS])
 def test_a_step_computes_what_the_modules_do(name, launches):
     pattern, changes, sequences = MODELS[name]
     model = perturbed(pattern, **changes)

@@ -1,10 +1,10 @@
 """Compile the kernels of the ops for a Hopper GPU, on any machine: Triton needs a GPU to launch, not to compile.
 
-    python tests/support/compile_for_hopper.py gdn2|previous|decayed|delta|dynamic|heads DTYPE WIDTH
+    python tests/support/compile_for_hopper.py gdn2|previous|decayed|delta|dynamic|heads|token DTYPE WIDTH
 
 calls the chunk op, forward and backward with what a mixer gives it, and a step of decoding, of all of a state and of
 chosen rows (of "gdn2" also attention's; of "dynamic" the dynamic convolution, of "heads" both convolutions of
-attention's heads, forward and backward), with launches replaced by compilation; prints a line of JSON for each kernel:
+attention's heads, forward and backward; of "token" a layer's step of one token, of one and of many sequences), with launches replaced by compilation; prints a line of JSON for each kernel:
 its name, its shared memory in bytes, the registers of a thread, the bytes that it spills, and how many of Hopper's
 instructions multiply tiles and how many wait for them. A script of its own: what it changes in Triton stays for the
 life of a process.
@@ -25,12 +25,14 @@ from triton.runtime import driver
 from megatron_carve import kernels
 from megatron_carve.kernels import backends
 from megatron_carve.kernels.surroundings import convolve_heads, dynamic_convolve_heads, dynamic_convolve_qkv
-from megatron_carve.kernels.triton_backend import content
+from megatron_carve.kernels.decoding import FEW_SEQUENCES, Norm, add_product, normed_product
+from megatron_carve.kernels.triton_backend import content, decode_mixer, decode_products
 from megatron_carve.kernels.triton_backend.compiling import compiling
 from megatron_carve.kernels.triton_backend.paged_attention import attend_to_blocks
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.inputs import FORMS
+from support.token_steps import TokenSteps
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 T, HEADS, RANK = 128, 2, 16
@@ -70,6 +72,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 def main(form: str, dtype: torch.dtype, width: int) -> None:
     driver.set_active(Hopper())
     backends._interpreted = lambda: True  # tensors of a CPU pass
+    decode_mixer.overlaps = decode_products.overlaps = lambda device: True
     content.cooperates, content.multiprocessors = (lambda device: True), (lambda device: 132)
 
     def leaf(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -107,7 +110,21 @@ def main(form: str, dtype: torch.dtype, width: int) -> None:
         blocks, positions = (torch.zeros(1, *shape, dtype=torch.int32) for shape in ((2,), ()))
         attend_to_blocks(query, keys, keys, blocks, positions, block_tokens=64, scale=1.0, window=None)
 
+    @torch.no_grad()
+    def decode() -> None:
+        for sequences, rank in ((1, width), (FEW_SEQUENCES + 1, 0)):
+            steps = TokenSteps("previous", N=sequences, K=width, V=width, rank=rank, content=RANK, steps=1)
+            steps.run(dtype, dtype, "cpu", "triton")
+            x, weight = (torch.zeros(n, HEADS * width, dtype=dtype) for n in (sequences, HEADS * width))
+            norm = Norm(weight[0], 1e-5)
+            normed_product(x, norm, weight, backend="triton")
+            normed_product(x, norm, weight, gated=True, backend="triton")
+            add_product(x, x, weight, backend="triton")
+
     def call() -> None:
+        if form == "token":
+            decode()
+            return
         if form in ("dynamic", "heads"):
             convolve()
             return
