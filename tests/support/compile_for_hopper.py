@@ -4,10 +4,10 @@
 
 calls the chunk op, forward and backward with what a mixer gives it, and a step of decoding, of all of a state and of
 chosen rows (of "gdn2" also attention's; of "dynamic" the dynamic convolution, of "heads" both convolutions of
-attention's heads, forward and backward; of "token" a layer's step of one token, of one and of many sequences), with launches replaced by compilation; prints a line of JSON for each kernel:
-its name, its shared memory in bytes, the registers of a thread, the bytes that it spills, and how many of Hopper's
-instructions multiply tiles and how many wait for them. A script of its own: what it changes in Triton stays for the
-life of a process.
+attention's heads, forward and backward; of "token" a layer's step of one token, of one and of many sequences), with
+launches replaced by compilation; prints a line of JSON for each kernel: its name, its shared memory in bytes, the
+registers of a thread, the bytes that it spills, and how many of Hopper's instructions multiply tiles and how many wait
+for them. A script of its own: what it changes in Triton stays for the life of a process.
 """
 
 import json
@@ -24,8 +24,8 @@ from triton.runtime import driver
 
 from megatron_carve import kernels
 from megatron_carve.kernels import backends
-from megatron_carve.kernels.surroundings import convolve_heads, dynamic_convolve_heads, dynamic_convolve_qkv
 from megatron_carve.kernels.decoding import FEW_SEQUENCES, Norm, add_product, normed_product
+from megatron_carve.kernels.surroundings import convolve_heads, dynamic_convolve_heads, dynamic_convolve_qkv
 from megatron_carve.kernels.triton_backend import content, decode_mixer, decode_products
 from megatron_carve.kernels.triton_backend.compiling import compiling
 from megatron_carve.kernels.triton_backend.paged_attention import attend_to_blocks
