@@ -30,7 +30,7 @@ class Tuning(NamedTuple):
     """How few tokens are multiplied.
 
     rows: outputs of a program.
-    block: inputs of a tile of weights at most; a program has one or two in registers.
+    block: inputs of a tile of weights, of which a program has one or two in registers.
     """
 
     rows: int
@@ -41,8 +41,6 @@ class Tuning(NamedTuple):
 PLAIN, GATED = Tuning(4, 1024, 4), Tuning(4, 1024, 4)
 # Inputs whose products a thread sums up at once: as many weights as it loads.
 RUN = tl.constexpr(8)
-# Inputs of a tile, where there are as many.
-NARROWEST = 256
 # Numbers of a program of swiglu_kernel.
 SWIGLU_BLOCK = 1024
 
@@ -72,7 +70,7 @@ def _product_of_few(
 ) -> None:
     (M, D), N = x.shape, out.shape[1]
     tuning, overlap = GATED if gated else PLAIN, overlaps(x.device)
-    BD = min(tuning.block, _whole_blocks(D))
+    BD = min(tuning.block, max(triton.next_power_of_2(D), RUN.value))
     product_kernel[(triton.cdiv(N, tuning.rows),)](
         x, None if norm is None else norm.weight, weight, residual, out, x.stride(0), out.stride(0), N, D,
         0.0 if norm is None else norm.eps,
@@ -80,11 +78,6 @@ def _product_of_few(
         ZERO_CENTERED=norm is not None and norm.zero_centered, OVERLAP=overlap, num_warps=tuning.num_warps,
         launch_pdl=overlap,
     )  # fmt: skip
-
-
-def _whole_blocks(D: int) -> int:
-    """The widest block that D is made of, or where that is a narrow one, one for all."""
-    return D & -D if D & -D >= NARROWEST else max(triton.next_power_of_2(D), RUN.value)
 
 
 @triton.jit
