@@ -31,21 +31,20 @@ EPSILON = tl.constexpr(L2_EPSILON)
 class Tuning(NamedTuple):
     """How the kernel is launched.
 
-    columns: of a tile of S.
-    ahead: tiles whose loads are in flight.
+    numbers: in a tile of S.
+    keys_of_a_warp: a warp for so many key channels.
+    ahead: tiles of S whose loads are in flight.
     """
 
-    columns: int
+    numbers: int
+    keys_of_a_warp: int
     ahead: int
     options: dict[str, int]
 
 
-# With no more threads than key channels Triton computes what belongs to those once, elsewhere once for each column.
-KEYS_OF_A_WARP = 32
-# Features of a tile of a map of low rank.
-FEATURES = 32
-# Of few sequences a program has an SM to itself and brings its whole head at once.
-FEW, MANY = Tuning(32, 4, {}), Tuning(32, 1, {"maxnreg": 160})
+# Of few sequences a program has an SM to itself. What loads no more numbers than there are threads, Triton loads once
+# for every thread that needs it, which is slow: queries and keys are one tile.
+FEW, MANY = Tuning(16384, 16, 1, {}), Tuning(4096, 32, 1, {"maxnreg": 168})
 
 
 def mix_token(call: TokenCall) -> Tensor:
@@ -57,10 +56,11 @@ def mix_token(call: TokenCall) -> Tensor:
     mean, partial, count = call.state[1:] if isinstance(call.state, CarveState) else (None, None, None)
     R = 1 if call.content_down is None else call.content_down.shape[0]
     tuning, overlap = FEW if N <= FEW_SEQUENCES else MANY, overlaps(x.device)
-    BK, BV = triton.next_power_of_2(K), min(tuning.columns, V & -V)
+    BK = triton.next_power_of_2(K)
+    BV = min(max(tuning.numbers // BK, 1), V & -V)
     blocks = {
         "GROUP": HV // H, "K": K, "V": V, "R": R, "F": call.features, "W": call.kept.shape[1] + 1,
-        "BK": BK, "BV": BV, "VP": triton.next_power_of_2(V), "BF": min(FEATURES, triton.next_power_of_2(call.features)),
+        "BK": BK, "BV": BV, "VP": triton.next_power_of_2(V), "BF": triton.next_power_of_2(call.features),
         "BR": min(triton.next_power_of_2(R), RANK_BLOCK), "AHEAD": min(tuning.ahead, HV // H * V // BV),
     }  # fmt: skip
     diagonal = carve and call.erase_form == "diagonal"
@@ -80,7 +80,7 @@ def mix_token(call: TokenCall) -> Tensor:
             count if call.positions is None else None, call.positions, call.rows,
             call.norm_weight, call.eps, out, K**-0.5, call.erase_scale, call.content_chunk, H,
             **blocks, **form, **tuning.options, OVERLAP=overlap, launch_pdl=overlap,
-            num_warps=max(BK // KEYS_OF_A_WARP, 1),
+            num_warps=max(BK // tuning.keys_of_a_warp, 1),
         )  # fmt: skip
     return out
 
@@ -96,12 +96,18 @@ def mixer_token_kernel(
     CARVE: tl.constexpr, DIAGONAL: tl.constexpr, BEFORE: tl.constexpr, RATES: tl.constexpr, ERASE: tl.constexpr,
     WRITE: tl.constexpr, ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence and key head; the tensors of TokenCall, x the convolved sections."""
+    """One program per sequence and key head; the tensors of TokenCall, x the convolved sections.
+
+    Loads come long before what they are for: no load passes a barrier, and sums have those.
+    """
     NV: tl.constexpr = V // BV
     i_n, i_h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     D = (2 * K + GROUP * V) * H
-    o_k, o_v = tl.arange(0, BK), tl.arange(0, BV)
-    m_k, m_v = o_k < K, o_v < V
+    o_k, o_v, o_f = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BF)
+    m_k, m_v, m_f = o_k < K, o_v < V, o_f < F
+    # queries and keys of this head are the rows of a tile
+    o_row = tl.arange(0, 2)[:, None]
+    o_qk, m_qk = (o_row * H + i_h) * K + o_k[None, :], m_k[None, :] & (o_row < 2)
     out += (i_n * H + i_h) * GROUP * V
     row = i_n
     if rows is not None:
@@ -114,100 +120,133 @@ def mixer_token_kernel(
     x += i_n * x_stride
     write += i_n * write_stride
     decay += i_n * decay_stride
+    gate_row = i_n * gate_stride
     kept += row * kept_stride
     S += row * S_stride + i_h * GROUP * K * V
     o_mean = row * mean_stride + i_h * GROUP * V
-    first_k, first_v = (H + i_h) * K, 2 * H * K + i_h * GROUP * V
+    first_v = 2 * H * K + i_h * GROUP * V
+
     b_ahead = ()
     for b in tl.static_range(AHEAD):
         b_ahead += (load_state(S, b, o_k, o_v, m_k, K, V, BV),)
-    b_old_q, b_old_k = load_kept(kept + i_h * K, o_k, m_k, D, W), load_kept(kept + first_k, o_k, m_k, D, W)
+    b_kept_qk, b_taps_qk = load_kept(kept, o_qk, m_qk, D, W), load_taps(taps, o_qk, m_qk, W)
+    b_kept_v, b_taps_v = load_kept(kept, first_v + o_v, m_v, D, W), load_taps(taps, first_v + o_v, m_v, W)
     b_dt_bias = tl.load(dt_bias + i_h * K + o_k, mask=m_k, other=0.0)
-    b_rate = tl.exp(tl.minimum(load_rates(A_log, i_h, o_k, m_k, K, RATES), LARGEST))
-    wait_for_launch_before(OVERLAP)
+    b_rate = load_rates(A_log, i_h, o_k, m_k, K, RATES)
+    if decay_up is not None:
+        b_decay_up = load_map(decay_up + i_h * K * F, o_k, m_k, o_f, m_f, F)
+    if gate_up is not None:
+        b_gate_up = load_map(gate_up + i_h * GROUP * V * F, o_v, m_v, o_f, m_f, F)
     ends = False
     if CARVE:
         ends = ends_content_chunk(count, positions, i_n, H, content_chunk)
-    b_q, b_new_q = convolved(x, taps, conv_bias, b_old_q, i_h * K, o_k, m_k, W, True)
-    b_k, b_new_k = convolved(x, taps, conv_bias, b_old_k, first_k, o_k, m_k, W, True)
+    b_content = tl.zeros([BK], tl.float32)
+    if erase_bias is not None:
+        b_content += tl.load(erase_bias + i_h * K + o_k, mask=m_k, other=0.0)
+    b_erase_bias = b_content
+    if content_down is not None:
+        b_content += content_term(mean + o_mean, content_down, content_up, i_h * 0, o_k, K, V, R, BK, BR, VP)
+
+    wait_for_launch_before(OVERLAP)
+    b_new_qk = tl.load(x + o_qk, mask=m_qk, other=0.0)
+    b_new_v = tl.load(x + first_v + o_v, mask=m_v, other=0.0)
     if decay_up is not None:
-        b_decay = through_map(decay_up + i_h * K * F, decay, o_k, m_k, F, BF).to(x.dtype.element_ty).to(tl.float32)
+        b_decay_in = tl.load(decay + o_f, mask=m_f, other=0.0)
     else:
-        b_decay = tl.load(decay + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-    b_g = -b_rate * softplus(b_decay + b_dt_bias)
+        b_decay_in = tl.load(decay + i_h * K + o_k, mask=m_k, other=0.0)
+    if gate_up is not None:
+        b_gate_in = tl.load(gate + gate_row + o_f, mask=m_f, other=0.0)
     if ERASE:
         b_erase = tl.load(erase + i_n * x_stride + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        if erase_bias is not None:
-            b_erase += tl.load(erase_bias + i_h * K + o_k, mask=m_k, other=0.0)
-    # several threads can hold the same number: all have read what is written now
-    tl.debug_barrier()
-    keep(kept, b_old_q, b_new_q, i_h * K, o_k, m_k, D, W)
-    keep(kept, b_old_k, b_new_k, first_k, o_k, m_k, D, W)
-    for j in tl.static_range(GROUP):
-        i_hv = i_h * GROUP + j
-        if CARVE:
-            b_logits = b_erase
-            if content_down is not None:
-                b_logits += content_term(
+
+    b_qk = convolved(b_new_qk, b_kept_qk, b_taps_qk, conv_bias, o_qk, m_qk, W)
+    b_qk *= tl.rsqrt(tl.sum(b_qk * b_qk, 1) + EPSILON)[:, None]
+    b_qk = rounded(b_qk, x)
+    b_q, b_k = tl.sum(tl.where(o_row == 0, b_qk, 0.0), 0), tl.sum(tl.where(o_row == 1, b_qk, 0.0), 0)
+    b_decay_in = b_decay_in.to(tl.float32)
+    if decay_up is not None:
+        b_decay_in = rounded(through_map(b_decay_up, b_decay_in), x)
+    b_g = -tl.exp(tl.minimum(b_rate, LARGEST)) * softplus(b_decay_in + b_dt_bias)
+    keep(kept, b_kept_qk, b_new_qk, o_qk, m_qk, D, W)
+
+    b_outs, b_gates, squares = (), (), 0.0
+    for b in tl.static_range(GROUP * NV):
+        j, i_hv = b // NV, i_h * GROUP + b // NV
+        o_c = b * BV + o_v
+        b_S = b_ahead[0]
+        b_ahead = b_ahead[1:]
+        if b + AHEAD < GROUP * NV:
+            b_ahead += (load_state(S, b + AHEAD, o_k, o_v, m_k, K, V, BV),)
+        b_old_v, b_x_v, b_w_v = b_kept_v, b_new_v, b_taps_v
+        if b + 1 < GROUP * NV:
+            o_next = first_v + BV + o_c
+            b_kept_v, b_taps_v = load_kept(kept, o_next, m_v, D, W), load_taps(taps, o_next, m_v, W)
+            b_new_v = tl.load(x + o_next, mask=m_v, other=0.0)
+        if content_down is not None:
+            b_partial = tl.load(partial + o_mean + o_c)
+        if ACTIVATION != "none":
+            if gate_up is not None:
+                if b > 0:
+                    b_gate_up = load_map(gate_up + (i_h * GROUP * V + b * BV) * F, o_v, m_v, o_f, m_f, F)
+                b_gate = through_map(b_gate_up, b_gate_in.to(tl.float32))
+                b_gate = rounded(b_gate + tl.load(gate_bias + i_h * GROUP * V + o_c).to(tl.float32), x)
+            else:
+                b_gate = tl.load(gate + gate_row + i_h * GROUP * V + o_c).to(tl.float32)
+        else:
+            b_gate = tl.zeros([BV], tl.float32)
+        if WRITE == "value_channels":
+            b_w = write_gate(tl.load(write + i_h * GROUP * V + o_c))
+        elif WRITE == "value_heads":
+            b_w = write_gate(tl.load(write + i_hv))
+        else:
+            b_w = write_gate(tl.load(write + i_h))
+        if b % NV == 0:
+            if content_down is not None and b > 0:
+                b_content = b_erase_bias + content_term(
                     mean + o_mean + j * V, content_down, content_up, i_h * 0, o_k, K, V, R, BK, BR, VP
                 )  # fmt: skip
-        b_log_decay = b_g
-        if CARVE and DIAGONAL:  # log(1 - sigmoid(x)) is -softplus(x)
-            b_log_decay -= softplus(b_logits)
-        b_decay = tl.exp(b_log_decay)
-        if WRITE == "value_heads":
-            b_w = write_gate(tl.load(write + i_hv))
-        elif WRITE == "key_heads":
-            b_w = write_gate(tl.load(write + i_h))
-        if CARVE and DIAGONAL:
-            b_b = b_w
-        elif CARVE:
-            b_b = erase_scale * tl.sigmoid(b_logits)
-        elif ERASE:
-            b_b = erase_scale * tl.sigmoid(b_erase)
-        else:  # one gate of a key head erases and writes
-            b_b = erase_scale * tl.sigmoid(tl.load(write + i_h).to(tl.float32))
-        b_outs, squares = (), 0.0
-        for i in tl.static_range(NV):
-            b_S = b_ahead[0]
-            b_ahead = b_ahead[1:]
-            if j * NV + i + AHEAD < GROUP * NV:
-                b_ahead += (load_state(S, j * NV + i + AHEAD, o_k, o_v, m_k, K, V, BV),)
-            first = j * V + i * BV
-            b_old_v = load_kept(kept + first_v + first, o_v, m_v, D, W)
-            if content_down is not None:
-                b_partial = tl.load(partial + o_mean + first + o_v)
-            b_v, b_new_v = convolved(x, taps, conv_bias, b_old_v, first_v + first, o_v, m_v, W, False)
-            if WRITE == "value_channels":
-                b_w = write_gate(tl.load(write + i_h * GROUP * V + first + o_v))
-            if WRITE == "key_heads":
-                b_v = (erase_scale * b_v).to(x.dtype.element_ty).to(tl.float32)
-            b_S, b_y = advance(b_S, b_q, b_k, b_decay, b_b, b_w * b_v, CARVE and BEFORE)
-            tl.debug_barrier()
-            store_state(S, j * NV + i, b_S, o_k, o_v, m_k, K, V, BV)
-            keep(kept, b_old_v, b_new_v, first_v + first, o_v, m_v, D, W)
-            if content_down is not None:
-                b_partial += b_y
-                tl.store(mean + o_mean + first + o_v, b_partial / content_chunk, mask=m_v & ends)
-                tl.store(partial + o_mean + first + o_v, tl.where(ends, 0.0, b_partial))
-            b_out = (scale * b_y).to(x.dtype.element_ty).to(tl.float32)
-            squares += tl.sum(b_out * b_out, 0)
-            b_outs += (b_out,)
-        b_inverse = tl.rsqrt(squares / V + eps)
-        for i in tl.static_range(NV):
-            b_out = b_outs[i] * b_inverse * tl.load(norm_weight + i * BV + o_v).to(tl.float32)
-            if ACTIVATION != "none":
-                first = i_hv * V + i * BV
-                if gate_up is not None:
-                    b_gate = through_map(gate_up + first * F, gate + i_n * gate_stride, o_v, m_v, F, BF)
-                    b_gate += tl.load(gate_bias + first + o_v).to(tl.float32)
-                    b_gate = b_gate.to(x.dtype.element_ty).to(tl.float32)
-                else:
-                    b_gate = tl.load(gate + i_n * gate_stride + first + o_v).to(tl.float32)
-                b_out *= sigmoid(b_gate)
+            b_log_decay = b_g
+            if CARVE and DIAGONAL:  # log(1 - sigmoid(x)) is -softplus(x)
+                b_log_decay -= softplus(b_erase + b_content)
+            b_decay = tl.exp(b_log_decay)
+            if CARVE and DIAGONAL:
+                b_b = b_w
+            elif ERASE:
+                b_b = erase_scale * tl.sigmoid(b_erase + b_content)
+            else:  # one gate of a key head erases and writes
+                b_b = erase_scale * tl.sigmoid(tl.load(write + i_h).to(tl.float32))
+        b_v = rounded(convolved(b_x_v, b_old_v, b_w_v, conv_bias, first_v + o_c, m_v, W), x)
+        if WRITE == "key_heads":
+            b_v = rounded(erase_scale * b_v, x)
+        b_S, b_y = advance(b_S, b_q, b_k, b_decay, b_b, b_w * b_v, CARVE and BEFORE)
+        # several threads can hold the same number: all have read what is written now
+        tl.debug_barrier()
+        store_state(S, b, b_S, o_k, o_v, m_k, K, V, BV)
+        keep(kept, b_old_v, b_x_v, first_v + o_c, m_v, D, W)
+        if content_down is not None:
+            b_partial += b_y
+            tl.store(mean + o_mean + o_c, b_partial / content_chunk, mask=m_v & ends)
+            tl.store(partial + o_mean + o_c, tl.where(ends, 0.0, b_partial))
+        b_out = rounded(scale * b_y, x)
+        squares += tl.sum(b_out * b_out, 0)
+        b_outs += (b_out,)
+        b_gates += (b_gate,)
+        if b % NV == NV - 1:
+            b_inverse = tl.rsqrt(squares / V + eps)
+            for i in tl.static_range(NV):
+                b_out = b_outs[i] * b_inverse * tl.load(norm_weight + i * BV + o_v).to(tl.float32)
+                if ACTIVATION != "none":
+                    b_out *= sigmoid(b_gates[i])
                 if ACTIVATION == "silu":
-                    b_out *= b_gate
-            tl.store(out + j * V + i * BV + o_v, b_out.to(out.dtype.element_ty))
+                    b_out *= b_gates[i]
+                tl.store(out + j * V + i * BV + o_v, b_out.to(out.dtype.element_ty))
+            b_outs, b_gates, squares = (), (), 0.0
+
+
+@triton.jit
+def rounded(b_x, x):
+    """float32 rounded to the dtype of x, float32."""
+    return b_x.to(x.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -233,20 +272,20 @@ def store_state(S, b: tl.constexpr, b_S, o_k, o_v, m_k, K: tl.constexpr, V: tl.c
 
 
 @triton.jit
-def through_map(up, features, o_c, m_c, F: tl.constexpr, BF: tl.constexpr):
-    """Rows o_c of a map from F features times those, [channels] float32."""
-    b_sum = tl.zeros([o_c.shape[0], BF], tl.float32)
-    for i in tl.static_range((F + BF - 1) // BF):
-        o_f = i * BF + tl.arange(0, BF)
-        m_f = o_f < F
-        b_up = tl.load(up + o_c[:, None] * F + o_f[None, :], mask=m_c[:, None] & m_f[None, :], other=0.0)
-        b_sum += b_up.to(tl.float32) * tl.load(features + o_f, mask=m_f, other=0.0).to(tl.float32)[None, :]
-    return tl.sum(b_sum, 1)
+def load_map(up, o_c, m_c, o_f, m_f, F: tl.constexpr):
+    """Rows o_c of a map from F features, zero beyond, [channels, BF]."""
+    return tl.load(up + o_c[:, None] * F + o_f[None, :], mask=m_c[:, None] & m_f[None, :], other=0.0)
+
+
+@triton.jit
+def through_map(b_up, b_features):
+    """[channels] float32."""
+    return tl.sum(b_up.to(tl.float32) * b_features[None, :], 1)
 
 
 @triton.jit
 def load_kept(kept, o_c, m_c, D, W: tl.constexpr):
-    """Of some channels the tuple of the last W - 1 tokens, oldest first, [channels] each."""
+    """Of some channels the tuple of the last W - 1 tokens, oldest first, each of the shape of o_c."""
     b_kept = ()
     for j in tl.static_range(W - 1):
         b_kept += (tl.load(kept + j * D + o_c, mask=m_c, other=0.0),)
@@ -254,37 +293,35 @@ def load_kept(kept, o_c, m_c, D, W: tl.constexpr):
 
 
 @triton.jit
-def convolved(x, taps, bias, b_kept, first, o_c, m_c, W: tl.constexpr, NORM: tl.constexpr):
-    """Channels from `first` on after convolution, SiLU and, with NORM, the L2 norm, [channels] float32, rounded to the
-    dtype of x; and before all that."""
-    b_x = tl.load(x + first + o_c, mask=m_c, other=0.0)
-    b_y = b_x.to(tl.float32) * load_tap(taps, first, o_c, m_c, W - 1, W)
-    for j in tl.static_range(W - 1):
-        b_y += b_kept[j].to(tl.float32) * load_tap(taps, first, o_c, m_c, j, W)
-    if bias is not None:
-        b_y += tl.load(bias + first + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_y *= sigmoid(b_y)
-    if NORM:
-        b_y *= tl.rsqrt(tl.sum(b_y * b_y, 0) + EPSILON)
-    return b_y.to(x.dtype.element_ty).to(tl.float32), b_x
+def load_taps(taps, o_c, m_c, W: tl.constexpr):
+    """The tuple of the taps of some channels, ones where there is no convolution, each of the shape of o_c."""
+    b_taps = ()
+    for j in tl.static_range(W):
+        if taps is None:
+            b_taps += (tl.where(m_c, 1.0, 0.0),)
+        else:
+            b_taps += (tl.load(taps + o_c * W + j, mask=m_c, other=0.0),)
+    return b_taps
 
 
 @triton.jit
-def keep(kept, b_kept, b_x, first, o_c, m_c, D, W: tl.constexpr):
+def convolved(b_x, b_kept, b_taps, bias, o_c, m_c, W: tl.constexpr):
+    """Some channels after convolution and SiLU, float32 in the shape of o_c."""
+    b_y = b_x.to(tl.float32) * b_taps[W - 1].to(tl.float32)
+    for j in tl.static_range(W - 1):
+        b_y += b_kept[j].to(tl.float32) * b_taps[j].to(tl.float32)
+    if bias is not None:
+        b_y += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    return b_y * sigmoid(b_y)
+
+
+@triton.jit
+def keep(kept, b_kept, b_x, o_c, m_c, D, W: tl.constexpr):
     """What is kept of some channels goes one token on."""
     for j in tl.static_range(1, W - 1):
-        tl.store(kept + first + (j - 1) * D + o_c, b_kept[j], mask=m_c)
+        tl.store(kept + (j - 1) * D + o_c, b_kept[j], mask=m_c)
     if W > 1:
-        tl.store(kept + first + (W - 2) * D + o_c, b_x, mask=m_c)
-
-
-@triton.jit
-def load_tap(taps, first, o_c, m_c, j: tl.constexpr, W: tl.constexpr):
-    """Tap j of channels, 1 where there is no convolution."""
-    if taps is None:
-        return tl.where(m_c, 1.0, 0.0)
-    else:  # noqa: RET505  # Triton compiles what follows a return
-        return tl.load(taps + (first + o_c) * W + j, mask=m_c, other=0.0).to(tl.float32)
+        tl.store(kept + (W - 2) * D + o_c, b_x, mask=m_c)
 
 
 @triton.jit
@@ -298,7 +335,8 @@ def ends_content_chunk(count, positions, i_n, H, content_chunk):
     """Whether the token ends a content chunk; the place in it follows from positions, or it is counted.
 
     A program announces with its read of `count`, in the upper half, that it has read it; the last one of a sequence to
-    do so writes the next count over that. Nobody waits, and nothing has to be reset between launches.
+    do so writes the next count over that. Nobody waits, and nothing has to be reset between launches. No other kernel
+    has anything to do with a layer's count, so this may come before the wait for the launch before.
     """
     if positions is not None:
         return (tl.load(positions + i_n) + 1) % content_chunk == 0
