@@ -1,9 +1,12 @@
 """Residual layers that take a token of every sequence in few launches: when they do, and that they compute the same."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from support import interpreter
 from support.models import hybrid_model, one_process
+from support.parallel import run_ranks
 
 SIZES = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_value_heads": 2, "ffn_hidden_size": 32}
 VOCAB, LENGTH = 32, 30
@@ -133,6 +136,12 @@ def test_requests_of_an_engine_get_the_same(launches):
     for number, (tokens, logprobs) in generated().items():
         assert found[number][0] == tokens
         torch.testing.assert_close(found[number][1], logprobs, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(interpreter.DEVICE != "cpu", reason="its processes share no GPU")
+def test_ranks_that_share_heads_compute_the_same():
+    run_ranks(2, Path(__file__).parents[1] / "support" / "decoding_worker.py", None)
 
 
 def quantised(model):
