@@ -95,7 +95,8 @@ MODELS = {
 }
 
 
-MARKS = {"carve": [], "many sequences": [pytest.mark.long]}
+LONG = "gdn2, kda and attention", "many sequences"
+MARKS = {"carve": []} | {name: [pytest.mark.long] for name in LONG}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, [pytest.mark.slow])) for n in MODELS])
