@@ -23,7 +23,7 @@ from .overlap import overlaps, wait_for_launch_before
 from .short_convolution import sigmoid
 
 # Tokens up to which a program multiplies them itself.
-FEW_TOKENS = 4
+FEW_TOKENS = 2
 
 
 class Tuning(NamedTuple):
@@ -38,7 +38,7 @@ class Tuning(NamedTuple):
     num_warps: int
 
 
-PLAIN, GATED = Tuning(4, 1024, 4), Tuning(4, 1024, 4)
+PLAIN, GATED = Tuning(4, 1024, 4), Tuning(4, 2048, 4)
 # Inputs whose products a thread sums up at once: as many weights as it loads.
 RUN = tl.constexpr(8)
 # Numbers of a program of swiglu_kernel.

@@ -112,33 +112,6 @@ def test_a_step_computes_what_the_modules_do(name, launches):
     torch.testing.assert_close(found, decoded(model, tokens), rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.slow
-def test_requests_of_an_engine_get_the_same(launches):
-    from types import SimpleNamespace
-
-    from megatron_carve.use.engine import Engine, Sampling
-
-    model = perturbed("C")
-    trained = SimpleNamespace(model=model, vocab_size=VOCAB, device=torch.device(interpreter.DEVICE), recipe=None)
-
-    def generated():
-        engine = Engine(trained, max_requests=3, max_tokens=16, max_sequence=LENGTH, block_tokens=16)
-        for length in (1, 2):
-            engine.add([3] * length, Sampling(max_tokens=length + 2, temperature=0, logprobs=1))
-        found = {}
-        while not engine.idle():
-            for step in engine.step():
-                found.setdefault(step.request, []).append((step.tokens, step.logprobs))
-        return {n: ([t for t, _ in steps], torch.tensor([p for _, p in steps])) for n, steps in found.items()}
-
-    found = generated()
-    assert launches["mixers"] == 3
-    launches["allowed"] = False
-    for number, (tokens, logprobs) in generated().items():
-        assert found[number][0] == tokens
-        torch.testing.assert_close(found[number][1], logprobs, rtol=1e-4, atol=2e-5)
-
-
 @pytest.mark.long
 @pytest.mark.skipif(interpreter.DEVICE != "cpu", reason="its processes share no GPU")
 def test_ranks_that_share_heads_compute_the_same():
