@@ -21,6 +21,7 @@ from .decay import (
     sum_rows,
 )
 from .gates import GATE_SCALAR, GATE_SCALAR_LOGITS, GATE_VALUES, load_erase_gate, load_write_gate
+from .launching import launch
 from .products import matmul
 from .stages import HOPPER, Call, Factors, Inputs, Tuning
 from .steep import steep_gradient
@@ -246,7 +247,8 @@ def chunk_gradient(
         d_written = call.tiles(do, call.HV, CHUNK_TOKENS, call.V)
     dT, dP = (call.tiles(do, call.HV, CHUNK_TOKENS, CHUNK_TOKENS) for _ in range(2))
     dP_own = call.floats(do, call.HV, CHUNK_TOKENS)
-    chunk_value_gradient_kernel[(call.chunks.count, call.HV)](
+    launch(
+        chunk_value_gradient_kernel, (call.chunks.count, call.HV),
         x.v, x.w, A, do, d_output_rows, residuals, d_residuals,
         dv, dw, d_written, dT, dP, dP_own,
         call.chunks.table, call.H, call.HV, call.erase_heads,
@@ -256,7 +258,8 @@ def chunk_gradient(
     steep_dk = torch.empty_like(dk)
     steep_dbk = torch.empty_like(dk) if call.scalar_b else db
     steep_gradient(call, x, factors, dT, dP, dq, steep_dk, steep_dbk, dg)
-    chunk_key_gradient_kernel[(call.chunks.count * blocks, call.HV)](
+    launch(
+        chunk_key_gradient_kernel, (call.chunks.count * blocks, call.HV),
         x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, x.content, *factors.of_rows,
         states, d_states, do, d_output_rows, residuals, d_written, dT, dP, dP_own, steep_dk, steep_dbk,
         dq, dk, dg, db, d_content_share, dA_log, d_dt_bias,

@@ -8,6 +8,7 @@ from ..checks import CHUNK_TOKENS
 from .chunks import BT, chunk_rows
 from .decay import UNSHIFT, erase_left, load_decay_to_end, load_left, right_factor
 from .gates import load_erase_gate, load_write_gate
+from .launching import launch
 from .products import matmul, unit_triangular_inverse
 from .stages import HOPPER, Call, Factors, Inputs, Tuning
 from .steep import merge_scores, scores_of_steep_rows
@@ -88,7 +89,8 @@ def chunk_operands(call: Call, x: Inputs, factors: Factors) -> tuple[Tensor, ...
     erasure, k_to_end, q_from_start = (call.tiles(x.k, call.H, CHUNK_TOKENS, call.K) for _ in range(3))
     operands = A, P, erasure, call.tiles(x.k, call.HV, CHUNK_TOKENS, call.V), k_to_end, q_from_start
     BK, BV = call.key_block(TUNING), call.value_block(TUNING)
-    chunk_operands_kernel[(call.chunks.count, call.H)](
+    launch(
+        chunk_operands_kernel, (call.chunks.count, call.H),
         x.q, x.k, x.v, x.b, x.w, *factors.of_rows, *operands,
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV,
         K=call.K, BK=BK, V=call.V, BV=BV, **call.gates, **call.launch(TUNING, BK, BV),

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunks import BT, chunk_rows
+from .launching import launch
 from .products import matmul
 from .stages import HOPPER, Call, Inputs, Tuning
 from .tiles import load_matrix, load_tile, store_rows
@@ -40,7 +41,8 @@ def chunk_output_kernel(
 def chunk_output(call: Call, x: Inputs, q_from_start: Tensor, P: Tensor, states: Tensor, residuals: Tensor) -> Tensor:
     BK, BV = call.key_block(TUNING), call.value_block(TUNING)
     o = call.of_tokens(x.v)
-    chunk_output_kernel[(call.chunks.count, call.HV)](
+    launch(
+        chunk_output_kernel, (call.chunks.count, call.HV),
         q_from_start, P, states, residuals, o, call.chunks.table, call.H, call.HV,
         K=call.K, BK=BK, V=call.V, BV=BV, TRANSPOSED=call.sees_content, **call.launch(TUNING, BK, BV),
     )  # fmt: skip

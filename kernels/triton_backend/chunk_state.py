@@ -8,6 +8,7 @@ from torch import Tensor
 from ..checks import CHUNK_TOKENS
 from .chunks import BT, sequence_and_head, sequence_chunks
 from .decay import load_total_decay
+from .launching import launch
 from .products import matmul
 from .stages import HOPPER, Call, Factors, GradientOperands, Tuning
 from .tiles import load_rows, load_tile, store_tile
@@ -110,7 +111,8 @@ def chunk_state(
     sequences = call.chunks.sequences
     final_state = factors.last.new_empty(sequences, call.HV, call.K, call.V) if want_final else None
     BV = call.value_block(TUNING)
-    chunk_state_kernel[(sequences * call.HV, call.V // BV)](
+    launch(
+        chunk_state_kernel, (sequences * call.HV, call.V // BV),
         erasure, update, k_to_end, factors.last, initial_state,
         states, residuals, final_state,
         call.chunks.first, call.H, call.HV,
@@ -133,7 +135,8 @@ def chunk_state_gradient(
     sequences = call.chunks.sequences
     d_initial = factors.last.new_empty(sequences, call.HV, call.K, call.V) if want_initial else None
     BV = call.value_block(GRADIENT_TUNING)
-    chunk_state_gradient_kernel[(sequences * call.HV, call.V // BV)](
+    launch(
+        chunk_state_gradient_kernel, (sequences * call.HV, call.V // BV),
         operands.erasure, operands.k_to_end, operands.q_from_start, factors.last, operands.d_residuals_here,
         do, d_final_state,
         d_states, d_residuals, d_initial,

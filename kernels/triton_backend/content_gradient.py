@@ -23,6 +23,7 @@ from .cooperation import announce, take_place, wait_for
 from .decay import LOG2_E, UNSHIFT
 from .erasing_decay import DecayInputs
 from .gates import load_scalar_gate
+from .launching import launch
 from .products import matmul, pairs_of_halves
 from .stages import Call, Content, Factors, GradientOperands, Inputs
 from .steep import HALVINGS
@@ -310,7 +311,8 @@ def content_gradient(
     low_bits = None if call.tile_dtype == torch.float32 else states.new_empty(heads, call.K, V)
     d_terms = None if of_content.of_rows is None else factors.last.new_empty(heads, call.K)
     counters = torch.zeros(3 * heads + 1, dtype=torch.int32, device=states.device)
-    content_gradient_kernel[(heads * team,)](
+    launch(
+        content_gradient_kernel, (heads * team,),
         x.k, x.g, decay.erase_logits, x.w, content.down, content.up, decay.content, code,
         factors.last, factors.steep_from, states, operands.residuals,
         operands.erasure, operands.k_right, operands.k_to_end, operands.d_residuals_here, operands.P_sum,

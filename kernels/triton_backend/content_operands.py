@@ -35,6 +35,7 @@ from .content import (
 )
 from .decay import LOG2_E, UNSHIFT
 from .erasing_decay import DecayInputs
+from .launching import launch
 from .products import matmul, pairs_of_halves
 from .stages import HOPPER, Call, Factors, GradientOperands, Inputs, Tuning
 from .steep import GROUP, HALVINGS, group_is_mild, group_of_chunks
@@ -209,7 +210,8 @@ def content_operands(
         *((None,) * 4 if detached else (tile().view(count_dtype), vector(), matrix(), matrix())),
     )  # fmt: skip
     BK = call.key_block(TUNING)
-    content_operands_kernel[(call.chunks.count * (call.K // BK), call.H)](
+    launch(
+        content_operands_kernel, (call.chunks.count * (call.K // BK), call.H),
         x.k, decay.erase_logits, decay.content, factors.last, factors.rest, factors.steep_from, states, do,
         operands.q_from_start, operands.erasure, operands.k_right,
         operands.residuals, operands.d_residuals_here, operands.P_sum, *made, ones_through(do.device, call.tile_dtype),
@@ -218,7 +220,8 @@ def content_operands(
     )  # fmt: skip
     if not detached:
         BK = call.key_block(STEEP_TUNING)
-        steep_content_operands_kernel[(triton.cdiv(call.chunks.count, GROUP.value), call.H)](
+        launch(
+            steep_content_operands_kernel, (triton.cdiv(call.chunks.count, GROUP.value), call.H),
             x.q, x.k, x.g, decay.erase_logits, decay.content, factors.steep_from, do, operands.residuals,
             made.local, made.of_rows, call.chunks.table, call.scale, call.chunks.count, call.H,
             K=call.K, BK=BK, V=call.V, **call.launch(STEEP_TUNING, BK, call.V),

@@ -15,6 +15,7 @@ from .cooperation import announce, take_place, wait_for
 from .decay import SHIFT, UNSHIFT
 from .erasing_decay import DecayInputs
 from .gates import load_scalar_gate
+from .launching import launch
 from .products import content_code, matmul, pairs_of_halves, unit_triangular_inverse
 from .stages import Call, Content, Inputs
 from .steep import HALVINGS
@@ -301,7 +302,8 @@ def content_terms(
     )
     team = team_of(heads, slots, 3, device)
     counters = torch.zeros(heads * (1 + team) + 1, dtype=torch.int32, device=device)
-    content_terms_kernel[(heads * team,)](
+    launch(
+        content_terms_kernel, (heads * team,),
         x.q, x.k, x.v, decay.g, decay.erase_logits, x.w, decay.A_log, decay.dt_bias, *content, *initial, *found,
         *effects, floats((heads, V)), *counters.split((heads, heads * team, 1)), token_masks(device, call.tile_dtype),
         chunks.table, chunks.first, content_chunk, ring, call.H, content.by_head,

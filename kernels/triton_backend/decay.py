@@ -24,6 +24,7 @@ import triton.language as tl
 
 from ..checks import CHUNK_TOKENS, LARGEST_A_LOG
 from .chunks import BT, chunk_rows, chunk_sequence
+from .launching import launch
 from .stages import HOPPER, Call, Factors, Inputs, Tuning
 from .tiles import load_columns, load_rows, load_tile, store_tile
 
@@ -234,7 +235,8 @@ def decay_factors(call: Call, x: Inputs) -> Factors:
         shape = call.chunks.sequences, call.H, 2
         first_chunks = torch.full(shape, call.chunks.count, dtype=torch.int32, device=x.g.device)
     factors = Factors(left, call.floats(x.g, call.H, call.K), rest, late, steep_from, halved_from, first_chunks)
-    decay_kernel[(call.chunks.count, call.H)](
+    launch(
+        decay_kernel, (call.chunks.count, call.H),
         x.g, x.A_log, x.dt_bias, *factors, call.chunks.table, call.H,
         K=call.K, BK=BK, RAW_DECAY=call.raw_decay, CT=call.arithmetic["CT"],
         **call.tuning(TUNING).launch(call.tile_dtype, BK),

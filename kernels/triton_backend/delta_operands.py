@@ -6,6 +6,7 @@ import triton.language as tl
 from ..checks import CHUNK_TOKENS
 from .chunks import BT, chunk_rows
 from .decay import UNSHIFT, load_decay_to_end, load_left, right_factor, takes_loop_for_steep_rows
+from .launching import launch
 from .products import matmul
 from .stages import HOPPER, Call, DeltaOperands, Factors, Inputs, Tuning
 from .steep import merge_scores, scores_of_steep_rows
@@ -85,7 +86,8 @@ def delta_operands(call: Call, x: Inputs, factors: Factors) -> DeltaOperands:
         *(call.tiles(x.q, call.H, CHUNK_TOKENS, call.K) for _ in range(4)),
     )  # fmt: skip
     BK = call.key_block(TUNING)
-    delta_operands_kernel[(call.chunks.count, call.H)](
+    launch(
+        delta_operands_kernel, (call.chunks.count, call.H),
         x.q, x.k, *factors.of_rows, factors.first_chunks, *operands, call.chunks.table, call.scale, call.H,
         K=call.K, BK=BK, **call.launch(TUNING, BK),
     )  # fmt: skip

@@ -31,6 +31,7 @@ from .decay import (
 )
 from .delta_operands import SUM_ROWS
 from .gates import GATE_CONTENT, load_erase_gate, load_write_gate
+from .launching import launch
 from .products import content_code, matmul, pairs_of_halves, unit_triangular_inverse
 from .stages import HOPPER, Call, Content, DeltaOperands, Factors, GradientOperands, Inputs, Tuning, column_block
 from .steep import HALVINGS, halved_scores, halving_factor
@@ -385,7 +386,8 @@ def delta_state(
     )  # fmt: skip
     written = A, descriptor(states, V, K), descriptor(residuals, V, CHUNK_TOKENS), codes, terms, means, *final
     for steep, start in ((False, initial), (True, final)):
-        delta_state_kernel[(call.chunks.sequences * heads,)](
+        launch(
+            delta_state_kernel, (call.chunks.sequences * heads,),
             *read, *start, count, *written,
             call.chunks.table, call.chunks.first, content_chunk, call.scale, call.erase_scale, call.H, heads,
             content.by_head,
@@ -419,7 +421,8 @@ def delta_state_gradient(
     K = call.K
     assert operands.P is not None and operands.k_right is not None  # gradient_operands(for_delta_loop=True)
     d_content = None if detached else call.floats(do, heads, K).zero_()
-    delta_state_gradient_kernel[(call.chunks.sequences * heads,)](
+    launch(
+        delta_state_gradient_kernel, (call.chunks.sequences * heads,),
         x.k, x.g, x.b, x.A_log, x.dt_bias, content.down, content.up, codes, x.content,
         descriptor(operands.P, CHUNK_TOKENS, CHUNK_TOKENS),
         descriptor(operands.k_right, CHUNK_TOKENS, K), descriptor(operands.k_to_end, CHUNK_TOKENS, K),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .chunks import chunk_rows
 from .decay import LOG2_E, STEEPEST_LOG2_DECAY, load_log2_decay, load_rate, softplus
+from .launching import launch
 from .stages import Call
 from .tiles import load_columns, load_rows, store_rows
 
@@ -101,7 +102,8 @@ def erasing_decay(call: Call, x: DecayInputs) -> Tensor:
     """log-decays with the erase in them, [B, T, H, K] float32, natural logarithm."""
     log_decay = torch.empty(x.g.shape, dtype=torch.float32, device=x.g.device)
     BK = min(BLOCK, call.K)
-    erasing_decay_kernel[(call.chunks.count * (call.K // BK), call.H)](
+    launch(
+        erasing_decay_kernel, (call.chunks.count * (call.K // BK), call.H),
         x.g, x.erase_logits, x.A_log, x.dt_bias, x.content, log_decay, call.chunks.table, call.H,
         K=call.K, BK=BK, RAW_DECAY=x.A_log is not None,
     )  # fmt: skip
@@ -114,7 +116,8 @@ def erasing_decay_gradient(call: Call, x: DecayInputs, d_log_decay: Tensor) -> D
         call.of_tokens(x.g), call.of_tokens(x.erase_logits), dA_log, d_dt_bias, call.floats(x.g, call.H, call.K)
     )  # fmt: skip
     BK = min(BLOCK, call.K)
-    erasing_decay_gradient_kernel[(call.chunks.count * (call.K // BK), call.H)](
+    launch(
+        erasing_decay_gradient_kernel, (call.chunks.count * (call.K // BK), call.H),
         x.g, x.erase_logits, x.A_log, x.dt_bias, x.content, d_log_decay, *d, call.chunks.table, call.H,
         K=call.K, BK=BK, RAW_DECAY=x.A_log is not None,
     )  # fmt: skip

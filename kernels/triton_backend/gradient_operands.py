@@ -8,6 +8,7 @@ from ..checks import CHUNK_TOKENS
 from .chunks import BT, chunk_rows
 from .decay import UNSHIFT, erase_left, load_decay_to_end, load_left, right_factor, takes_loop_for_steep_rows
 from .gates import load_erase_gate, load_write_gate
+from .launching import launch
 from .products import matmul
 from .stages import HOPPER, Call, Factors, GradientOperands, Inputs, Tuning
 from .steep import merge_scores, scores_of_steep_rows
@@ -129,7 +130,8 @@ def gradient_operands(
         call.floats(x.q, call.HV, CHUNK_TOKENS) if for_content else None,
     )  # fmt: skip
     BK = call.key_block(TUNING)
-    gradient_operands_kernel[(call.chunks.count, call.HV)](
+    launch(
+        gradient_operands_kernel, (call.chunks.count, call.HV),
         x.q, x.k, x.v, x.b, x.w, x.content, *factors.of_rows, factors.first_chunks, A, P, states, do,
         operands.erasure, operands.k_to_end, operands.q_from_start, operands.residuals, operands.d_residuals_here,
         operands.k_right, operands.gate_slope, operands.P_sum,

@@ -16,6 +16,7 @@ from ..checks import CHUNK_TOKENS
 from .chunks import BT, chunk_rows
 from .decay import erase_left, halved_rows, has_halved_rows, load_late_factors, load_log2_decay, sum_rows
 from .gates import load_erase_gate
+from .launching import launch
 from .products import matmul, pairs_of_halves
 from .stages import HOPPER, Call, Factors, Inputs, Tuning
 from .tiles import load_key_and_query, load_rows, store_rows, store_tile
@@ -238,7 +239,8 @@ def scores_of_steep_rows(call: Call, x: Inputs, factors: Factors, T: Tensor | No
     """P [NC, H, C, C], and T, with the scores of steep rows alone."""
     BK = call.key_block(TUNING)
     P = call.tiles(x.q, call.H, CHUNK_TOKENS, CHUNK_TOKENS)
-    steep_scores_kernel[(triton.cdiv(call.chunks.count, GROUP.value), call.H)](
+    launch(
+        steep_scores_kernel, (triton.cdiv(call.chunks.count, GROUP.value), call.H),
         x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, *factors.of_steep_rows, T, P,
         call.chunks.table, call.scale, call.erase_scale, call.chunks.count, call.H,
         K=call.K, BK=BK, GATE=call.gate, BEFORE=call.before, RAW_DECAY=call.raw_decay, WITH_T=T is not None,
@@ -253,7 +255,8 @@ def steep_gradient(
 ) -> None:  # fmt: skip
     """Write the parts of steep rows in the gradients of q, k, b k (d_erased) and g, by value head."""
     BK = call.key_block(TUNING)
-    steep_gradient_kernel[(triton.cdiv(call.chunks.count, GROUP.value), call.HV)](
+    launch(
+        steep_gradient_kernel, (triton.cdiv(call.chunks.count, GROUP.value), call.HV),
         x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, x.content, *factors.of_steep_rows, dT, dP, dq, dk, d_erased, dg,
         call.chunks.table, call.scale, call.erase_scale, call.chunks.count, call.H, call.HV, call.erase_heads,
         K=call.K, BK=BK, GATE=call.gate, BEFORE=call.before, PRECISE=call.precise_decay, RAW_DECAY=call.raw_decay,
