@@ -293,7 +293,7 @@ def _check_tensor(
 
 
 def _check_shape(name: str, tensor: Tensor, letters: str, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != expected:
+    if tensor.shape != expected:
         raise ValueError(f"{name}: expected shape {letters} = {_show(expected)}, got {_show(tensor.shape)}")
 
 
@@ -308,7 +308,7 @@ def _check_one_of(
     """As _check_tensor and _check_shape, of a tensor that may have any of several shapes, by their letters."""
     _check_tensor(name, tensor, q, dtypes)
     assert isinstance(tensor, Tensor)
-    if tuple(tensor.shape) not in [tuple(shape) for shape in shapes.values()]:
+    if tensor.shape not in shapes.values():
         expected = " or ".join(f"{letters} = {_show(shape)}" for letters, shape in shapes.items())
         raise ValueError(f"{name}: expected shape {expected}, got {_show(tensor.shape)}")
 

@@ -231,6 +231,11 @@ def _by_value_head(call: Call, x: Inputs, blocks: int, with_content: bool) -> In
     )  # fmt: skip
 
 
+def _sum_by_head(d: Tensor, heads: int) -> Tensor:
+    """[..., HV, K] -> [..., heads, K]."""
+    return d if d.shape[-2] == heads else d.unflatten(-2, (heads, -1)).sum(-2)
+
+
 def chunk_gradient(
     call: Call, x: Inputs, factors: Factors, residuals: Tensor, A: Tensor, states: Tensor, do: Tensor,
     d_output_rows: Tensor | None, d_residuals: Tensor | None, d_states: Tensor, d_content: Tensor | None,
@@ -272,15 +277,15 @@ def chunk_gradient(
     def gather(dx: Tensor, given: Tensor) -> Tensor:
         if dx.shape == given.shape:
             return dx
-        return dx.unflatten(2, (given.shape[2], -1)).sum(3).to(given.dtype)
+        return dx.view(*given.shape[:3], -1, *given.shape[3:]).sum(3).to(given.dtype)
 
     if call.scalar_b:
-        db = db.unflatten(2, (call.H, -1)).sum((3, 4))
+        db = db.view(*db.shape[:2], call.H, -1, blocks).sum((3, 4))
         db = db if call.precise_decay else db.to(x.b.dtype)
     if dA_log is not None and d_dt_bias is not None:
-        dA_log, d_dt_bias = (d.sum(0).view(call.H, -1, call.K).sum(1) for d in (dA_log, d_dt_bias))
+        dA_log, d_dt_bias = (_sum_by_head(d.sum(0), call.H) for d in (dA_log, d_dt_bias))
     if d_content_share is not None:
-        d_content = d_content_share.unflatten(1, (call.erase_heads, -1)).sum(2)
+        d_content = _sum_by_head(d_content_share, call.erase_heads)
     return Inputs(
         gather(dq, x.q), gather(dk, x.k), dv, gather(dg, x.g), gather(db, x.b), gather(dw, x.w),
         dA_log, d_dt_bias, d_content,

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from ..call import OpCall
@@ -25,7 +24,7 @@ from .delta_state import delta_state, delta_state_gradient
 from .erasing_decay import DecayInputs, erasing_decay, erasing_decay_gradient
 from .gates import GATE_LOGITS, GATE_SCALAR, GATE_SCALAR_LOGITS, GATE_VALUES
 from .gradient_operands import gradient_operands
-from .stages import SEES_CONTENT, WIDEST_VALUES, Call, Content, Inputs, architecture
+from .stages import SEES_CONTENT, WIDEST_VALUES, Call, Content, Inputs, architecture, next_power_of_2
 
 # A raw decay whose softplus, and an erase logit whose sigmoid, is an exact 0.
 NONE = -1e4
@@ -50,15 +49,19 @@ def chunk_op(op: OpCall) -> tuple[Tensor, Any]:
 
 
 class ChunkGDN2(torch.autograd.Function):
-    """GDN-2: q, k, v, g, b, w, A_log, dt_bias, initial_state -> o, final_state."""
+    """GDN-2: q, k, v, g, b, w, A_log [H, K] or [H], dt_bias [H, K], initial_state -> o, final_state."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, want_final: bool, *tensors: Any) -> tuple[Tensor, Tensor | None]:
         *given, initial_state = tensors
-        o, final_state, A, states = forward_stages(call, Inputs(*given), initial_state, want_final)
+        x, ctx.A_log_by_head = Inputs(*given), False
+        if x.A_log is not None and x.dt_bias is not None and x.A_log.ndim == 1:
+            A_log = x.A_log.unsqueeze(1).expand_as(x.dt_bias).contiguous()
+            x, ctx.A_log_by_head = x._replace(A_log=A_log), True
+        o, final_state, A, states = forward_stages(call, x, initial_state, want_final)
         ctx.call = call
         ctx.has_initial = initial_state is not None
-        ctx.save_for_backward(*given, A, states)
+        ctx.save_for_backward(*x.of_tokens, A, states)
         return o, final_state
 
     @staticmethod
@@ -69,6 +72,8 @@ class ChunkGDN2(torch.autograd.Function):
         d, d_initial = backward_stages(
             ctx.call, Inputs(*given), A, states, do.contiguous(), d_final_state, ctx.has_initial
         )  # fmt: skip
+        if ctx.A_log_by_head and d.A_log is not None:
+            d = d._replace(A_log=d.A_log.sum(1))
         return None, None, *d.of_tokens, d_initial
 
 
@@ -115,7 +120,7 @@ class ChunkDiagonal(torch.autograd.Function):
         terms = code = mean = final_mean = final_partial = None
         decay = DecayInputs(g, logits, A_log, dt_bias, None)
         if down is not None:
-            content = Content(down, up, bias)
+            content = _content(down, up, bias)
             terms, code, mean, final_mean, final_partial = content_terms(
                 call, x, decay, content, (initial_S, initial_mean, initial_partial, count), options.content_chunk
             )
@@ -148,7 +153,7 @@ class ChunkDiagonal(torch.autograd.Function):
             operands = gradient_operands(call, x, factors, A, states, do, for_content=True)
             of_content = content_operands(call, x, decay, factors, operands, states, do, detached)
             found = content_gradient(
-                call, x, decay, Content(down, up, bias), code, factors, operands, of_content, states,
+                call, x, decay, _content(down, up, bias), code, factors, operands, of_content, states,
                 d_final, count, has_initial, content_chunk,
             )  # fmt: skip
             d_states, d_written, d_rows, *d_initial = found
@@ -161,7 +166,7 @@ class ChunkDiagonal(torch.autograd.Function):
         of_decay = erasing_decay_gradient(call, decay, d.g)
         of_maps = content_map_gradients(of_decay.content, code, mean, down, up)
         d_bias = None if bias is None else of_decay.content.sum(0)
-        d_w = (d.b + d.w).to(x.w.dtype)
+        d_w = torch.add(d.b, d.w, out=torch.empty_like(w))
         given_gradients = d.q, d.k, d.v, of_decay.g, of_decay.erase_logits, d_w, *_sums(of_decay)
         return None, None, None, *given_gradients, *of_maps, d_bias, *d_initial, None
 
@@ -183,7 +188,7 @@ class ChunkDelta(torch.autograd.Function):
         x, initial = Inputs(*of_tokens), (initial_S, initial_mean, initial_partial)
         factors = decay_factors(call, x)
         operands = delta_operands(call, x, factors)
-        content = Content(down, up, bias)
+        content = _content(down, up, bias)
         loop = delta_state(call, x, content, factors, operands, initial, count, options.content_chunk)
         A, states, residuals, codes, terms, means, *final = loop
         o = chunk_output(call, x, operands.q_from_start, operands.P, states, residuals)
@@ -212,7 +217,7 @@ class ChunkDelta(torch.autograd.Function):
             d_states, d_residuals, _ = chunk_state_gradient(call, factors, operands, do, d_S, False)
         else:
             d_states, d_residuals, d_rows, d_content, d_initial = delta_state_gradient(
-                call, x, Content(down, up, bias), codes, factors, operands, A, states, do,
+                call, x, _content(down, up, bias), codes, factors, operands, A, states, do,
                 d_final, count, has_initial, content_chunk, detached,
             )  # fmt: skip
         d = chunk_gradient(
@@ -223,6 +228,12 @@ class ChunkDelta(torch.autograd.Function):
         return None, None, None, *d.of_tokens, *of_content, d_bias, *d_initial, None
 
 
+def _content(down: Tensor, up: Tensor, bias: Tensor | None) -> Content:
+    """Of D and U for all heads, [R, V] and [K, R], or with one a head."""
+    down, up = (x if x.ndim == 3 else x.unsqueeze(0) for x in (down, up))
+    return Content(down, up, bias)
+
+
 def content_map_gradients(
     d_terms: Tensor | None, codes: Tensor | None, means: Tensor | None, down: Tensor | None, up: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -230,9 +241,13 @@ def content_map_gradients(
     if down is None or up is None:
         return None, None
     assert d_terms is not None and codes is not None and means is not None
-    d_codes = torch.einsum("hkr,chk->chr", up.float().expand(codes.shape[1], -1, -1), d_terms) * (1 - codes.square())
-    d_down, d_up = torch.einsum("chr,chv->hrv", d_codes, means), torch.einsum("chk,chr->hkr", d_terms, codes)
-    return d_down.sum_to_size(down.shape).to(down.dtype), d_up.sum_to_size(up.shape).to(up.dtype)
+    # by head; torch.einsum, which would do the same, takes the CPU four times as long
+    d_terms, codes, means = (x.transpose(0, 1) for x in (d_terms, codes, means))
+    d_codes = (d_terms @ up.float().expand(len(d_terms), -1, -1)) * (1 - codes.square())
+    d_down, d_up = d_codes.mT @ means, d_terms.mT @ codes
+    if down.ndim == 2:
+        d_down, d_up = d_down.sum(0), d_up.sum(0)
+    return d_down.to(down.dtype), d_up.to(up.dtype)
 
 
 def _chunk_gdn2(op: OpCall) -> tuple[Tensor, Tensor | None]:
@@ -244,14 +259,14 @@ def _chunk_gdn2(op: OpCall) -> tuple[Tensor, Tensor | None]:
 def _run_gdn2(op: OpCall, call: Call, b: Tensor, initial_state: Any) -> tuple[Tensor, Tensor | None]:
     K, V = op.q.shape[3], op.v.shape[3]
     q, k, v, g, b, w = _tokens(op, b)
-    A_log, dt_bias = _raw_decay(op)
+    A_log, dt_bias = _raw_decay(op, by_head=True)
     if initial_state is not None:
         initial_state = split_values(widen(widen(initial_state), axis=2), call.split)
-    v_heads, w_heads = (x if x.ndim == 3 else x.view(*x.shape[:2], call.HV, call.V) for x in (v, w))
-    o, S = ChunkGDN2.apply(call, op.output_final_state, q, k, v_heads, g, b, w_heads, A_log, dt_bias, initial_state)
+    inputs = q, k, by_split(v, call), g, b, w if w.ndim == 3 else by_split(w, call), A_log, dt_bias
+    o, S = ChunkGDN2.apply(call, op.output_final_state, *inputs, initial_state)
     if S is not None:
         S = S.unflatten(1, (-1, call.split)).transpose(2, 3).flatten(3)[..., :K, :V].contiguous()
-    return o.view(v.shape)[..., :V], S
+    return as_given(o, op.v), S
 
 
 def _carve_gate(op: OpCall) -> int:
@@ -275,8 +290,7 @@ def _run_carve(op: OpCall, function: type[torch.autograd.Function], call: Call) 
     A_log, dt_bias = _raw_decay(op)
     down, up = op.content_down, op.content_up
     if down is not None and up is not None:
-        down, up = (x if x.ndim == 3 else x[None] for x in (down, up))
-        down, up = contiguous(widen(down)), contiguous(widen(up, axis=1))
+        down, up = contiguous(widen(down)), contiguous(widen(up, axis=-2))
     bias = None if op.erase_bias is None else widen(op.erase_bias)
     initial: list[Tensor | None] = [None] * 4
     if isinstance(op.initial_state, CarveState):
@@ -287,9 +301,9 @@ def _run_carve(op: OpCall, function: type[torch.autograd.Function], call: Call) 
         A_log, dt_bias, bias = (by_value_head(x, call.H, 0) for x in (A_log, dt_bias, bias))
     o, *final = function.apply(
         call, ContentOptions(op.content_chunk, op.detached), op.output_final_state,
-        q, k, v.view(*v.shape[:2], call.HV, call.V), g, logits, w, A_log, dt_bias, down, up, bias, *initial,
+        q, k, by_split(v, call), g, logits, w, A_log, dt_bias, down, up, bias, *initial,
     )  # fmt: skip
-    o = o.view(v.shape)[..., :V]
+    o = as_given(o, op.v)
     if not op.output_final_state:
         return o, ()
     S, mean, partial = final
@@ -305,6 +319,16 @@ def by_value_head(x: Any, heads: int, axis: int) -> Any:
     return contiguous(shared).flatten(axis, axis + 1)
 
 
+def by_split(x: Tensor, call: Call) -> Tensor:
+    """Values or their gates by heads of a width that the kernels take, [B, T, HV, V]."""
+    return x if call.split == 1 else x.view(*x.shape[:2], call.HV, call.V)
+
+
+def as_given(o: Tensor, v: Tensor) -> Tensor:
+    """Outputs by the heads of the values that were given, without the channels that were added to them."""
+    return o if o.shape == v.shape else o.view(*v.shape[:3], -1)[..., : v.shape[3]]
+
+
 def _tokens(op: OpCall, b: Tensor) -> tuple[Tensor, ...]:
     """q, k, v, g, b, w, contiguous, with channels added that hold nothing and, raw or not, neither decay nor erase."""
     g = widen(op.g, fill=0.0 if op.A_log is None else NONE)
@@ -313,17 +337,19 @@ def _tokens(op: OpCall, b: Tensor) -> tuple[Tensor, ...]:
     return tuple(contiguous(x) for x in (widen(op.q), widen(op.k), widen(op.v), g, b, w))
 
 
-def _raw_decay(op: OpCall) -> tuple[Tensor | None, Tensor | None]:
-    """A_log and dt_bias by channel, [H, K] both, or None."""
-    if op.A_log is None or op.dt_bias is None:
+def _raw_decay(op: OpCall, *, by_head: bool = False) -> tuple[Tensor | None, Tensor | None]:
+    """A_log and dt_bias by channel, [H, K] both, or None; by_head leaves one number per head what it is, [H]."""
+    A_log, dt_bias = op.A_log, op.dt_bias
+    if A_log is None or dt_bias is None:
         return None, None
-    A_log = op.A_log if op.A_log.ndim == 2 else op.A_log[:, None].expand(op.dt_bias.shape)
-    return widen(A_log).contiguous(), widen(op.dt_bias).contiguous()
+    if A_log.ndim == 1 and not by_head:
+        A_log = A_log.unsqueeze(1).expand_as(dt_bias)
+    return (A_log if A_log.ndim == 1 else widen(A_log)).contiguous(), widen(dt_bias).contiguous()
 
 
 def widen(x: Tensor, axis: int = -1, fill: float = 0.0) -> Tensor:
     """x with an axis of channels filled up to a power of two, which the kernels' tiles are."""
-    missing = triton.next_power_of_2(x.shape[axis]) - x.shape[axis]
+    missing = next_power_of_2(x.shape[axis]) - x.shape[axis]
     if missing == 0:
         return x
     axis %= x.ndim
@@ -338,7 +364,7 @@ def _chunks(op: OpCall) -> Any:
 def _call(op: OpCall, gate: int) -> Call:
     """What the stages need besides tensors: widths as _tokens makes them; with diagonal erase every value head has a
     key head of its own."""
-    K, V = (triton.next_power_of_2(x.shape[3]) for x in (op.q, op.v))
+    K, V = next_power_of_2(op.q.shape[3]), next_power_of_2(op.v.shape[3])
     H, HV, split = op.q.shape[2], op.v.shape[2], max(V // WIDEST_VALUES, 1)
     by_decay = op.erases_by_decay
     return Call(

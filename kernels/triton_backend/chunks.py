@@ -26,6 +26,7 @@ class Chunks(NamedTuple):
         lengths: [N] int64, tokens of each sequence.
         count: upper bound of the number of chunks, known without reading the device.
         sequences: N.
+        spare: whether there may be chunks beyond the last one.
     """
 
     table: Tensor
@@ -33,6 +34,7 @@ class Chunks(NamedTuple):
     lengths: Tensor
     count: int  # type: ignore[assignment]  # hides tuple.count
     sequences: int
+    spare: bool
 
 
 def make_chunks(x: Tensor, cu_seqlens: Tensor | None, counts: Tensor | None) -> Chunks:
@@ -55,17 +57,17 @@ def make_chunks(x: Tensor, cu_seqlens: Tensor | None, counts: Tensor | None) -> 
     sequences = starts.shape[0] - 1
     shift = torch.zeros_like(starts[:-1]) if counts is None else counts % CHUNK_TOKENS
     spare = 1 if counts is None else 2
-    return _make(starts, shift, batch * tokens // CHUNK_TOKENS + spare * sequences)
+    return _make(starts, shift, batch * tokens // CHUNK_TOKENS + spare * sequences, spare=True)
 
 
 @functools.lru_cache(maxsize=64)
 def _regular_chunks(batch: int, tokens: int, device: torch.device) -> Chunks:
     """The layout of B sequences of T tokens; a function of its arguments alone, so it may be kept."""
     starts = torch.arange(batch + 1, device=device) * tokens
-    return _make(starts, torch.zeros_like(starts[:-1]), batch * -(-tokens // CHUNK_TOKENS))
+    return _make(starts, torch.zeros_like(starts[:-1]), batch * -(-tokens // CHUNK_TOKENS), spare=False)
 
 
-def _make(starts: Tensor, shift: Tensor, count: int) -> Chunks:
+def _make(starts: Tensor, shift: Tensor, count: int, *, spare: bool) -> Chunks:
     lengths = starts[1:] - starts[:-1]
     ends = shift + lengths  # row after the last token, counted from row 0 of the sequence's first chunk
     numbers = torch.where(lengths > 0, (ends + CHUNK_TOKENS - 1) // CHUNK_TOKENS, 0)
@@ -78,7 +80,7 @@ def _make(starts: Tensor, shift: Tensor, count: int) -> Chunks:
     low = (shift[sequence] - row).clamp(min=0)
     high = torch.where(real, (ends[sequence] - row).clamp(max=CHUNK_TOKENS), 0)
     table = torch.stack([starts[sequence] - shift[sequence] + row, low, high, sequence], 1)
-    return Chunks(table, torch.cat([torch.zeros_like(last[:1]), last]), lengths, count, lengths.shape[0])
+    return Chunks(table, torch.cat([torch.zeros_like(last[:1]), last]), lengths, count, lengths.shape[0], spare)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ import triton.language as tl
 from .chunks import BT
 from .cooperation import cooperates, multiprocessors
 from .decay import LOG2_E, STEEPEST_LOG2_DECAY, load_rate
-from .stages import Call, Content
+from .stages import Call, Content, next_power_of_2
 from .tiles import load_columns
 
 # Warps of a program by the larger head width.
@@ -128,7 +128,7 @@ def with_erase(b_g, b_l, b_term, m_r):
 def content_sizes(call: Call, content: Content) -> dict[str, Any]:
     _, R, V = content.down.shape
     return {
-        "K": call.K, "V": V, "R": R, "RP": triton.next_power_of_2(R),
+        "K": call.K, "V": V, "R": R, "RP": next_power_of_2(R),
         "BEFORE": call.before, "LOGITS_W": call.logits_w, **call.arithmetic,
         "num_warps": WARPS[max(call.K, V)], "num_stages": 1,
     }  # fmt: skip

@@ -19,7 +19,7 @@ from .content import (
     team_of,
 )
 from .content_operands import ContentOperands
-from .cooperation import announce, take_place, wait_for
+from .cooperation import announce, make_counters, take_place, wait_for
 from .decay import LOG2_E, UNSHIFT
 from .erasing_decay import DecayInputs
 from .gates import load_scalar_gate
@@ -310,13 +310,12 @@ def content_gradient(
     team = team_of(heads, content_chunk // CHUNK_TOKENS, 2, states.device)
     low_bits = None if call.tile_dtype == torch.float32 else states.new_empty(heads, call.K, V)
     d_terms = None if of_content.of_rows is None else factors.last.new_empty(heads, call.K)
-    counters = torch.zeros(3 * heads + 1, dtype=torch.int32, device=states.device)
     launch(
         content_gradient_kernel, (heads * team,),
         x.k, x.g, decay.erase_logits, x.w, content.down, content.up, decay.content, code,
         factors.last, factors.steep_from, states, operands.residuals,
         operands.erasure, operands.k_right, operands.k_to_end, operands.d_residuals_here, operands.P_sum,
-        *of_content, *d_final, count, *found, d_terms, low_bits, *counters.split((3 * heads, 1)),
+        *of_content, *d_final, count, *found, d_terms, low_bits, *make_counters(states.device, 3 * heads, 1),
         chunks.table, chunks.first, content_chunk, call.scale, call.H, content.by_head,
         TEAM=team, HAS_INITIAL=has_initial, **content_sizes(call, content),
     )  # fmt: skip

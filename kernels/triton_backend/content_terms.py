@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import CHUNK_TOKENS
 from .chunks import BT, sequence_chunks
 from .content import content_sizes, halving_mask, load_channels, log2_decay, sum_tokens, team_of, with_erase
-from .cooperation import announce, take_place, wait_for
+from .cooperation import announce, make_counters, take_place, wait_for
 from .decay import SHIFT, UNSHIFT
 from .erasing_decay import DecayInputs
 from .gates import load_scalar_gate
@@ -287,8 +287,7 @@ def content_terms(
     """
     chunks, (_, R, V), device = call.chunks, content.down.shape, x.v.device
     found = ContentTerms(
-        # zeros: chunks beyond the last one enter the sums of the backward with weight zero
-        *(call.floats(x.v, call.H, size).zero_() for size in (call.K, R, V)),
+        *(call.floats_of_chunks(x.v, call.H, size) for size in (call.K, R, V)),
         *(call.floats(x.v, call.H, V).new_empty(chunks.sequences, call.H, V) for _ in range(2)),
     )
     heads, slots = chunks.sequences * call.H, content_chunk // CHUNK_TOKENS
@@ -301,12 +300,11 @@ def content_terms(
         *(floats((heads, ring, channels)) for channels in (call.K, call.K, V)),
     )
     team = team_of(heads, slots, 3, device)
-    counters = torch.zeros(heads * (1 + team) + 1, dtype=torch.int32, device=device)
     launch(
         content_terms_kernel, (heads * team,),
         x.q, x.k, x.v, decay.g, decay.erase_logits, x.w, decay.A_log, decay.dt_bias, *content, *initial, *found,
-        *effects, floats((heads, V)), *counters.split((heads, heads * team, 1)), token_masks(device, call.tile_dtype),
-        chunks.table, chunks.first, content_chunk, ring, call.H, content.by_head,
+        *effects, floats((heads, V)), *make_counters(device, heads, heads * team, 1),
+        token_masks(device, call.tile_dtype), chunks.table, chunks.first, content_chunk, ring, call.H, content.by_head,
         TEAM=team, RAW_DECAY=decay.A_log is not None, **content_sizes(call, content),
     )  # fmt: skip
     return found

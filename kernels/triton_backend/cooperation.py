@@ -10,6 +10,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -31,6 +32,11 @@ def announce(counter, value):
     """Let the programs go on that wait for the counter to reach this value."""
     tl.debug_barrier()  # the stores of all threads come first
     tl.atomic_xchg(counter, value, sem="release", scope="gpu")
+
+
+def make_counters(device: torch.device, *numbers: int) -> tuple[Tensor, ...]:
+    """Tensors of at least so many counters each, all of them 0, aligned as memory from torch is."""
+    return torch.zeros(len(numbers), -(-max(numbers) // 4) * 4, dtype=torch.int32, device=device).unbind()
 
 
 def cooperates(device: torch.device) -> bool:

@@ -229,7 +229,9 @@ def decay_kernel(
 def decay_factors(call: Call, x: Inputs) -> Factors:
     BK = call.key_block(TUNING)
     left, rest, late = (call.tiles(x.g, call.H, CHUNK_TOKENS, call.K) for _ in range(3))
-    steep_from, halved_from = torch.empty(2, call.chunks.count, call.H, dtype=torch.int32, device=x.g.device)
+    steep_from, halved_from = (
+        torch.empty(call.chunks.count, call.H, dtype=torch.int32, device=x.g.device) for _ in range(2)
+    )  # fmt: skip
     first_chunks = None
     if call.sees_content:
         shape = call.chunks.sequences, call.H, 2

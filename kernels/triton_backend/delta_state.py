@@ -33,7 +33,18 @@ from .delta_operands import SUM_ROWS
 from .gates import GATE_CONTENT, load_erase_gate, load_write_gate
 from .launching import launch
 from .products import content_code, matmul, pairs_of_halves, unit_triangular_inverse
-from .stages import HOPPER, Call, Content, DeltaOperands, Factors, GradientOperands, Inputs, Tuning, column_block
+from .stages import (
+    HOPPER,
+    Call,
+    Content,
+    DeltaOperands,
+    Factors,
+    GradientOperands,
+    Inputs,
+    Tuning,
+    column_block,
+    next_power_of_2,
+)
 from .steep import HALVINGS, halved_scores, halving_factor
 from .tiles import load_columns, load_matrix, load_rows, store_columns, store_matrix
 
@@ -351,15 +362,15 @@ def delta_state_gradient_kernel(
         store_columns(d_initial_partial, i_nhv, V, o_v, b_d_row * scale)
 
 
-def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Blocks of [rows, columns] of a contiguous tensor seen as rows of its last dimensions."""
-    x = x.flatten(0, -2) if x.ndim != 2 else x
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+def descriptor(x: Tensor, rows: int, columns: int, heads: int = 1) -> TensorDescriptor:
+    """Blocks of [rows, columns] of a contiguous tensor seen as rows of its last dimension, of this many heads."""
+    width = heads * x.shape[-1]
+    return TensorDescriptor(x, [x.numel() // width, width], [width, 1], [rows, columns])
 
 
 def delta_sizes(call: Call, content_down: Tensor) -> dict[str, int]:
     _, R, V = content_down.shape
-    return {"K": call.K, "BK": column_block(call.K, 64), "V": V, "R": R, "RP": triton.next_power_of_2(R)}
+    return {"K": call.K, "BK": column_block(call.K, 64), "V": V, "R": R, "RP": next_power_of_2(R)}
 
 
 def delta_state(
@@ -372,14 +383,13 @@ def delta_state(
     V = sizes["V"]
     A, residuals = call.tiles(x.v, heads, CHUNK_TOKENS, CHUNK_TOKENS), call.tiles(x.v, heads, V, CHUNK_TOKENS)
     states = call.tiles(x.v, heads, V, call.K)
-    # zeros: chunks beyond the last one enter the sums of the backward with weight zero
-    codes, terms, means = (call.floats(x.v, heads, size).zero_() for size in (sizes["R"], call.K, V))
+    codes, terms, means = (call.floats_of_chunks(x.v, heads, size) for size in (sizes["R"], call.K, V))
     shape = (call.chunks.sequences, heads)
     final = [means.new_empty(*shape, *tail) for tail in ((call.K, V), (V,), (V,))]
     K = call.K
     read = (
         x.k, x.g, x.b, x.w, x.A_log, x.dt_bias, *content,
-        descriptor(x.b.flatten(2), CHUNK_TOKENS, K), descriptor(x.v.flatten(2), CHUNK_TOKENS, V),
+        descriptor(x.b, CHUNK_TOKENS, K, x.b.shape[2]), descriptor(x.v, CHUNK_TOKENS, V, x.v.shape[2]),
         descriptor(operands.q_sum, SUM_ROWS.value, K), descriptor(operands.P_sum, SUM_ROWS.value, CHUNK_TOKENS),
         descriptor(operands.k_left, CHUNK_TOKENS, K), descriptor(operands.k_right, CHUNK_TOKENS, K),
         descriptor(operands.k_to_end, CHUNK_TOKENS, K), factors.last, *factors.of_steep_rows, factors.first_chunks,
@@ -429,7 +439,7 @@ def delta_state_gradient(
         descriptor(operands.q_from_start, CHUNK_TOKENS, K), descriptor(operands.erasure, CHUNK_TOKENS, K),
         operands.gate_slope, factors.last, *factors.of_steep_rows, factors.first_chunks,
         descriptor(A, CHUNK_TOKENS, CHUNK_TOKENS), descriptor(states, V, K), operands.residuals,
-        descriptor(do.flatten(2), CHUNK_TOKENS, V),
+        descriptor(do, CHUNK_TOKENS, V, do.shape[2]),
         *d_final, count,
         descriptor(d_states, V, K), d_residuals, d_rows, d_content, *d_initial,
         call.chunks.table, call.chunks.first, content_chunk, call.scale, call.erase_scale, call.chunks.count,

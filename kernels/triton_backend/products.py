@@ -1,5 +1,6 @@
 """Products of tiles, the triangular inverse, and tanh."""
 
+import functools
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import triton
 import triton.language as tl
 
 
+@functools.cache
 def arithmetic_of(dtype: torch.dtype) -> dict[str, Any]:
     """For inputs of a dtype the dtype CT of the products' operands, and how float32 ones are multiplied."""
     if dtype == torch.bfloat16:

@@ -2,19 +2,21 @@
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from .chunks import Chunks
 from .gates import GATE_CONTENT, GATE_SCALAR, GATE_SCALAR_LOGITS
 from .products import arithmetic_of
 
-SEES_CONTENT = GATE_CONTENT.value
+SEES_CONTENT, SCALAR_GATES = GATE_CONTENT.value, (GATE_SCALAR.value, GATE_SCALAR_LOGITS.value)
 # Values wider than this count as several heads of this width wherever columns of values do not depend on each other.
 WIDEST_VALUES = 128
+
+next_power_of_2 = functools.cache(triton.next_power_of_2)  # which takes the CPU a microsecond
 
 
 # Major number of the compute capability. A stage has a table of tunings by it; what was not measured takes Hopper's.
@@ -130,8 +132,7 @@ class GradientOperands(NamedTuple):
     P_sum: Tensor | None
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What all stages of one call need besides its tensors.
 
     HV heads of V value columns each, at most WIDEST_VALUES: `split` of them make a head of the caller. K and V are
@@ -178,7 +179,7 @@ class Call:
 
     @property
     def scalar_b(self) -> bool:
-        return self.gate in (GATE_SCALAR.value, GATE_SCALAR_LOGITS.value)
+        return self.gate in SCALAR_GATES
 
     @property
     def erase_heads(self) -> int:
@@ -188,9 +189,10 @@ class Call:
     def of_tokens(self, given: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory for what is written for every token, like `given` where nothing else is said. Packed sequences may
         end before the tokens do; what no sequence holds is zero."""
-        shape, dtype = shape or tuple(given.shape), dtype or given.dtype
+        if not shape:
+            return (torch.zeros_like if self.packed else torch.empty_like)(given, dtype=dtype)
         make = torch.zeros if self.packed else torch.empty
-        return make(shape, dtype=dtype, device=given.device)
+        return make(shape, dtype=dtype or given.dtype, device=given.device)
 
     def tiles(self, like: Tensor, heads: int, *shape: int) -> Tensor:
         """Scratch with one tile per chunk and head."""
@@ -198,6 +200,11 @@ class Call:
 
     def floats(self, like: Tensor, heads: int, *shape: int) -> Tensor:
         return torch.empty(self.chunks.count, heads, *shape, dtype=torch.float32, device=like.device)
+
+    def floats_of_chunks(self, like: Tensor, heads: int, *shape: int) -> Tensor:
+        """For what enters the sums of the backward; of chunks beyond the last one it is zero."""
+        floats = self.floats(like, heads, *shape)
+        return floats.zero_() if self.chunks.spare else floats
 
     def tuning(self, of_stage: Mapping[int, Tuning]) -> Tuning:
         return of_stage.get(self.architecture, of_stage[HOPPER])
@@ -209,7 +216,14 @@ class Call:
         return column_block(self.V, self.tuning(of_stage).BV)
 
     def launch(self, of_stage: Mapping[int, Tuning], *columns: int) -> dict[str, Any]:
-        return self.arithmetic | self.tuning(of_stage).launch(self.tile_dtype, *columns)
+        return _launch_options(self.tuning(of_stage), self.dtype, self.tile_dtype, columns)
+
+
+@functools.cache
+def _launch_options(
+    tuning: Tuning, dtype: torch.dtype, tile_dtype: torch.dtype, columns: tuple[int, ...]
+) -> dict[str, Any]:
+    return arithmetic_of(dtype) | tuning.launch(tile_dtype, *columns)
 
 
 @functools.cache

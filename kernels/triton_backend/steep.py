@@ -240,7 +240,7 @@ def scores_of_steep_rows(call: Call, x: Inputs, factors: Factors, T: Tensor | No
     BK = call.key_block(TUNING)
     P = call.tiles(x.q, call.H, CHUNK_TOKENS, CHUNK_TOKENS)
     launch(
-        steep_scores_kernel, (triton.cdiv(call.chunks.count, GROUP.value), call.H),
+        steep_scores_kernel, (-(-call.chunks.count // GROUP.value), call.H),
         x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, *factors.of_steep_rows, T, P,
         call.chunks.table, call.scale, call.erase_scale, call.chunks.count, call.H,
         K=call.K, BK=BK, GATE=call.gate, BEFORE=call.before, RAW_DECAY=call.raw_decay, WITH_T=T is not None,
@@ -256,7 +256,7 @@ def steep_gradient(
     """Write the parts of steep rows in the gradients of q, k, b k (d_erased) and g, by value head."""
     BK = call.key_block(TUNING)
     launch(
-        steep_gradient_kernel, (triton.cdiv(call.chunks.count, GROUP.value), call.HV),
+        steep_gradient_kernel, (-(-call.chunks.count // GROUP.value), call.HV),
         x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, x.content, *factors.of_steep_rows, dT, dP, dq, dk, d_erased, dg,
         call.chunks.table, call.scale, call.erase_scale, call.chunks.count, call.H, call.HV, call.erase_heads,
         K=call.K, BK=BK, GATE=call.gate, BEFORE=call.before, PRECISE=call.precise_decay, RAW_DECAY=call.raw_decay,
