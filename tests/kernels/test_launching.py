@@ -1,130 +1,14 @@
 """A launch starts the compiled kernel that Triton would have chosen, also where it does not ask for it again."""
 
-from itertools import product
-from types import SimpleNamespace
-from typing import Any
+import os
+import subprocess
+import sys
+from pathlib import Path
 
-import pytest
-import torch
-import triton.language as tl
-from torch import Tensor
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
-
-from megatron_carve.kernels.triton_backend import launching
-from megatron_carve.kernels.triton_backend.compiling import compiling
-from megatron_carve.kernels.triton_backend.launching import launch
+SCRIPT = Path(__file__).parents[1] / "support/compare_launches.py"
 
 
-def add(x, y, z, n, scale, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    b_x = tl.load(x) * scale + n + WIDTH
-    if z is not None:
-        b_x += tl.load(z)
-    tl.store(y, b_x)
-
-
-class RecordingDriver:
-    """A Hopper GPU's, for which kernels are compiled; what would be started is written down."""
-
-    def __init__(self) -> None:
-        self.started: list[tuple[Any, ...]] = []
-        self.device = 0
-        self.utils = SimpleNamespace(
-            load_binary=lambda name, kernel, shared, device: (None, (device, hash(kernel)), 0, 0, 1024),
-            get_device_properties=lambda device: {"max_shared_mem": 2**17},
-            unload_module=lambda module: None,
-        )
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return 7
-
-    def launcher_cls(self, src: Any, metadata: Any) -> Any:
-        def start(x: int, y: int, z: int, stream: int, function: Any, packed: Any, *hooks_and_args: Any) -> None:
-            args = (a.data_ptr() if isinstance(a, Tensor) else a for a in hooks_and_args[3:])
-            self.started.append((x, y, z, stream, function, packed, *args))
-
-        return start
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> RecordingDriver:
-    gpu = RecordingDriver()
-    monkeypatch.setattr(driver, "_active", gpu)
-    monkeypatch.setattr(launching, "_remembered", {})
-    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
-    return gpu
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[JITFunction]:
-    """The kernels that Triton was asked to launch."""
-    asked: list[JITFunction] = []
-    run = JITFunction.run
-
-    def counted(self: JITFunction, *args: Any, **options: Any) -> Any:
-        asked.append(self)
-        return run(self, *args, **options)
-
-    monkeypatch.setattr(JITFunction, "run", counted)
-    monkeypatch.setattr(launching, "_run", counted)
-    return asked
-
-
-def test_what_is_remembered_is_what_triton_chooses(gpu: RecordingDriver, asked: list[JITFunction]) -> None:
-    kernel = JITFunction(add)
-    memory = torch.zeros(64)
-    y = torch.zeros(64)
-    calls = [
-        *product((memory, memory[1:], memory.bfloat16()), [None], [16], [0.5], [1], [4]),
-        *product([memory], [None, y[1:], y], [0, 1, 2, 2**31], [0.5], [1], [4]),
-        *product([memory], [None], [16], [0.5, 1, 1.0, 2], [1], [4]),
-        *product([memory], [None], [16], [0.5], [1, 2], [4, 1]),
-    ]
-    chosen: list[Any] = []
-    for again in (False, True):
-        for gpu.device in (0, 1):
-            for x, z, n, scale, width, warps in calls:
-                gpu.started.clear()
-                asked.clear()
-                launch(kernel, (3, 2), x, y, z, n, scale, WIDTH=width, num_warps=warps)
-                unaligned = any(t is not None and t.data_ptr() % 16 for t in (x, z))
-                assert not again or len(asked) == unaligned
-                kernel[3, 2](x, y, z, n, scale, WIDTH=width, num_warps=warps)
-                ours, tritons = gpu.started
-                assert ours == tritons
-                chosen.append(ours[4])
-    assert len(set(chosen)) >= 2 * 12
-
-
-def test_others_may_take_launches_over(gpu: RecordingDriver, asked: list[JITFunction]) -> None:
-    kernel, x = JITFunction(add), torch.zeros(4)
-
-    def launches() -> int:
-        asked.clear()
-        launch(kernel, (1,), x, x, None, 3, 0.5, WIDTH=1)
-        return len(asked)
-
-    assert (launches(), launches()) == (1, 0)
-    kernel.add_pre_run_hook(lambda *args, **options: None)
-    assert launches() == 1
-    kernel.pre_run_hooks.clear()
-    watcher = lambda metadata: None  # noqa: E731
-    knobs.runtime.launch_enter_hook.add(watcher)
-    try:
-        assert launches() == 1
-    finally:
-        knobs.runtime.launch_enter_hook.remove(watcher)
-    assert launches() == 0
-    gpu.started.clear()
-    with compiling() as compiled:
-        launch(kernel, (1,), x, x, None, 5, 0.5, WIDTH=2)
-        assert launches() == 1
-    assert len(compiled) == 1 and not gpu.started
+def test_remembered_launches_are_tritons(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
