@@ -23,11 +23,11 @@ import triton.language as tl
 from .chunks import BT
 from .cooperation import cooperates, multiprocessors
 from .decay import LOG2_E, STEEPEST_LOG2_DECAY, load_rate
-from .stages import Call, Content, next_power_of_2
+from .stages import HOPPER, Call, Content, Tuning, next_power_of_2
 from .tiles import load_columns
 
-# Warps of a program by the larger head width.
-WARPS = {32: 4, 64: 4, 128: 8}
+# By the larger head width.
+TUNINGS = {width: {HOPPER: Tuning(width, width, warps)} for width, warps in ((32, 4), (64, 4), (128, 8))}
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -129,8 +129,8 @@ def content_sizes(call: Call, content: Content) -> dict[str, Any]:
     _, R, V = content.down.shape
     return {
         "K": call.K, "V": V, "R": R, "RP": next_power_of_2(R),
-        "BEFORE": call.before, "LOGITS_W": call.logits_w, **call.arithmetic,
-        "num_warps": WARPS[max(call.K, V)], "num_stages": 1,
+        "BEFORE": call.before, "LOGITS_W": call.logits_w,
+        **call.launch(TUNINGS[max(call.K, V)], call.K, V),
     }  # fmt: skip
 
 

@@ -21,6 +21,8 @@ next_power_of_2 = functools.cache(triton.next_power_of_2)  # which takes the CPU
 
 # Major number of the compute capability. A stage has a table of tunings by it; what was not measured takes Hopper's.
 HOPPER = 9
+# Of a thread.
+MOST_REGISTERS = 255
 
 
 class Tuning(NamedTuple):
@@ -39,11 +41,14 @@ class Tuning(NamedTuple):
         memory.
 
         Triton 3.6 reads outside shared memory in a wgmma product of 64 rows with 32 columns or fewer that lie
-        contiguous (seen on an H200 with compute-sanitizer); two warps multiply without wgmma.
+        contiguous (seen on an H200 with compute-sanitizer); two warps multiply without wgmma. Told nothing, ptxas has
+        given their threads 32 registers and spilled 9 KB.
         """
-        num_warps = min(self.num_warps, 2) if min(columns) < 64 else self.num_warps
+        narrow = min(columns) < 64
+        num_warps = min(self.num_warps, 2) if narrow else self.num_warps
+        maxnreg = MOST_REGISTERS if narrow and self.maxnreg is None else self.maxnreg
         num_stages = self.num_stages if dtype == torch.bfloat16 and max(columns) <= 128 else 1
-        return {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": self.maxnreg}
+        return {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
 
 
 class Inputs(NamedTuple):
