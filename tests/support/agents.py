@@ -15,6 +15,7 @@ from support.ports import free_port
 AGENTS = 2
 # Seconds after a kill until those are killed that still run; both have to end in 60.
 PATIENCE = 180
+SAYS_WHERE = {"PYTHONFAULTHANDLER": "1"}  # of each thread, when it is aborted
 
 
 class Agents:
@@ -39,8 +40,8 @@ class Agents:
             with log.open("w") as out:
                 self.processes.append(
                     subprocess.Popen(
-                        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, stdout=out,
-                        stderr=subprocess.STDOUT,
+                        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", **SAYS_WHERE, **environment},
+                        stdout=out, stderr=subprocess.STDOUT,
                     )
                 )  # fmt: skip
 
@@ -51,10 +52,14 @@ class Agents:
         worker.send_signal(signal.SIGKILL)
 
     def wait(self, seconds: float) -> list[int]:
-        """Their exit statuses; what is left of them after so many seconds is killed, and TimeoutExpired raised."""
+        """Their exit statuses. What is left of them after so many seconds says where it is and is killed, and
+        TimeoutExpired is raised."""
         end = time.monotonic() + seconds
         try:
             return [process.wait(max(0.0, end - time.monotonic())) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            self._abort()
+            raise
         finally:
             self.end()
 
@@ -66,6 +71,14 @@ class Agents:
                     child.kill()
                 process.kill()
                 process.wait()
+
+    def _abort(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                children = psutil.Process(process.pid).children()
+                for child in children:
+                    child.send_signal(signal.SIGABRT)
+                psutil.wait_procs(children, timeout=10)
 
     def said(self, agent: int) -> str:
         return self.logs[agent].read_text()
