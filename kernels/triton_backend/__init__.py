@@ -15,7 +15,8 @@ The way of a chunk op's data (C chunks, everything but the loops for all of them
                 erasing_decay
 
 CARVE with delta erase has delta_operands and delta_state in the places of chunk_operands and chunk_state. A stage is a
-file: its kernels, their launch, their tuning. chunk_ops puts the stages together; stages has what they share, launching how they are started.
-decode has the recurrent ops; decode_mixer and decode_products, whose launches overlap, all of a layer's step of one
-token. paged_attention is for the attention layers of models with the mixers, where they serve many requests.
+file: its kernels, their launch, their tuning. chunk_ops puts the stages together; stages has what they share, launching
+how they are started. decode has the recurrent ops; decode_mixer and decode_products, whose launches overlap, all of a
+layer's step of one token. paged_attention is for the attention layers of models with the mixers, where they serve many
+requests.
 """
