@@ -1,6 +1,8 @@
 """How many programs work on a head of CARVE's content stages, and that they work together."""
 
 import multiprocessing
+import time
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -9,7 +11,9 @@ from support.inputs import make_inputs, run_with_grads
 from support.interpreter import DEVICE
 
 from megatron_carve.kernels import CarveState, chunk_carve
-from megatron_carve.kernels.triton_backend import content, content_gradient
+from megatron_carve.kernels.triton_backend import content, content_gradient, content_terms
+
+KERNELS = {content_terms: "content_terms_kernel", content_gradient: "content_gradient_kernel"}
 
 
 @pytest.mark.parametrize(
@@ -28,13 +32,18 @@ def test_interpreted_programs_follow_each_other():
 
 
 class Team:
-    """A kernel whose programs, two for one head, run in processes of their own, which share its tensors."""
+    """The kernel of a stage, whose programs, all for one head, run in processes of their own, which share its tensors.
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+    Args:
+        late: the place of the program that takes its time, so that a wait that is missing in another shows.
+    """
+
+    def __init__(self, stage: ModuleType, programs: int, late: int) -> None:
+        self.stage, self.programs, self.late = stage, programs, late
+        self.kernel = getattr(stage, KERNELS[stage])
 
     def __getitem__(self, grid: tuple[int]) -> Any:
-        assert grid == (2,)
+        assert grid == (self.programs,)
         return self.launch
 
     def launch(self, *args: Any, **options: Any) -> None:
@@ -42,7 +51,7 @@ class Team:
             if isinstance(x, torch.Tensor):
                 x.share_memory_()
         fork = multiprocessing.get_context("fork")
-        programs = [fork.Process(target=self.kernel[(1,)], args=args, kwargs=options) for _ in range(2)]
+        programs = [fork.Process(target=self._program, args=args, kwargs=options) for _ in range(self.programs)]
         for program in programs:
             program.start()
         for program in programs:
@@ -52,9 +61,42 @@ class Team:
             program.kill()
         assert all(finished)
 
+    def _program(self, *args: Any, **options: Any) -> None:
+        stage, take_place, places = self.stage, self.stage.take_place, []
+
+        def noting_place(*counters: Any) -> Any:
+            team, place = take_place(*counters)
+            places.append(place.handle.data.item())
+            return team, place
+
+        def late(function: Any) -> Any:
+            def call(*what: Any) -> None:
+                function(*what)
+                if places == [self.late]:
+                    time.sleep(0.05)
+
+            return call
+
+        stage.take_place = noting_place
+        stage.wait_for, stage.announce = late(stage.wait_for), late(stage.announce)
+        self.kernel[(1,)](*args, **options)
+        assert len(places) == 1
+
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there programs of a launch work together by themselves")
-def test_two_programs_find_what_one_does(monkeypatch):
+@pytest.mark.parametrize(
+    ("stage", "programs", "late"),
+    [
+        (content_terms, 2, 0),
+        (content_terms, 2, 1),
+        pytest.param(content_terms, 3, 0, marks=pytest.mark.slow),
+        pytest.param(content_terms, 3, 2, marks=pytest.mark.slow),
+        (content_gradient, 2, 0),
+        (content_gradient, 2, 1),
+    ],
+    ids=lambda x: KERNELS.get(x, x),
+)
+def test_programs_find_together_what_one_does(monkeypatch, stage, programs, late):
     """Of a sequence that begins and ends within a content chunk, after the state of another."""
     inputs = make_inputs(
         "previous", B=1, T=200, H=1, K=32, V=32, dtype=torch.float32, content_chunk=128, counts=[70],
@@ -62,7 +104,7 @@ def test_two_programs_find_what_one_does(monkeypatch):
     )  # fmt: skip
     options = {"state_type": CarveState, "output_final_state": True, "backend": "triton"}
     expected = run_with_grads(chunk_carve, inputs, **options)
-    monkeypatch.setattr(content_gradient, "content_gradient_kernel", Team(content_gradient.content_gradient_kernel))
-    monkeypatch.setattr(content_gradient, "team_of", lambda *_: 2)
+    monkeypatch.setattr(stage, KERNELS[stage], Team(stage, programs, late))
+    monkeypatch.setattr(stage, "team_of", lambda *_: programs)
     found = run_with_grads(chunk_carve, inputs, **options)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
