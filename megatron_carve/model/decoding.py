@@ -18,7 +18,7 @@ from megatron_carve.kernels import resolve_backend
 from megatron_carve.kernels.decoding import Norm, add_product, normed_product
 from megatron_carve.model.local_layers import RMSNorm
 from megatron_carve.model.mixers.base import LinearAttentionMixer
-from megatron_carve.model.mixers.next_token import is_one_token, mix_next_token, mixes_in_one_launch
+from megatron_carve.model.mixers.next_token import is_hooked, is_one_token, mix_next_token, mixes_in_one_launch
 
 NORMED_LINEAR: tuple[type, ...] = ()
 ROW_LINEAR: tuple[type, ...] = (RowParallelLinear,)
@@ -39,7 +39,8 @@ class DecodingLayer(TransformerLayer):
 
     def _forward_attention(self, hidden_states, *args, inference_context=None, **options):
         mixer = self.self_attention
-        if isinstance(mixer, LinearAttentionMixer) and self._decodes(hidden_states, inference_context):
+        mixes = isinstance(mixer, LinearAttentionMixer) and options.get("packed_seq_params") is None
+        if mixes and self._decodes(hidden_states, inference_context):
             first, last = normed_linear(self.input_layernorm, mixer.in_proj), row_linear(mixer.out_proj)
             if first and last and mixes_in_one_launch(mixer) and isinstance(self.cross_attention, IdentityOp):
                 x = hidden_states.flatten(0, 1)
@@ -104,7 +105,7 @@ def normed_linear(norm: Any, linear: Any) -> NormedLinear | None:
         if linear.normalization != "RMSNorm" or linear.use_bias or not _is_plain(linear, linear.layer_norm_weight):
             return None
         return NormedLinear(Norm(linear.layer_norm_weight, linear.eps, linear.zero_centered_gamma), linear.weight)
-    if type(linear) is ColumnParallelLinear and isinstance(norm, RMSNorm) and not _is_hooked(norm):
+    if type(linear) is ColumnParallelLinear and isinstance(norm, RMSNorm) and not is_hooked(norm):
         if linear.bias is not None or linear.gather_output or not _is_plain(linear, norm.weight):
             return None
         return NormedLinear(Norm(norm.weight, norm.eps, norm.zero_centered), linear.weight)
@@ -130,18 +131,14 @@ def is_silu_gated(mlp: Any) -> bool:
         and c.activation_func_clamp_value is None
         and not c.glu_linear_offset
         and not c.use_te_activation_func
-        and not _is_hooked(mlp)
+        and not is_hooked(mlp)
     )
 
 
 def _is_plain(linear: Any, *others: Tensor) -> bool:
     """Whether a projection is x W^T of parameters as they are, in one dtype, which nobody watches or replaces."""
     weights = (linear.weight, *others)
-    return not _is_hooked(linear) and all(
+    return not is_hooked(linear) and all(
         type(w) in (Tensor, nn.Parameter) and w.is_contiguous() and w.dtype == linear.weight.dtype in DTYPES
         for w in weights
     )
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

@@ -162,6 +162,39 @@ def test_what_is_not_plain_is_left_to_its_modules(change, launches):
     torch.testing.assert_close(found, decoded(model, tokens), rtol=1e-4, atol=2e-5)
 
 
+def hook(module):
+    module.register_forward_pre_hook(lambda *a: None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        hook, lambda mixer: hook(mixer.out_norm), lambda mixer: hook(mixer.decay_up),
+        lambda mixer: setattr(mixer, "gate_up", torch.nn.Sequential(mixer.gate_up)),
+        lambda mixer: setattr(mixer, "forward", mixer.forward),
+    ],
+    ids=["hook", "hook of the norm", "hook of a map", "adapted map", "replaced forward"],
+)  # fmt: skip
+def test_the_kernel_stands_for_plain_parts_of_a_mixer_alone(change):
+    from megatron_carve.model.mixers.next_token import mixes_in_one_launch
+
+    mixer = hybrid_model("C", vocab_size=VOCAB, length=LENGTH, **SIZES).decoder.layers[0].self_attention
+    assert mixes_in_one_launch(mixer)
+    change(mixer)
+    assert not mixes_in_one_launch(mixer)
+
+
+def test_packed_sequences_are_refused_of_one_token_too(launches):
+    from megatron.core.inference.contexts import StaticInferenceContext
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    layer, hidden = perturbed("C").decoder.layers[0], torch.zeros(1, 1, 32, device=interpreter.DEVICE)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="packed sequences with an inference_context"):
+        boundaries = torch.tensor([0, 1], dtype=torch.int32, device=interpreter.DEVICE)
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries)
+        layer(hidden, inference_context=StaticInferenceContext(1, LENGTH), packed_seq_params=packed)
+
+
 def test_other_steps_are_left_to_the_modules(launches):
     from megatron.core.inference.contexts import StaticInferenceContext
 

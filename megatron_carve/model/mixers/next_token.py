@@ -6,15 +6,26 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_carve.kernels import CarveState
 from megatron_carve.kernels.backends import HEAD_WIDTHS
 from megatron_carve.kernels.decoding import FEW_SEQUENCES, TokenCall, mix_token
+from megatron_carve.model.mixers.parts import (
+    EraseBias,
+    GatedHeadNorm,
+    HeadParallelLinear,
+    LogDecay,
+    PlainActivation,
+    ShortConvolution,
+)
 from megatron_carve.model.variants import VARIANTS
 
 if TYPE_CHECKING:
     from megatron_carve.model.mixers.base import LinearAttentionMixer
+
+# What a mixer has between its projections; of dynamic taps and of adapted maps the kernel knows nothing.
+PARTS = (ShortConvolution, PlainActivation, HeadParallelLinear, LogDecay, EraseBias, GatedHeadNorm)
 
 
 def is_one_token(context: Any, hidden_states: Tensor) -> bool:
@@ -24,13 +35,19 @@ def is_one_token(context: Any, hidden_states: Tensor) -> bool:
 
 def mixes_in_one_launch(mixer: LinearAttentionMixer) -> bool:
     """Whether the kernel has what this mixer computes between its projections."""
-    c = mixer.mixer
+    c, projections = mixer.mixer, ("in_proj", "out_proj")
     return (
-        c.short_convolution != "dynamic"
+        all(type(part) in PARTS for name, part in mixer.named_children() if name not in projections)
+        and not any(map(is_hooked, mixer.modules()))
         and mixer.exchange.size == 1
         and c.key_head_dim in HEAD_WIDTHS
         and c.value_head_dim in HEAD_WIDTHS
     )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody watches or replaces what a module computes."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def mix_next_token(
