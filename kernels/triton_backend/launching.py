@@ -55,11 +55,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     key = (*kinds, *options, *options.values())
     found = _remembered.get(key)
     if found is None:
+        named = kernel.params[len(args) :]
+        assert all(p.is_constexpr for p in named), f"{kernel.__name__}: an argument by name would be remembered"
         compiled = kernel[grid](*args, **options)
         if isinstance(compiled, CompiledKernel):
             if len(_remembered) >= MOST:
                 _remembered.clear()
-            _remembered[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(args) :])
+            _remembered[key] = compiled, tuple(options[p.name] for p in named)
         return
     compiled, constants = found
     compiled.run(

@@ -94,6 +94,16 @@ def what_is_remembered_is_what_triton_chooses() -> None:
     assert len(set(chosen)) >= 2 * 12
 
 
+def arguments_by_name_are_not_remembered() -> None:
+    x = torch.zeros(4)
+    try:
+        launch(JITFunction(add), (1,), x, x, z=x, n=3, scale=0.5, WIDTH=1)
+    except AssertionError as error:
+        assert str(error) == "add: an argument by name would be remembered"
+    else:
+        raise AssertionError("launched")
+
+
 def others_may_take_launches_over() -> None:
     kernel, x = JITFunction(add), torch.zeros(4)
 
@@ -124,4 +134,5 @@ if __name__ == "__main__":
     driver.set_active(GPU)
     JITFunction.run = launching._run = counted
     what_is_remembered_is_what_triton_chooses()
+    arguments_by_name_are_not_remembered()
     others_may_take_launches_over()
