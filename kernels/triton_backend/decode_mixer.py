@@ -139,7 +139,7 @@ def mixer_token_kernel(
         b_gate_up = load_map(gate_up + i_h * GROUP * V * F, o_v, m_v, o_f, m_f, F)
     ends = False
     if CARVE:
-        ends = ends_content_chunk(count, positions, i_n, H, content_chunk)
+        ends = ends_content_chunk(count, positions, i_n, row, H, content_chunk)
     b_content = tl.zeros([BK], tl.float32)
     if erase_bias is not None:
         b_content += tl.load(erase_bias + i_h * K + o_k, mask=m_k, other=0.0)
@@ -331,7 +331,7 @@ def write_gate(b_logits):
 
 
 @triton.jit
-def ends_content_chunk(count, positions, i_n, H, content_chunk):
+def ends_content_chunk(count, positions, i_n, row, H, content_chunk):
     """Whether the token ends a content chunk; the place in it follows from positions, or it is counted.
 
     A program announces with its read of `count`, in the upper half, that it has read it; the last one of a sequence to
@@ -341,9 +341,9 @@ def ends_content_chunk(count, positions, i_n, H, content_chunk):
     if positions is not None:
         return (tl.load(positions + i_n) + 1) % content_chunk == 0
     else:  # noqa: RET505  # Triton compiles what follows a return, and here that would use None
-        before = tl.atomic_add(count + i_n, DONE, sem="relaxed")
+        before = tl.atomic_add(count + row, DONE, sem="relaxed")
         tokens = (before & TOKEN_BITS) + 1
         ends = tokens >= content_chunk
         if (before >> 32) == H - 1:
-            tl.store(count + i_n, tl.where(ends, 0, tokens))
+            tl.store(count + row, tl.where(ends, 0, tokens))
         return ends

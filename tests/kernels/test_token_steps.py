@@ -16,7 +16,7 @@ CASES = {
     "previous": TokenSteps("previous", group=2, bias=True),
     "decayed, in slots": TokenSteps("decayed", in_slots=True, rank=0, activation="sigmoid"),
     "delta": TokenSteps("delta", K=64, content_chunk=2),
-    "without content": TokenSteps("previous", content=0, in_slots=True, W=1, activation="none"),
+    "without content": TokenSteps("previous", content=0, in_slots=True, counted=True, W=1, activation="none"),
     "gdn2": TokenSteps("gdn2", V=64, rank=40),
     "gdn2, in slots, 96 channels": TokenSteps("gdn2", group=2, K=96, V=96, H=1, rank=0, in_slots=True),
     "kda": TokenSteps("kda", group=2, W=2),

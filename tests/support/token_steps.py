@@ -24,6 +24,7 @@ class TokenSteps:
         N: sequences; H: key heads; group: value heads of one; K, V: widths; W: taps, 1 for no convolution.
         rank: features of the low-rank maps, 0 for none; content: rank of CARVE's maps, 0 for none.
         in_slots: a serving engine's memory, of more slots than sequences, the second of which is padding.
+        counted: where a sequence is in its content chunk is not said there, but counted, as elsewhere.
         steps: tokens of every sequence.
     """
 
@@ -39,6 +40,7 @@ class TokenSteps:
     content: int = 5
     activation: str = "silu"
     in_slots: bool = False
+    counted: bool = False
     steps: int = 3
     content_chunk: int = 4
 
@@ -85,7 +87,8 @@ class TokenSteps:
         outputs = []
         for step in range(self.steps):
             parts = draw(self.N, sum(sizes)).split(sizes, 1)
-            positions = torch.arange(self.N, dtype=torch.int32, device=device) + step if self.in_slots else None
+            told = self.in_slots and not self.counted
+            positions = torch.arange(self.N, dtype=torch.int32, device=device) + step if told else None
             call = TokenCall(
                 convolved=parts[0], erase=parts[1] if sizes[1] else None, write=parts[2], decay=parts[3],
                 gate=parts[4] if gate else None, write_gates=WRITE_GATES.get(self.form, "value_heads"), kept=kept,
