@@ -2,7 +2,8 @@
 mixer's whole way from its first projection to its second. Without gradients; nothing is read on the host.
 
 The torch backend computes what separate modules would, one after another; Triton computes the same in a few launches,
-and rounds where they round.
+and rounds where they round. It reads weights, norms, a mixer's memory, rows and positions while the launch before may
+still run, which therefore must not write them (overlap.py).
 """
 
 from __future__ import annotations

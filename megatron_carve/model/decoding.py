@@ -33,8 +33,8 @@ class DecodingLayer(TransformerLayer):
     """A TransformerLayer, that of an MLP alone included, which in a step of one token of every sequence computes a
     mixer and an MLP of SiLU-gated units from its modules' weights, in a few launches each.
 
-    Where a module is none of the plain ones that are known here (quantised or adapted weights, biases, hooks), and in
-    everything but such a step, it is upstream's.
+    There it adds to the hidden states that it is given, in place. Where a module is none of the plain ones that are
+    known here (quantised or adapted weights, biases, hooks), and in everything but such a step, it is upstream's.
     """
 
     def _forward_attention(self, hidden_states, *args, inference_context=None, **options):

@@ -184,6 +184,17 @@ def test_the_kernel_stands_for_plain_parts_of_a_mixer_alone(change):
     assert not mixes_in_one_launch(mixer)
 
 
+@pytest.mark.parametrize(("value_heads", "taken"), [(4, True), (8, False)])
+def test_key_heads_of_many_states_are_left_to_the_modules(value_heads, taken):
+    """Of eight heads the kernel for many sequences compiles for 40 s."""
+    from megatron_carve.model.mixers.next_token import mixes_in_one_launch
+
+    sizes = {"linear_num_key_heads": 1, "linear_num_value_heads": value_heads}
+    widths = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    model = hybrid_model("2", vocab_size=VOCAB, length=LENGTH, **sizes, **widths)
+    assert mixes_in_one_launch(model.decoder.layers[0].self_attention) == taken
+
+
 def test_packed_sequences_are_refused_of_one_token_too(launches):
     from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.packed_seq_params import PackedSeqParams

@@ -86,9 +86,9 @@ class TokenSteps:
         rows = torch.tensor([slots - 1, -1, *range(self.N - 2)], device=device) if self.in_slots else None
         outputs = []
         for step in range(self.steps):
-            parts = draw(self.N, sum(sizes)).split(sizes, 1)
             told = self.in_slots and not self.counted
             positions = torch.arange(self.N, dtype=torch.int32, device=device) + step if told else None
+            parts = draw(self.N, sum(sizes)).split(sizes, 1)
             call = TokenCall(
                 convolved=parts[0], erase=parts[1] if sizes[1] else None, write=parts[2], decay=parts[3],
                 gate=parts[4] if gate else None, write_gates=WRITE_GATES.get(self.form, "value_heads"), kept=kept,

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 # What a mixer has between its projections; of dynamic taps and of adapted maps the kernel knows nothing.
 PARTS = (ShortConvolution, PlainActivation, HeadParallelLinear, LogDecay, EraseBias, GatedHeadNorm)
 
+# Numbers in the states of a key head's value heads, tiles of which the kernel takes one after another without a loop:
+# of more it compiles for longer than it could save.
+MOST_NUMBERS = 65536
+
 
 def is_one_token(context: Any, hidden_states: Tensor) -> bool:
     """Whether hidden_states, [T, B, hidden], are one token of every sequence of a static inference context."""
@@ -42,6 +46,7 @@ def mixes_in_one_launch(mixer: LinearAttentionMixer) -> bool:
         and mixer.exchange.size == 1
         and c.key_head_dim in HEAD_WIDTHS
         and c.value_head_dim in HEAD_WIDTHS
+        and c.num_value_heads // c.num_key_heads * c.key_head_dim * c.value_head_dim <= MOST_NUMBERS
     )
 
 
