@@ -14,7 +14,7 @@ from . import elementwise
 from .recurrent import recurrent_op
 
 if TYPE_CHECKING:
-    from ..decoding import Norm, TokenCall
+    from ..token_call import Norm, TokenCall
 
 
 def normed_product(x: Tensor, norm: Norm, weight: Tensor, gated: bool) -> Tensor:

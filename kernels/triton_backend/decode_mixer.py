@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..decoding import FEW_SEQUENCES, TokenCall
 from ..state import CarveState
+from ..token_call import FEW_SEQUENCES, TokenCall
 from ..torch_backend.elementwise import L2_EPSILON
 from .decay import LARGEST, softplus
 from .decode import DONE, RANK_BLOCK, TOKEN_BITS, advance, content_term

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..decoding import Norm
+from ..token_call import Norm
 from .overlap import overlaps, wait_for_launch_before
 from .short_convolution import sigmoid
 

@@ -15,7 +15,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_carve.kernels import resolve_backend
-from megatron_carve.kernels.decoding import Norm, add_product, normed_product
+from megatron_carve.kernels.decoding import add_product, normed_product
+from megatron_carve.kernels.token_call import Norm
 from megatron_carve.model.local_layers import RMSNorm
 from megatron_carve.model.mixers.base import LinearAttentionMixer
 from megatron_carve.model.mixers.next_token import is_hooked, is_one_token, mix_next_token, mixes_in_one_launch

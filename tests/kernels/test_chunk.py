@@ -153,6 +153,8 @@ def test_raw_decay_and_gate_logits(form: str, beyond_float32: bool) -> None:
     """Against the torch backend in float64, which forms decay and gates before the recurrence; also with a head whose
     exp(A_log) float32 does not hold."""
     inputs = make_inputs(form, B=1, T=75, H=2, HV=4, K=32, V=32, dtype=torch.float64)
+    # A rate's gradient is one number a channel, summed up over all tokens: with a draw for which torch happens to be
+    # right (seeds 1 and 5) the limit made of its error is missed by as little as 3 and 16 %.
     generator = torch.Generator().manual_seed(2)
     raw = {"g": 2.0, "b": 1.0, "erase_logits": 1.0, "w": 1.0}  # projections, by their spread
     tensors = {

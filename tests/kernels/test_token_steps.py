@@ -9,7 +9,8 @@ from support.token_steps import TokenSteps
 from support.tolerances import assert_close
 from torch import Tensor
 
-from megatron_carve.kernels.decoding import Norm, add_product, normed_product
+from megatron_carve.kernels.decoding import add_product, normed_product
+from megatron_carve.kernels.token_call import Norm
 from megatron_carve.kernels.triton_backend import decode_products
 
 CASES = {

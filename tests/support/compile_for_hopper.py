@@ -24,8 +24,9 @@ from triton.runtime import driver
 
 from megatron_carve import kernels
 from megatron_carve.kernels import backends
-from megatron_carve.kernels.decoding import FEW_SEQUENCES, Norm, add_product, normed_product
+from megatron_carve.kernels.decoding import add_product, normed_product
 from megatron_carve.kernels.surroundings import convolve_heads, dynamic_convolve_heads, dynamic_convolve_qkv
+from megatron_carve.kernels.token_call import FEW_SEQUENCES, Norm
 from megatron_carve.kernels.triton_backend import content, decode_mixer, decode_products
 from megatron_carve.kernels.triton_backend.compiling import compiling
 from megatron_carve.kernels.triton_backend.paged_attention import attend_to_blocks

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_carve.kernels import CarveState
-from megatron_carve.kernels.decoding import TokenCall, mix_token
+from megatron_carve.kernels.decoding import mix_token
+from megatron_carve.kernels.token_call import TokenCall
 
 WRITE_GATES = {"gdn2": "value_channels", "kda": "key_heads"}
 

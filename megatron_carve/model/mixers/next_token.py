@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from megatron_carve.kernels import CarveState
 from megatron_carve.kernels.backends import HEAD_WIDTHS
-from megatron_carve.kernels.decoding import FEW_SEQUENCES, TokenCall, mix_token
+from megatron_carve.kernels.decoding import mix_token
+from megatron_carve.kernels.token_call import FEW_SEQUENCES, TokenCall
 from megatron_carve.model.mixers.parts import (
     EraseBias,
     GatedHeadNorm,
