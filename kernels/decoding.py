@@ -52,9 +52,9 @@ def normed_product(x: Tensor, norm: Norm, weight: Tensor, *, gated: bool = False
 
 @torch.no_grad()
 def add_product(hidden: Tensor, x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
-    """hidden += W x of one token of every sequence, in place: [N, out], x [N, D], weight [out, D]. Returns hidden."""
+    """hidden + W x of one token of every sequence: [N, out], x [N, D], weight [out, D]."""
     if resolve_backend(backend, x.device) == "triton":
         from .triton_backend import decode_products
 
         return decode_products.add_product(hidden, x, weight)
-    return hidden.add_(x @ weight.t())
+    return hidden + x @ weight.t()

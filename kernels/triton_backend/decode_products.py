@@ -59,10 +59,12 @@ def normed_product(x: Tensor, norm: Norm, weight: Tensor, gated: bool) -> Tensor
 def add_product(hidden: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """See kernels/decoding.py."""
     if x.shape[0] > FEW_TOKENS:
-        return hidden.addmm_(x, weight.t())
+        return torch.addmm(hidden, x, weight.t())
+    hidden = hidden.contiguous()
+    out = torch.empty_like(hidden)
     with torch.cuda.device_of(x):
-        _product_of_few(x, None, weight, hidden, hidden, False)
-    return hidden
+        _product_of_few(x, None, weight, hidden, out, False)
+    return out
 
 
 def _product_of_few(
@@ -88,7 +90,8 @@ def product_kernel(
 ):  # fmt: skip
     """One program per BN outputs of all M tokens.
 
-    x: [M, D]; norm_weight: [D] or None; weight: [N, D], GATED [2 N, D]; out: [M, N], and residual, which it may be.
+    x: [M, D]; norm_weight: [D] or None; weight: [N, D], GATED [2 N, D]; out: [M, N], as is
+    residual, or None.
     WHOLE: D is made of blocks of BD inputs; ONE: of one.
     """
     o_n, o_d = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BD)

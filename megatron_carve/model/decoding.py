@@ -34,8 +34,8 @@ class DecodingLayer(TransformerLayer):
     """A TransformerLayer, that of an MLP alone included, which in a step of one token of every sequence computes a
     mixer and an MLP of SiLU-gated units from its modules' weights, in a few launches each.
 
-    There it adds to the hidden states that it is given, in place. Where a module is none of the plain ones that are
-    known here (quantised or adapted weights, biases, hooks), and in everything but such a step, it is upstream's.
+    Where a module is none of the plain ones that are known here (quantised or adapted weights, biases, hooks), and in
+    everything but such a step, it is upstream's.
     """
 
     def _forward_attention(self, hidden_states, *args, inference_context=None, **options):
@@ -94,9 +94,9 @@ class RowLinear(NamedTuple):
     weight: Tensor | None
 
     def add(self, hidden: Tensor, x: Tensor, backend: str) -> Tensor:
-        """[N, hidden], which it is added to, and [N, in]."""
+        """The sum of hidden, [N, hidden], and the projection of x, [N, in]."""
         if self.weight is None:
-            return hidden.add_(self.module(x[None])[0][0])
+            return hidden + self.module(x[None])[0][0]
         return add_product(hidden, x, self.weight, backend=backend)
 
 
