@@ -120,6 +120,9 @@ def _pretrain(plan: Plan, listener: TrainingListener, on_models: Callable[[Seque
         )
         return count_parameters(models)
     finally:
+        # A method of the optimizer, which keeps fp32 parameters through torch's graph, where garbage collection sees no
+        # cycle: model and optimizer would stay in memory.
+        config.grad_scale_func = None
         _kill_data_workers()
 
 

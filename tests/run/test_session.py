@@ -16,7 +16,7 @@ from megatron_carve.patches import applied_patches, layer_symbols
 from megatron_carve.run.session import command_line, session
 
 IN_TURN = """
-import os, sys
+import gc, os, sys
 
 from megatron_carve.run.session import ENVIRONMENT
 from megatron_carve import evaluate, generate, train
@@ -39,6 +39,8 @@ def main():
     assert evaluate.main(["runs/first", "--tasks", "perplexity", "--text", "text.txt"]) == 0
     assert train.main([*WORDS, "run.name=first", "training.steps=6"]) == 0
     assert state() == before
+    gc.collect()
+    assert not [o for o in gc.get_objects() if type(o).__name__ in ("DistributedDataParallel", "DistributedOptimizer")]
 
 
 if __name__ == "__main__":
