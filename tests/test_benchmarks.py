@@ -1,6 +1,7 @@
 """The benchmarks that a CPU can try."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -139,6 +140,18 @@ def test_measurements_of_layouts_fit_and_have_what_they_are_compared_with(layout
             assert (where.attention or layout, "attention") in listed
         sizes[model] = sum(estimate.parameters(recipe, 32000).values())
     assert all(abs(sizes[model] / sizes["attention"] - 1) < 0.02 for model in ("carve", "gdn2"))
+
+
+def test_layouts_share_processes_where_cuda_starts_alike(layouts_benchmark, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+
+    def connections(layout):
+        words = layouts_benchmark.recipe_words(layout, "carve", micro_batches=4)
+        return layouts_benchmark.Measurement(tmp_path, layout, "carve", words, (1, 1)).connections
+
+    assert [connections(layout) for layout in ("data2", "pipeline2", "one")] == [None] * 3
+    assert [connections(layout) for layout in ("tensor2", "context2-heads", "data2-tensor2")] == ["1"] * 3
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ
 
 
 def test_shares_of_layouts(layouts_benchmark):

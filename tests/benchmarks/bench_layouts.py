@@ -4,11 +4,16 @@ Megatron's attention layers alone, of their size.
     python tests/benchmarks/bench_layouts.py OUT [section.key=value ...] [--layouts NAME ...] [--models NAME ...]
         [--limit SECONDS] [--micro-batches N] [--warmup N] [--steps N] [--gpus N] [--side-by-side]
 
-Every measurement is megatron_carve.bench in processes of its own. OUT gets results.json (its numbers, with the words of
-the recipe) and table.md after each, so that a run that is stopped keeps what it has, and what the processes printed in
-logs/. The most valuable come first; --limit begins none after so many seconds. With --layouts or --models those of the
-list that they name are measured, with both each of these models in each of these layouts. The words after OUT are of
-every measurement's recipe.
+Every measurement is megatron_carve.bench. OUT gets results.json (its numbers, with the words of the recipe) and
+table.md after each, so that a run that is stopped keeps what it has, and what the processes printed in logs/. The most
+valuable come first; --limit begins none after so many seconds. With --layouts or --models those of the list that they
+name are measured, with both each of these models in each of these layouts. The words after OUT are of every
+measurement's recipe.
+
+Processes stay for the measurements to come on the same GPUs, with as many of CUDA's queues: only their first waits for
+CUDA to start and for libraries to load. A failure ends them, and the next measurement has new ones. While others
+measure they keep a CUDA context, some hundred MiB that no column has. What libraries keep of torch's memory is in the
+peaks of later measurements; the end of each log says how much it is.
 
 A micro-batch has 16,384 tokens, a step --micro-batches of them for every GPU: four sequences of 4,096 each (sixteen of
 1,024 for the small model with experts). Over p pipeline stages these are p times as many micro-batches, and the pattern
@@ -18,18 +23,17 @@ has one sequence, as long as all of those together, and is a share of their spee
 In the layouts called overlap Transformer Engine's layers send while they multiply. What CUDA copies for that is not in
 the column of NCCL, nor are their buffers in those of memory.
 
-Libraries of the next measurement are imported while one runs, on other cores. With --side-by-side those that together
-need no more GPUs than there are run at the same time, a GPU each: on a host with 16 cores a GPU little is lost by it,
-and the first, which compile the kernels of all others, wait for each other least. On a machine without a GPU the model
-`debug` tries it out, with --models debug --layouts NAME ... --gpus 2.
+The next measurement's processes, where they are new, import libraries while one runs, on other cores. With
+--side-by-side those that together need no more GPUs than there are run at the same time, a GPU each: on a host with 16
+cores a GPU little is lost by it, and the first, which compile the kernels of all others, wait for each other least. On
+a machine without a GPU the model `debug` tries it out, with --models debug --layouts NAME ... --gpus 2.
 """
 
 import argparse
-import contextlib
+import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -40,9 +44,14 @@ import torch
 
 from megatron_carve.recipe import load_recipe
 from megatron_carve.recipe.pipeline import better_pattern
+from megatron_carve.run.launch import set_connections
+from megatron_carve.run.session import session
 from megatron_carve.run.vocabulary import vocab_size
 
-TOLD_BENCH = Path(__file__).with_name("told_bench.py")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.ranks import Ranks
+
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 GIB = 2**30
 # Seconds after which a measurement has failed.
 PATIENCE = 300.0
@@ -166,7 +175,7 @@ def recipe_words(layout: str, model: str, micro_batches: int, overrides: Sequenc
 
 
 class Measurement:
-    """megatron_carve.bench of a model in a layout. Its processes start with this, and wait to be told to begin.
+    """megatron_carve.bench of a model in a layout.
 
     Args:
         out: the folder of the benchmark.
@@ -177,51 +186,49 @@ class Measurement:
 
     def __init__(self, out: Path, layout: str, model: str, words: list[str], counts: tuple[int, int]) -> None:
         self.layout, self.model, self.words, self.gpus = layout, model, words, LAYOUTS[layout].gpus
-        self.name = f"{layout} {model}"
         self.log, self.numbers = (out / "logs" / f"{layout}-{model}.{end}" for end in ("txt", "json"))
         self.log.parent.mkdir(exist_ok=True)
         self.numbers.unlink(missing_ok=True)
-        self.command = [sys.executable, "-P"]
-        if self.gpus > 1:
-            self.command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.gpus}"]
-        self.command += [str(TOLD_BENCH), *map(str, counts), str(self.numbers), *words]
-        self.began = 0.0
+        warmup, steps = map(str, counts)
+        self.command = [*words, "--warmup", warmup, "--steps", steps, "--json", str(self.numbers)]
+        with session():  # which puts the environment back
+            set_connections(load_recipe(words[0], words[1:]))
+            self.connections = os.environ.get(CONNECTIONS)
 
-    def start(self, gpus: Sequence[str]) -> None:
-        """The processes, on GPUs by their names in CUDA_VISIBLE_DEVICES."""
-        mine = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-        environment = {**os.environ, **mine}
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                self.command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
-
-    def begin(self) -> None:
-        self.began = time.monotonic()
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has failed already, as wait() says
-            self.process.stdin.write(b"." * self.gpus)
-            self.process.stdin.flush()
+    def begin(self, ranks: Ranks) -> None:
+        self.ranks, self.began = ranks, time.monotonic()
+        ranks.begin("bench", self.command, self.log.parent, self.log)
 
     def wait(self) -> dict[str, Any]:
         """Its numbers; where it failed, what it said at its end."""
         which = {"layout": self.layout, "model": self.model, "words": self.words}
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            if self.process.wait(self.began + PATIENCE - time.monotonic()) == 0:
-                seconds = time.monotonic() - self.began
-                return {**which, "seconds": seconds, **json.loads(self.numbers.read_text())}
-        self.end()
-        return {**which, "failed": self.log.read_text(errors="replace")[-3000:]}
+        try:
+            self.ranks.wait(self.began + PATIENCE - time.monotonic())
+        except RuntimeError as failure:
+            return {**which, "failed": str(failure)}
+        return {**which, "seconds": time.monotonic() - self.began, **json.loads(self.numbers.read_text())}
+
+
+class Processes:
+    """Those that stay, by their GPUs and by what CUDA reads when it starts; new ones after a failure."""
+
+    def __init__(self) -> None:
+        self.groups: dict[tuple[tuple[str, ...], str | None], Ranks] = {}
+
+    def of(self, gpus: Sequence[str], connections: str | None) -> Ranks:
+        """Those on GPUs by their names in CUDA_VISIBLE_DEVICES; they start now if there are none."""
+        key = tuple(gpus), connections
+        if key not in self.groups or not self.groups[key].alive:
+            environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+            environment["TEARDOWN_CUPTI"] = "1"  # else all launches after a profile are slower
+            if connections is not None:
+                environment[CONNECTIONS] = connections
+            self.groups[key] = Ranks(len(gpus), environment)
+        return self.groups[key]
 
     def end(self) -> None:
-        """Its processes, if they still run; torchrun ends those that it started."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+        for ranks in self.groups.values():
+            ranks.end()
 
 
 def side_by_side(measurements: Sequence[Measurement], gpus: int) -> list[list[Measurement]]:
@@ -242,30 +249,26 @@ def measure(groups: Sequence[list[Measurement]], gpus: Sequence[str], limit: flo
         limit: seconds after which none begins.
     """
     end = time.monotonic() + limit
-    started: list[Measurement] = []
+    processes = Processes()
 
-    def start(group: list[Measurement]) -> None:
-        first = 0
-        for one in group:
-            one.start(gpus[first : first + one.gpus])
-            started.append(one)
-            first += one.gpus
+    def ranks(group: list[Measurement]) -> list[Ranks]:
+        firsts = itertools.accumulate((one.gpus for one in group), initial=0)
+        return [
+            processes.of(gpus[first : first + one.gpus], one.connections)
+            for first, one in zip(firsts, group, strict=False)
+        ]
 
     try:
-        for i, group in enumerate(groups):
-            if i == 0:
-                start(group)
+        for group, following in itertools.zip_longest(groups, groups[1:], fillvalue=[]):
             if time.monotonic() > end:
                 break
-            for one in group:
-                one.begin()
-            if i + 1 < len(groups):
-                start(groups[i + 1])
+            for one, its in zip(group, ranks(group), strict=True):
+                one.begin(its)
+            ranks(following)  # which import meanwhile
             for one in group:
                 yield one.wait()
     finally:
-        for one in started:
-            one.end()
+        processes.end()
 
 
 def shares(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:

@@ -20,7 +20,7 @@ def test_two_processes_train_in_one_layout_after_another_until_one_fails(tmp_pat
             assert "to step 2" in ranks.train(tmp_path, *WORDS, f"run.name={name}", *words, timeout=100)
         found = {name: losses(tmp_path, name) for name in layouts}
         assert found["again"] == found["data"] != found["tensor"]
-        with pytest.raises(AssertionError, match=r"training\.seq_length: expected a multiple"):
+        with pytest.raises(RuntimeError, match=r"training\.seq_length: expected a multiple"):
             ranks.train(tmp_path, *WORDS, "parallel.tensor=3", timeout=100)
         assert not ranks.alive
     finally:
