@@ -194,12 +194,7 @@ def mixer_token_kernel(
                 b_gate = tl.load(gate + gate_row + i_h * GROUP * V + o_c).to(tl.float32)
         else:
             b_gate = tl.zeros([BV], tl.float32)
-        if WRITE == "value_channels":
-            b_w = write_gate(tl.load(write + i_h * GROUP * V + o_c))
-        elif WRITE == "value_heads":
-            b_w = write_gate(tl.load(write + i_hv))
-        else:
-            b_w = write_gate(tl.load(write + i_h))
+        b_w = load_write_gate(write, i_h, i_hv, i_h * GROUP * V + o_c, WRITE)
         if b % NV == 0:
             if content_down is not None and b > 0:
                 b_content = b_erase_bias + content_term(
@@ -232,15 +227,23 @@ def mixer_token_kernel(
         b_outs += (b_out,)
         b_gates += (b_gate,)
         if b % NV == NV - 1:
-            b_inverse = tl.rsqrt(squares / V + eps)
-            for i in tl.static_range(NV):
-                b_out = b_outs[i] * b_inverse * tl.load(norm_weight + i * BV + o_v).to(tl.float32)
-                if ACTIVATION != "none":
-                    b_out *= sigmoid(b_gates[i])
-                if ACTIVATION == "silu":
-                    b_out *= b_gates[i]
-                tl.store(out + j * V + i * BV + o_v, b_out.to(out.dtype.element_ty))
+            store_normed(out + j * V, norm_weight, b_outs, b_gates, squares, eps, o_v, V, BV, ACTIVATION)
             b_outs, b_gates, squares = (), (), 0.0
+
+
+@triton.jit
+def store_normed(
+    out, norm_weight, b_outs, b_gates, squares, eps, o_v, V: tl.constexpr, BV: tl.constexpr, ACTIVATION: tl.constexpr
+):
+    """Outputs of a value head, tuples of its tiles and their gates, through the gated norm; squares: their sum."""
+    b_inverse = tl.rsqrt(squares / V + eps)
+    for i in tl.static_range(V // BV):
+        b_out = b_outs[i] * b_inverse * tl.load(norm_weight + i * BV + o_v).to(tl.float32)
+        if ACTIVATION != "none":
+            b_out *= sigmoid(b_gates[i])
+        if ACTIVATION == "silu":
+            b_out *= b_gates[i]
+        tl.store(out + i * BV + o_v, b_out.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -322,6 +325,17 @@ def keep(kept, b_kept, b_x, o_c, m_c, D, W: tl.constexpr):
         tl.store(kept + (j - 1) * D + o_c, b_kept[j], mask=m_c)
     if W > 1:
         tl.store(kept + (W - 2) * D + o_c, b_x, mask=m_c)
+
+
+@triton.jit
+def load_write_gate(write, i_h, i_hv, o_c, WRITE: tl.constexpr):
+    """Of some channels of a value head, [BV], or one number, of it or of its key head."""
+    if WRITE == "value_channels":
+        return write_gate(tl.load(write + o_c))
+    elif WRITE == "value_heads":  # noqa: RET505  # Triton compiles what follows a return
+        return write_gate(tl.load(write + i_hv))
+    else:
+        return write_gate(tl.load(write + i_h))
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import interpreter
-from support.models import hybrid_model, one_process
+from support.models import decoded, hybrid_model, one_process
 from support.parallel import run_ranks
 
 SIZES = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_value_heads": 2, "ffn_hidden_size": 32}
@@ -59,20 +59,6 @@ def launches(monkeypatch):
     decodes = decoding.DecodingLayer._decodes
     monkeypatch.setattr(decoding.DecodingLayer, "_decodes", lambda *a: counted["allowed"] and decodes(*a))
     return counted
-
-
-def decoded(model, tokens):
-    """Logits [B, T, V] of `tokens`, [B, T], one by one."""
-    from megatron.core.inference.contexts import StaticInferenceContext
-
-    context = StaticInferenceContext(tokens.shape[0], LENGTH)
-    found = []
-    for token in tokens.split(1, 1):
-        positions = torch.full_like(token, context.sequence_len_offset)
-        with torch.no_grad():
-            found.append(model(token, positions, None, inference_context=context, runtime_gather_output=True))
-        context.sequence_len_offset += 1
-    return torch.cat(found, 1)
 
 
 MODELS = {

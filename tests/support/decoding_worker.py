@@ -13,10 +13,9 @@ def main() -> None:
     patches.cpu_mode.apply()
     patches.layer_symbols.apply()
     from megatron.core import parallel_state
-    from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from support import interpreter
-    from support.models import hybrid_model
+    from support.models import decoded, hybrid_model
 
     from megatron_carve.model import decoding
     from megatron_carve.model.mixers import next_token
@@ -35,19 +34,10 @@ def main() -> None:
     mix = next_token.mix_token
     next_token.mix_token = lambda *arguments: mixed.append(1) or mix(*arguments)
 
-    def logits() -> torch.Tensor:
-        context, found = StaticInferenceContext(2, 8), []
-        for token in tokens.split(1, 1):
-            position = torch.full_like(token, context.sequence_len_offset)
-            with torch.no_grad():
-                found.append(model(token, position, None, inference_context=context, runtime_gather_output=True))
-            context.sequence_len_offset += 1
-        return torch.cat(found, 1)
-
-    found = logits()
+    found = decoded(model, tokens)
     assert interpreter.DEVICE == "cpu" and len(mixed) == 3
     decoding.DecodingLayer._decodes = lambda *arguments: False
-    torch.testing.assert_close(found, logits(), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(found, decoded(model, tokens), rtol=1e-4, atol=2e-5)
     assert len(mixed) == 3
     dist.barrier()
     dist.destroy_process_group()

@@ -84,3 +84,17 @@ def token_losses(model, tokens: torch.Tensor) -> torch.Tensor:
     """Next-token losses [B, T] of [B, T+1] tokens."""
     positions = torch.arange(tokens.shape[1] - 1).expand(tokens.shape[0], -1)
     return model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
+
+
+@torch.no_grad()
+def decoded(model, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [B, T, V] of tokens [B, T], one after another from the memory of a static inference context."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    context = StaticInferenceContext(*tokens.shape)
+    found = []
+    for token in tokens.split(1, 1):
+        positions = torch.full_like(token, context.sequence_len_offset)
+        found.append(model(token, positions, None, inference_context=context, runtime_gather_output=True))
+        context.sequence_len_offset += 1
+    return torch.cat(found, 1)
