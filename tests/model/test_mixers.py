@@ -26,7 +26,10 @@ def megatron():
 
 @pytest.fixture(autouse=True)
 def seed():
-    """What a test draws does not depend on the tests before it."""
+    """What a test draws, and the parameters of its models, do not depend on the tests before it."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    model_parallel_cuda_manual_seed(11, force_reset_rng=True)
     torch.manual_seed(11)
 
 
