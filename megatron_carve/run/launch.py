@@ -43,7 +43,8 @@ def join_processes() -> tuple[Store, int, int]:
 def set_connections(recipe: Recipe) -> None:
     """Before CUDA starts: one queue to the GPU where Megatron insists on it, before Blackwell, so that a collective of
     tensor or context parallelism starts before the computation that hides it. Sharded data parallelism wants more.
-    Buffers of tp_comm_overlap are other ranks' memory by CUDA's handles, not by multicast, unless the user says so."""
+    Buffers of tp_comm_overlap are other ranks' memory by CUDA's handles, not by multicast, unless the user says so.
+    A process whose peer is gone has seconds for torch's record of calls, not the two minutes of torch's own."""
     wants_more = ("use_megatron_fsdp", "use_torch_fsdp2", "overlap_moe_expert_parallel_comm")
     divided = recipe.parallel.tensor > 1 or recipe.parallel.context > 1
     if divided and not any(recipe.megatron.get(name) for name in wants_more):
@@ -52,6 +53,8 @@ def set_connections(recipe: Recipe) -> None:
         os.environ.setdefault("UB_SKIPMC", "1")  # multicast of NVLink, which not every host lets a program use
         # Seconds after which a kernel goes on without another rank's part. NCCL's calls in between end the run before.
         os.environ.setdefault("UB_TIMEOUT", "86400")
+    # Of each process group that notices, one after another: torch waits as long even where the record is written.
+    os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "5000")
 
 
 def world_size() -> int:

@@ -13,6 +13,7 @@ from megatron_carve.run.launch import set_connections
 
 VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
 USER_BUFFERS = ("UB_SKIPMC", "UB_TIMEOUT")
+RECORD = "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"
 
 
 @pytest.mark.parametrize(
@@ -44,8 +45,15 @@ def test_user_buffers_are_made_without_multicast_and_wait(monkeypatch, words, ex
     assert tuple(map(os.environ.get, USER_BUFFERS)) == expected
 
 
+def test_a_process_whose_peer_is_gone_waits_for_seconds(monkeypatch):
+    monkeypatch.setenv(RECORD, "to be restored")
+    monkeypatch.delenv(RECORD)
+    set_connections(load_recipe("debug", []))
+    assert os.environ[RECORD] == "5000"
+
+
 def test_what_the_user_says_stays(monkeypatch):
-    says = {VARIABLE: "8", **dict.fromkeys(USER_BUFFERS, "0")}
+    says = {VARIABLE: "8", RECORD: "60000", **dict.fromkeys(USER_BUFFERS, "0")}
     for name, value in says.items():
         monkeypatch.setenv(name, value)
     set_connections(load_recipe("debug", ["parallel.tensor=2", "megatron.tp_comm_overlap=true"]))
