@@ -1,13 +1,16 @@
 """Short convolution whose taps depend on the token, in Triton; SiLU and norms as in short_convolution.
 
-The taps of a tile of tokens are products of its features and a table, formed where they are used and never written.
-Blocks of channels as in short_convolution; of attention's heads, GROUP of them a group of queries, every head is one,
-and there is no activation.
+The taps of a token are products of its features and a table, formed where they are used and never written. Blocks of
+channels as in short_convolution; of attention's heads, GROUP of them a group of queries, every head is one, and there
+is no activation.
 
-- dynamic_forward_kernel: tiles of tokens one after another, each read once per tap.
-- dynamic_taps_gradient_kernel: the same once more, then the gradients of y, which it writes, and of what taps are made
-  of: sums over its tokens for the parameters, over its channels for the features. The host adds them up in one order.
-- dynamic_tokens_gradient_kernel: dx from the gradients of y of a token and those that follow.
+Rows of a tile are runs of tokens, as in short_convolution's backward, and a loop takes one token of each run at a time:
+tokens that taps see move along in registers. Tiles are in the layout of products throughout, see product_tiles.
+
+- dynamic_forward_kernel: once over the tokens.
+- dynamic_backward_kernel: the same once more, then the gradients: of a tap the product of a token and that of y, which
+  are an operand of the products for those of features, a sum over channels, and of the table, a sum over tokens. The
+  gradients of x that later tokens still add to move along in registers. The host adds up the sums in one order.
 """
 # mypy: disable-error-code="assignment, misc"
 # Tuples that a kernel builds up change their type.
@@ -19,45 +22,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .products import arithmetic_of, matmul
-from .short_convolution import (
-    activated,
-    activation_gradient,
-    channel_blocks,
-    load_age,
-    load_bias,
-    load_channels,
-    load_tokens,
-    store_tokens,
-    token_age,
+from .product_tiles import (
+    columns_of_product_tile,
+    identities,
+    load_product_tile,
+    store_product_tile,
+    sum_of_groups,
+    turned,
 )
+from .products import arithmetic_of, matmul
+from .short_convolution import EPSILON, channel_blocks, load_age, sigmoid, silu_gradient, token_age
 
 
-class Tunings(NamedTuple):
-    """How the three kernels are launched.
+class Tuning(NamedTuple):
+    """How a kernel is launched.
 
-    BT: rows of a tile; with fewer than 64 no product is a warp group's, whose narrow ones Triton has got wrong.
-    TILES: of a program, which loads tables once for them, and has a set of sums where there are sums.
+    columns: of a group of a tile.
+    warps: at most so many; those beyond the groups would do the same again.
+    options: further ones of Triton's.
     """
 
-    forward: dict[str, int]
-    taps_gradient: dict[str, int]
-    tokens_gradient: dict[str, int]
+    columns: int
+    warps: int
+    options: dict[str, int]
 
 
-ALIKE = {"BT": 32, "TILES": 4, "num_warps": 8}
-TAPS_GRADIENT = {"BT": 32, "TILES": 16, "num_warps": 8, "num_stages": 1}
-TUNINGS = Tunings(ALIKE, TAPS_GRADIENT, ALIKE)
-# Attention's: without an activation before it, larger tiles of the taps' gradient have too few registers.
-TUNINGS_OF_HEADS = Tunings(ALIKE, {**TAPS_GRADIENT, "BT": 16, "TILES": 32}, ALIKE)
-# Measured with heads of 128 channels and 16 features, in bfloat16.
-TUNINGS_128 = Tunings(
-    {**ALIKE, "TILES": 8, "maxnreg": 80},
-    {**TAPS_GRADIENT, "BT": 16, "TILES": 32, "num_warps": 4},
-    {**ALIKE, "num_warps": 4},
-)
-# Fewest rows of a product: the tap's gradients and the bias's share one.
-FEWEST_ROWS = tl.constexpr(16)
+FORWARD = Tuning(32, 4, {})
+# With more columns a thread's sums for the table would take more registers than it has.
+BACKWARD = Tuning(16, 8, {})
+# Rows of a tile: the fewest that a product has.
+RUNS = tl.constexpr(16)
+# Tokens of a run; beside them W - 1 are read before it, and computed once more after it.
+LONGEST_RUN = 64
+SHORTEST_RUN = 16
+# Enough for every multiprocessor of a large GPU.
+PROGRAMS = 264
 
 
 class DynamicConvolveQKV(torch.autograd.Function):
@@ -73,13 +72,14 @@ class DynamicConvolveQKV(torch.autograd.Function):
         cu_seqlens: Tensor | None, key_channels: int, key_head_dim: int, group: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         B, T, value_channels = *x.shape[:2], x.shape[2] - 2 * key_channels
+        weight, up = weight.contiguous(), up.contiguous()
         q, k = (x.new_empty(B, T, key_channels) for _ in range(2))
         v = x.new_empty(B, T, value_channels)
         launch = _Launch.of(x, up, key_channels, key_head_dim, group)
         with torch.cuda.device_of(x):
-            dynamic_forward_kernel[launch.grid(launch.tunings.forward, T, B)](
-                x, features, *_tables(weight, up), bias, token_age(cu_seqlens, T), q, k, v,
-                *x.stride()[:2], *features.stride()[:2], *launch.sizes, **launch.options, **launch.tunings.forward,
+            dynamic_forward_kernel[(launch.programs,)](
+                x, features, weight, up, bias, token_age(cu_seqlens, T), q, k, v,
+                *x.stride()[:2], *features.stride()[:2], *launch.sizes, **launch.options, **launch.tuned(FORWARD),
             )  # fmt: skip
         ctx.sizes = key_channels, key_head_dim, group
         ctx.save_for_backward(x, features, weight, up, bias, cu_seqlens)
@@ -89,202 +89,208 @@ class DynamicConvolveQKV(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         x, features, weight, up, bias, cu_seqlens = ctx.saved_tensors
-        key_channels, key_head_dim, group = ctx.sizes
         (B, T, D), (_, W, R) = x.shape, up.shape
-        launch = _Launch.of(x, up, key_channels, key_head_dim, group)
-        strides = *x.stride()[:2], *features.stride()[:2]
-        tables, age = _tables(weight, up), token_age(cu_seqlens, T)
-        taps, tokens = launch.tunings.taps_gradient, launch.tunings.tokens_gradient
-        programs = launch.grid(taps, T, B)[0] // launch.blocks
-        dy, dx = dv.contiguous() if group else x.new_empty(B, T, D), x.new_empty(B, T, D)
-        d_features = x.new_empty(launch.blocks, B, T, R, dtype=torch.float32)
-        d_up = x.new_empty(programs, W, R, D, dtype=torch.float32)
-        d_shared = x.new_empty(programs, W + (bias is not None), D, dtype=torch.float32)
+        launch = _Launch.of(x, up, *ctx.sizes)
+        dx = x.new_empty(B, T, D)
+        # where a section has fewer blocks than another, nothing is written
+        created = x.new_empty if len(set(launch.sections)) == 1 else x.new_zeros
+        d_features = created(max(launch.sections), B, T, 3 * R, dtype=torch.float32)
+        token_blocks = launch.programs // launch.blocks
+        d_parameters = x.new_empty(token_blocks, D, W * (R + 1) + (bias is not None), dtype=torch.float32)
         with torch.cuda.device_of(x):
-            dynamic_taps_gradient_kernel[launch.grid(taps, T, B)](
-                x, features, *tables, bias, age, dq.contiguous(), dk.contiguous(), dv.contiguous(),
-                dy, d_features, d_up, d_shared, *strides, B, *launch.sizes, **launch.options, **taps,
+            dynamic_backward_kernel[(launch.programs,)](
+                x, features, weight, up, bias, token_age(cu_seqlens, T),
+                dq.contiguous(), dk.contiguous(), dv.contiguous(), dx, d_features, d_parameters,
+                *x.stride()[:2], *features.stride()[:2], B, *launch.sizes, **launch.options, **launch.tuned(BACKWARD),
+                SUMS=max(8, triton.next_power_of_2(W + (bias is not None))),
             )  # fmt: skip
-            dynamic_tokens_gradient_kernel[launch.grid(tokens, T, B)](
-                features, *tables, age, dy, dx, *strides[2:], *launch.sizes, **launch.options, **tokens,
-            )  # fmt: skip
-        of_sections: Any
-        if group:
-            of_sections = (
-                part.flatten(0, 1) for part in d_features.unflatten(0, (-1, group)).split([group - 2, 1, 1], 1)
-            )
-        else:
-            heads = key_channels // key_head_dim
-            of_sections = d_features.split([heads, heads, launch.blocks - 2 * heads])
-        d_shared = d_shared.sum(0)
+        d_up, d_weight, d_bias = d_parameters.sum(0).split([W * R, W, int(bias is not None)], 1)
         return (
             dx,
-            torch.cat([part.sum(0) for part in of_sections], -1).to(features.dtype),
-            d_shared[:W].t().contiguous().to(weight.dtype),
-            d_up.sum(0).permute(2, 0, 1).contiguous().to(up.dtype),
-            None if bias is None else d_shared[W].to(bias.dtype),
+            d_features.sum(0).to(features.dtype),
+            d_weight.to(weight.dtype),
+            d_up.unflatten(1, (W, R)).to(up.dtype),
+            None if bias is None else d_bias.flatten().to(bias.dtype),
             None, None, None, None,
         )  # fmt: skip
 
 
 class _Launch(NamedTuple):
-    """What the kernels of a call have in common."""
+    """What both kernels of a call have in common.
 
-    blocks: int
+    sections: blocks of channels of queries, of keys, of values.
+    """
+
+    programs: int
+    sections: tuple[int, int, int]
     sizes: tuple[int, ...]
     options: dict[str, Any]
-    tunings: Tunings
 
     @classmethod
     def of(cls, x: Tensor, up: Tensor, key_channels: int, key_head_dim: int, group: int) -> "_Launch":
-        T, value_channels, (_, W, R) = x.shape[1], x.shape[2] - 2 * key_channels, up.shape
-        BD = triton.next_power_of_2(key_head_dim)
-        VD = key_head_dim if group else BD
-        blocks = channel_blocks(key_channels, key_head_dim, value_channels, VD)
-        RP, narrow = max(16, triton.next_power_of_2(R)), x.dtype == torch.bfloat16
+        B, T, value_channels, (D, W, R) = *x.shape[:2], x.shape[2] - 2 * key_channels, up.shape
+        BD = max(16, triton.next_power_of_2(key_head_dim))
+        if group:
+            VD, groups = key_head_dim, D // (key_head_dim * group)
+            sections = groups * (group - 2), groups, groups
+        else:
+            VD, heads = BD, key_channels // key_head_dim
+            sections = heads, heads, triton.cdiv(value_channels, BD)
+        blocks = sum(sections)
+        rows = RUNS.value
+        spans = max(
+            triton.cdiv(T, rows * LONGEST_RUN),
+            min(triton.cdiv(T, rows * SHORTEST_RUN), triton.cdiv(PROGRAMS, blocks * B)),
+        )
+        run = triton.cdiv(T, rows * spans)
         options = {
-            "K": key_head_dim, "VD": VD, "GROUP": group, "W": W, "RP": RP, "BD": BD, **arithmetic_of(x.dtype),
+            "K": key_head_dim, "VD": VD, "GROUP": group, "W": W, "RP": max(16, triton.next_power_of_2(R)), "BD": BD,
+            "ROWS": rows, **arithmetic_of(x.dtype),
         }  # fmt: skip
-        tunings = TUNINGS_OF_HEADS if group else TUNINGS_128 if narrow and BD == 128 and RP == 16 else TUNINGS
-        # Several stages of larger tiles exceed a Hopper SM's shared memory.
-        stages = {"num_stages": 2 if narrow and BD <= 128 else 1}
-        tunings = Tunings(*(stages | tuning for tuning in tunings))
-        return cls(blocks, (T, R, key_channels, value_channels, blocks), options, tunings)
+        sizes = T, R, run, key_channels, value_channels, blocks
+        return cls(blocks * triton.cdiv(T, rows * run) * B, sections, sizes, options)
 
-    def grid(self, tuning: dict[str, int], T: int, B: int) -> tuple[int]:
-        return (self.blocks * triton.cdiv(T, tuning["BT"] * tuning["TILES"]) * B,)
+    @property
+    def blocks(self) -> int:
+        return sum(self.sections)
 
-
-def _tables(weight: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The taps that all tokens share, [W, D], and what features add, [W, R, D]."""
-    return weight.t().contiguous(), up.permute(1, 2, 0).contiguous()
+    def tuned(self, tuning: Tuning) -> dict[str, int]:
+        columns = min(tuning.columns, self.options["BD"])
+        warps = min(tuning.warps, self.options["BD"] // columns)
+        return {"P": columns, "num_warps": warps, "num_stages": 1, **tuning.options}
 
 
 @triton.jit
 def dynamic_forward_kernel(
-    x, features, taps, up, bias, age, q, k, v, x_batch, x_token, z_batch, z_token, T, R, key_channels, value_channels,
-    blocks, K: tl.constexpr, VD: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr,
-    BD: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr,
+    x, features, weight, up, bias, age, q, k, v, x_batch, x_token, z_batch, z_token, T, R, run, key_channels,
+    value_channels, blocks, K: tl.constexpr, VD: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, RP: tl.constexpr,
+    BD: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per TILES tiles of BT tokens of a batch entry and block of channels.
+    """One program per ROWS runs of `run` tokens of a batch entry and block of channels.
 
-    x: [B, T, D] with strides x_batch and x_token; features: [B, T, 3 R] with strides z_batch and z_token; taps: [W, D];
-    up: [W, R, D]; bias: [D]; age: [T]; q, k: [B, T, key_channels]; v: [B, T, value_channels].
+    x: [B, T, D] with strides x_batch and x_token; features: [B, T, 3 R] with strides z_batch and z_token; weight:
+    [D, W]; up: [D, W, R]; bias: [D]; age: [T]; q, k: [B, T, key_channels]; v: [B, T, value_channels].
     """
-    i_d, _, i_b, start = place(blocks, T, BT * TILES)
-    D = 2 * key_channels + value_channels
+    GROUPS: tl.constexpr = BD // P
+    i_d, _, i_b, start = place(blocks, T, ROWS * run)
     first, channels = channels_of_block(i_d, key_channels, value_channels, K, VD)
     of_keys, out, out_token = outputs_of_block(q, k, v, i_d, i_b, T, key_channels, value_channels, K, VD)
     x += i_b * x_batch + first
-    features += i_b * z_batch + section_of_block(i_d, key_channels // K, GROUP) * R
-    o_d, o_r = tl.arange(0, BD), tl.arange(0, RP)
-    m_d, m_r = o_d < channels, o_r < R
-    b_taps, b_up = load_tables(taps + first, up + first, D, R, o_d, m_d, o_r, m_r, W, CT)
-    for i in range(tl.minimum(TILES, tl.cdiv(T - start, BT))):
-        o_t, m_t, b_y = mixed_tokens(
-            x, features, b_taps, b_up, bias, age, x_token, z_token, first, start + i * BT, T,
-            o_d, m_d, o_r, m_r, W, BT, BD, CT, PRECISION,
-        )[:3]  # fmt: skip
-        store_tokens(out, out_token, o_t, m_t, o_d, m_d, activated(b_y, GROUP == 0, of_keys))
+    features += i_b * z_batch + part_of_block(i_d, key_channels // K, GROUP)[0] * R
+    b_taps, b_up, b_bias = load_tables(weight, up, bias, first, channels, R, GROUPS, P, RP, W, CT)
+    b_x = earlier_tokens(x, x_token, start, T, run, channels, ROWS, GROUPS, P, W)
+    b_next_x, b_next_z = next_tokens(x, features, x_token, z_token, start, T, run, channels, R, ROWS, GROUPS, P, RP)
+    for i in range(run):
+        i_t = start + i
+        b_age = age_of_runs(age, i_t, T, run, ROWS)
+        b_x += (b_next_x.to(tl.float32),)
+        b_z = b_next_z
+        b_next_x, b_next_z = next_tokens(
+            x, features, x_token, z_token, i_t + 1, T, run, channels, R, ROWS, GROUPS, P, RP
+        )
+        b_x, b_mixing, b_out = mixed(b_x, b_z, b_taps, b_up, b_bias, age, b_age, W, CT, PRECISION)
+        if GROUP == 0:
+            b_out *= sigmoid(b_out)
+            b_inverse = tl.full([ROWS], 1.0, tl.float32)
+            if of_keys:
+                b_inverse = tl.rsqrt(tl.sum(tl.sum(b_out * b_out, 2), 0) + EPSILON)
+            b_out *= b_inverse[None, :, None]
+        store_product_tile(out, out_token, i_t, T, run, channels, b_out)
+        b_x = b_x[1:]
 
 
 @triton.jit
-def dynamic_taps_gradient_kernel(
-    x, features, taps, up, bias, age, dq, dk, dv, dy, d_features, d_up, d_shared, x_batch, x_token, z_batch, z_token, B,
-    T, R, key_channels, value_channels, blocks,
-    K: tl.constexpr, VD: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr,
-    BD: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr,
+def dynamic_backward_kernel(
+    x, features, weight, up, bias, age, dq, dk, dv, dx, d_features, d_parameters, x_batch, x_token, z_batch, z_token, B,
+    T, R, run, key_channels, value_channels, blocks,
+    K: tl.constexpr, VD: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr,
+    ROWS: tl.constexpr, P: tl.constexpr, SUMS: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per TILES tiles of BT tokens of a batch entry and block of channels.
+    """One program per ROWS runs of `run` tokens of a batch entry and block of channels.
 
-    The tensors of the forward; dy: [B, T, D], the gradient before the activation, of heads that of the output, which
-    is dv; float32 sums: d_features [blocks, B, T, R] over a block's channels, d_up [programs, W, R, D] and d_shared
-    [programs, W, D], or W + 1 with a bias, whose gradient comes last, over the tokens of the programs of a block.
+    The tensors of the forward; dx: [B, T, D]; float32 sums: d_features [blocks of a section, B, T, 3 R] over a block's
+    channels, d_parameters [programs of a block, D, W R + W], or one more with a bias, over a program's tokens: of the
+    table, the taps that all tokens share, the bias.
+
+    Tuples hold a tile per tap j, which takes the token W - 1 - j before the present one: its x, what is known of its
+    dx, the tap, the gradient of its table.
     """
-    i_d, i_bt, i_b, start = place(blocks, T, BT * TILES)
+    GROUPS: tl.constexpr = BD // P
+    i_d, i_bt, i_b, start = place(blocks, T, ROWS * run)
+    D = 2 * key_channels + value_channels
     first, channels = channels_of_block(i_d, key_channels, value_channels, K, VD)
     of_keys, d_out, out_token = outputs_of_block(dq, dk, dv, i_d, i_b, T, key_channels, value_channels, K, VD)
+    i_section, i_in_section = part_of_block(i_d, key_channels // K, GROUP)
     x += i_b * x_batch + first
-    features += i_b * z_batch + section_of_block(i_d, key_channels // K, GROUP) * R
-    D = 2 * key_channels + value_channels
-    dy += i_b * T * D + first
-    d_features += (i_d.to(tl.int64) * B + i_b) * T * R
-    d_up += i_bt.to(tl.int64) * W * R * D + first
-    d_shared += i_bt.to(tl.int64) * (W if bias is None else W + 1) * D + first
-    o_d, o_r, o_row = tl.arange(0, BD), tl.arange(0, RP), tl.arange(0, FEWEST_ROWS)
-    m_d, m_r = o_d < channels, o_r < R
-    b_taps, b_up = load_tables(taps + first, up + first, D, R, o_d, m_d, o_r, m_r, W, CT)
-    b_d_shared = tl.zeros([FEWEST_ROWS, BD], tl.float32)
-    b_d_up = ()
-    for _ in tl.static_range(W):
-        b_d_up += (tl.zeros([RP, BD], tl.float32),)
-    for i in range(tl.minimum(TILES, tl.cdiv(T - start, BT))):
-        o_t, m_t, b_y, b_x, b_z = mixed_tokens(
-            x, features, b_taps, b_up, bias, age, x_token, z_token, first, start + i * BT, T,
-            o_d, m_d, o_r, m_r, W, BT, BD, CT, PRECISION,
-        )  # fmt: skip
-        b_d_out = load_tokens(d_out, out_token, o_t, m_t, o_d, m_d).to(tl.float32)
-        b_dy = activation_gradient(b_y, b_d_out, GROUP == 0, of_keys)
-        if GROUP == 0:
-            store_tokens(dy, D, o_t, m_t, o_d, m_d, b_dy)
-        b_dz = tl.zeros([BT, RP], tl.float32)
-        b_more_d_up = ()
-        for j in tl.static_range(W):
-            b_d_taps = (b_dy * b_x[j].to(tl.float32)).to(CT)
-            b_dz += matmul(b_d_taps, tl.trans(b_up[j]), CT, PRECISION)
-            b_more_d_up += (b_d_up[j] + matmul(tl.trans(b_z), b_d_taps, CT, PRECISION),)
-            b_d_shared += matmul(sums_into_row(o_row, j, BT), b_d_taps, CT, PRECISION)
-        if bias is not None:
-            b_d_shared += matmul(sums_into_row(o_row, W, BT), b_dy, CT, PRECISION)
-        b_d_up = b_more_d_up
-        store_tokens(d_features, R, o_t, m_t, o_r, m_r, b_dz)
-    for j in tl.static_range(W):
-        store_tokens(d_up + j * R * D, D, o_r, m_r, o_d, m_d, b_d_up[j])
-    store_tokens(d_shared, D, o_row, o_row < (W if bias is None else W + 1), o_d, m_d, b_d_shared)
-
-
-@triton.jit
-def dynamic_tokens_gradient_kernel(
-    features, taps, up, age, dy, dx, z_batch, z_token, T, R, key_channels, value_channels, blocks,
-    K: tl.constexpr, VD: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr,
-    BD: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """One program per TILES tiles of BT tokens of a batch entry and block of channels; dy, dx: [B, T, D]."""
-    i_d, _, i_b, start = place(blocks, T, BT * TILES)
-    D = 2 * key_channels + value_channels
-    first, channels = channels_of_block(i_d, key_channels, value_channels, K, VD)
-    o_d, o_r = tl.arange(0, BD), tl.arange(0, RP)
-    m_d, m_r = o_d < channels, o_r < R
-    features += i_b * z_batch + section_of_block(i_d, key_channels // K, GROUP) * R
-    dy += i_b * T * D + first
+    features += i_b * z_batch + i_section * R
     dx += i_b * T * D + first
-    b_taps, b_up = load_tables(taps + first, up + first, D, R, o_d, m_d, o_r, m_r, W, CT)
-    for i in range(tl.minimum(TILES, tl.cdiv(T - start, BT))):
-        o_t = start + i * BT + tl.arange(0, BT)
-        b_mixing, b_dx = (), tl.zeros([BT, BD], tl.float32)
+    d_features += ((i_in_section.to(tl.int64) * B + i_b) * T * 3 + i_section) * R
+    b_taps, b_up, b_bias = load_tables(weight, up, bias, first, channels, R, GROUPS, P, RP, W, CT)
+    b_x = earlier_tokens(x, x_token, start, T, run, channels, ROWS, GROUPS, P, W)
+    b_next_x, b_next_z = next_tokens(x, features, x_token, z_token, start, T, run, channels, R, ROWS, GROUPS, P, RP)
+    b_next_d_out = load_product_tile(d_out, out_token, start, T, run, channels, ROWS, GROUPS, P)
+    b_column_identity, b_feature_identity = identities(GROUPS, P, CT), identities(GROUPS, RP, CT)
+    b_zero = tl.zeros([GROUPS, ROWS, P], tl.float32)
+    b_d_sums = tl.zeros([GROUPS, P, SUMS], tl.float32)
+    b_dx, b_d_up, b_into_sum = (), (), ()
+    for j in tl.static_range(W - 1):
+        b_dx += (b_zero,)
+    for j in tl.static_range(W):
+        b_d_up += (tl.zeros([GROUPS, P, RP], tl.float32),)
+        b_into_sum += (ones_in_column(j, GROUPS, ROWS, SUMS, CT),)
+    b_into_last_sum = ones_in_column(W, GROUPS, ROWS, SUMS, CT)
+    # the last tokens of a run get parts of their dx from the first tokens of the next run
+    for i in range(run + W - 1):
+        i_t = start + i
+        b_age = age_of_runs(age, i_t, T, run, ROWS)
+        b_x += (b_next_x.to(tl.float32),)
+        b_z, b_d_out = b_next_z, b_next_d_out.to(tl.float32)
+        b_next_x, b_next_z = next_tokens(
+            x, features, x_token, z_token, i_t + 1, T, run, channels, R, ROWS, GROUPS, P, RP
+        )
+        b_next_d_out = load_product_tile(d_out, out_token, i_t + 1, T, run, channels, ROWS, GROUPS, P)
+        b_x, b_mixing, b_y = mixed(b_x, b_z, b_taps, b_up, b_bias, age, b_age, W, CT, PRECISION)
+        b_dy = activation_gradient(b_y, b_d_out, GROUP == 0, of_keys)
+        b_dx += (b_zero,)
+        b_more_dx = ()
         for j in tl.static_range(W):
-            o_later = o_t + (W - 1 - j)
-            m_t = o_later < T
-            m_t = m_t & (load_age(age, o_later, m_t) >= W - 1 - j)
-            b_z = load_tokens(features, z_token, o_later, m_t, o_r, m_r)
-            b_mixing += (spread(matmul(b_z, b_up[j], CT, PRECISION), CT),)
-        for j in tl.static_range(W):
-            o_later = o_t + (W - 1 - j)
-            m_t = o_later < T
-            m_t = m_t & (load_age(age, o_later, m_t) >= W - 1 - j)
-            b_dy = load_tokens(dy, D, o_later, m_t, o_d, m_d).to(tl.float32)
-            b_dx += (b_mixing[j] + b_taps[j]) * b_dy
-            if j == W - 1:
-                b_dx += b_dy
-        store_tokens(dx, D, o_t, o_t < T, o_d, m_d, b_dx)
+            b_more_dx += (b_dx[j] + within_reach(b_mixing[j] * b_dy, age, b_age, W - 1 - j),)
+        # no token before the run's first is the program's
+        last = tl.where(i >= W - 1, T, 0)
+        store_product_tile(dx, D, i_t - (W - 1), last, run, channels, b_more_dx[0])
+        if i < run:
+            b_dy_operand = b_dy.to(CT)
+            b_turned_z = tl.permute(turned(b_z.to(CT), b_feature_identity, CT, PRECISION), (0, 2, 1))
+            b_dz = tl.zeros([GROUPS, RP, ROWS], tl.float32)
+            b_more_d_up = ()
+            for j in tl.static_range(W):
+                b_d_tap = b_dy_operand * b_x[j].to(CT)
+                b_dz += matmul(b_up[j], tl.permute(b_d_tap, (0, 2, 1)), CT, PRECISION)
+                b_d_tap = turned(b_d_tap, b_column_identity, CT, PRECISION)
+                b_more_d_up += (b_d_up[j] + matmul(b_d_tap, b_turned_z, CT, PRECISION),)
+                b_d_sums += matmul(b_d_tap, b_into_sum[j], CT, PRECISION)
+            if bias is not None:
+                b_dy_operand = turned(b_dy_operand, b_column_identity, CT, PRECISION)
+                b_d_sums += matmul(b_dy_operand, b_into_last_sum, CT, PRECISION)
+            b_d_up = b_more_d_up
+            store_product_tile(d_features, 3 * R, i_t, T, run, R, sum_of_groups(b_dz)[None])
+        b_x, b_dx = b_x[1:], b_more_dx[1:]
+    o_d, m_d = columns_of_groups(channels, GROUPS, P)
+    o_r, o_sum = columns_of_product_tile(RP), tl.arange(0, SUMS)
+    width = W * (R + 1) if bias is None else W * (R + 1) + 1
+    p_parameters = d_parameters + (i_bt.to(tl.int64) * D + first + o_d[:, :, None]) * width
+    for j in tl.static_range(W):
+        tl.store(p_parameters + j * R + o_r[None, None, :], b_d_up[j], mask=m_d[:, :, None] & (o_r < R)[None, None, :])
+    m_sum = o_sum < width - W * R
+    tl.store(p_parameters + W * R + o_sum[None, None, :], b_d_sums, mask=m_d[:, :, None] & m_sum[None, None, :])
 
 
 @triton.jit
-def place(blocks, T, SPAN: tl.constexpr):
-    """(block of channels, program of that block, batch entry, first token) of a program with SPAN tokens."""
+def place(blocks, T, span):
+    """(block of channels, program of that block, batch entry, first token) of a program with `span` tokens."""
     i_d, i_bt = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    spans = tl.cdiv(T, SPAN)
-    return i_d, i_bt, (i_bt // spans).to(tl.int64), i_bt % spans * SPAN
+    spans = tl.cdiv(T, span)
+    return i_d, i_bt, (i_bt // spans).to(tl.int64), i_bt % spans * span
 
 
 @triton.jit
@@ -309,58 +315,112 @@ def outputs_of_block(q, k, v, i_d, i_b, T, key_channels, value_channels, K: tl.c
 
 
 @triton.jit
-def section_of_block(i_d, heads, GROUP: tl.constexpr):
-    """Whose channels block i_d has: of queries 0, of keys 1, of values 2."""
-    return tl.minimum(i_d // heads, 2) if GROUP == 0 else tl.maximum(i_d % GROUP - (GROUP - 3), 0)
+def part_of_block(i_d, heads, GROUP: tl.constexpr):
+    """Of block i_d: (whose channels it has, of queries 0, of keys 1, of values 2; which block of theirs it is)."""
+    if GROUP == 0:
+        i_section = tl.minimum(i_d // heads, 2)
+        return i_section, i_d - i_section * heads
+    else:  # noqa: RET505  # Triton compiles what follows a return
+        i_group, i_head = i_d // GROUP, i_d % GROUP
+        i_section = tl.maximum(i_head - (GROUP - 3), 0)
+        return i_section, tl.where(i_section == 0, i_group * (GROUP - 2) + i_head, i_group)
 
 
 @triton.jit
-def load_tables(taps, up, D, R, o_d, m_d, o_r, m_r, W: tl.constexpr, CT: tl.constexpr):
-    """Tuples over the taps: what all tokens share, [1, BD] float32, and what features add, [RP, BD] in the dtype CT."""
+def columns_of_groups(channels, GROUPS: tl.constexpr, P: tl.constexpr):
+    """(the channels of a block in the order of a tile's columns, which of them are there), [GROUPS, P]."""
+    o_d = tl.arange(0, GROUPS)[:, None] * P + columns_of_product_tile(P)[None, :]
+    return o_d, o_d < channels
+
+
+@triton.jit
+def load_tables(weight, up, bias, first, channels, R, GROUPS: tl.constexpr, P: tl.constexpr, RP: tl.constexpr,
+                W: tl.constexpr, CT: tl.constexpr):  # fmt: skip
+    """Of `channels` channels from the first on: tuples over the taps of what all tokens share, the token itself
+    included, [GROUPS, 1, P] float32, and of what features add, [GROUPS, RP, P] in the dtype CT; the bias, as the taps.
+    """
+    o_d, m_d = columns_of_groups(channels, GROUPS, P)
+    o_d += first
+    o_r = columns_of_product_tile(RP)[None, :, None]
     b_taps, b_up = (), ()
     for j in tl.static_range(W):
-        b_taps += (load_channels(taps + j * D, o_d, m_d),)
-        b_up += (load_tokens(up + j * R * D, D, o_r, m_r, o_d, m_d).to(CT),)
-    return b_taps, b_up
+        b_tap = tl.load(weight + o_d * W + j, mask=m_d, other=0.0).to(tl.float32)[:, None, :]
+        b_taps += (b_tap + 1.0 if j == W - 1 else b_tap,)
+        p_up = up + (o_d[:, None, :] * W + j) * R + o_r
+        b_up += (tl.load(p_up, mask=m_d[:, None, :] & (o_r < R), other=0.0).to(CT),)
+    b_bias = tl.zeros([GROUPS, 1, P], tl.float32)
+    if bias is not None:
+        b_bias += tl.load(bias + o_d, mask=m_d, other=0.0).to(tl.float32)[:, None, :]
+    return b_taps, b_up, b_bias
 
 
 @triton.jit
-def mixed_tokens(
-    x, features, b_taps, b_up, bias, age, x_token, z_token, first, start, T, o_d, m_d, o_r, m_r,
-    W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Tokens from `start` on: (which, which of them are there, a tile of them before the activation, [BT, BD] float32,
-    the tuple of what each tap meets, features).
-    """
-    o_t = start + tl.arange(0, BT)
-    m_t = o_t < T
-    b_age = load_age(age, o_t, m_t)
-    b_z = load_tokens(features, z_token, o_t, m_t, o_r, m_r)
-    b_mixing, b_x = (), ()
+def earlier_tokens(x, x_token, i_t, T, run, channels, ROWS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
+                   W: tl.constexpr):  # fmt: skip
+    """The W - 1 tokens before token i_t of each run, a tuple."""
+    b_x = ()
+    for j in tl.static_range(W - 1):
+        b_token = load_product_tile(x, x_token, i_t - (W - 1) + j, T, run, channels, ROWS, GROUPS, P)
+        b_x += (b_token.to(tl.float32),)
+    return b_x
+
+
+@triton.jit
+def next_tokens(x, features, x_token, z_token, i_t, T, run, channels, R, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+                P: tl.constexpr, RP: tl.constexpr):  # fmt: skip
+    """Token i_t of each run and its features."""
+    b_x = load_product_tile(x, x_token, i_t, T, run, channels, ROWS, GROUPS, P)
+    return b_x, load_product_tile(features, z_token, i_t, T, run, R, ROWS, GROUPS, RP, True)
+
+
+@triton.jit
+def age_of_runs(age, i_t, T, run, ROWS: tl.constexpr):
+    """Tokens of the same sequence before token i_t of each run, [ROWS]."""
+    o_t = i_t + tl.arange(0, ROWS) * run
+    return load_age(age, o_t, o_t < T)
+
+
+@triton.jit
+def mixed(b_x, b_z, b_taps, b_up, b_bias, age, b_age, W: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr):
+    """(b_x without what lies in another sequence, the taps of tokens with features b_z, what they make of b_x)."""
+    b_seen, b_mixing = (), ()
+    b_y = tl.zeros_like(b_x[0]) + b_bias
     for j in tl.static_range(W):
-        b_mixing += (spread(matmul(b_z, b_up[j], CT, PRECISION), CT),)
-    b_y = load_bias(bias, first, o_d, m_d, BT, BD)
-    for j in tl.static_range(W):
-        # the last tap's is the token itself
-        m_x = m_t & (b_age >= W - 1 - j) if j < W - 1 else m_t
-        b_x += (load_tokens(x, x_token, o_t - (W - 1) + j, m_x, o_d, m_d),)
-        b_y += (b_mixing[j] + b_taps[j]) * b_x[j].to(tl.float32)
-    b_y += b_x[W - 1].to(tl.float32)
-    return o_t, m_t, b_y, b_x, b_z
+        b_seen += (within_reach(b_x[j], age, b_age, W - 1 - j),)
+        b_mixing += (matmul(b_z, b_up[j], CT, PRECISION) + b_taps[j],)
+        b_y += b_mixing[j] * b_seen[j]
+    return b_seen, b_mixing, b_y
 
 
 @triton.jit
-def sums_into_row(o_row, row: tl.constexpr, BT: tl.constexpr):
-    """What a tile of BT tokens is multiplied by for their sum in one row, [rows, BT] float32."""
-    return tl.zeros([o_row.shape[0], BT], tl.float32) + tl.where(o_row == row, 1.0, 0.0)[:, None]
+def within_reach(b_tile, age, b_age, back: tl.constexpr):
+    """A tile, zero for tokens whose sequence begins less than `back` tokens before them."""
+    if age is None or back == 0:
+        # without packed sequences nothing was loaded from before the first token
+        return b_tile
+    return tl.where((b_age >= back)[None, :, None], b_tile, 0.0)
 
 
 @triton.jit
-def spread(b_product, CT: tl.constexpr):
-    """A product, rounded to the dtype CT, in float32; through a view, for which Triton moves it to the layout of loads
-    instead of all loads, and what is summed along rows, to that of products.
-    """
-    rows: tl.constexpr = b_product.shape[0]
-    columns: tl.constexpr = b_product.shape[1]
-    b_pairs = tl.reshape(b_product, [rows, columns // 2, 2]).to(CT)
-    return tl.reshape(b_pairs, [rows, columns]).to(tl.float32)
+def activation_gradient(b_y, b_d_out, ACT: tl.constexpr, norm):
+    """The gradient of y, a tile, from that of SiLU, of the L2 norm of each token too if `norm`; without ACT b_d_out."""
+    if ACT:
+        b_sigmoid = sigmoid(b_y)
+        b_a = b_y * b_sigmoid
+        b_inverse = tl.full([b_y.shape[1]], 1.0, tl.float32)
+        b_along = tl.zeros([b_y.shape[1]], tl.float32)
+        if norm:
+            b_squares, b_products = tl.split(tl.sum(tl.sum(tl.join(b_a * b_a, b_a * b_d_out), 2), 0))
+            b_inverse = tl.rsqrt(b_squares + EPSILON)
+            b_along = b_products * b_inverse * b_inverse
+        b_da = (b_d_out - b_a * b_along[None, :, None]) * b_inverse[None, :, None]
+        b_d_out = silu_gradient(b_a, b_sigmoid, b_da)
+    return b_d_out
+
+
+@triton.jit
+def ones_in_column(column: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr,
+                   CT: tl.constexpr):  # fmt: skip
+    """What a tile's rows are multiplied by for their sum in one column, [GROUPS, ROWS, SUMS]."""
+    b_one = tl.where(tl.arange(0, SUMS) == column, 1.0, 0.0)[None, None, :]
+    return tl.broadcast_to(b_one, [GROUPS, ROWS, SUMS]).to(CT)

@@ -279,7 +279,7 @@ def convolve_gradient(
 
 
 @triton.jit
-def activated(b_y, ACT: tl.constexpr, NORM):
+def activated(b_y, ACT, NORM):
     """SiLU, then with NORM, which may be known at run time only, the L2 norm of each row; without ACT y as it is."""
     b_out = b_y
     if ACT:
@@ -289,16 +289,21 @@ def activated(b_y, ACT: tl.constexpr, NORM):
 
 
 @triton.jit
-def activation_gradient(b_y, b_d_out, ACT: tl.constexpr, NORM):
+def activation_gradient(b_y, b_d_out, ACT, NORM):
     """The gradient of y, [BT, BD], from that of `activated`."""
     if ACT:
         b_sigmoid = sigmoid(b_y)
         b_a = b_y * b_sigmoid
         b_inverse = tl.where(NORM, tl.rsqrt(tl.sum(b_a * b_a, 1) + EPSILON), 1.0)
         b_along = tl.where(NORM, tl.sum(b_a * b_d_out, 1) * b_inverse * b_inverse, 0.0)
-        b_d_out = (b_d_out - b_a * b_along[:, None]) * b_inverse[:, None]
-        b_d_out = b_d_out * (b_sigmoid + b_a * (1.0 - b_sigmoid))
+        b_d_out = silu_gradient(b_a, b_sigmoid, (b_d_out - b_a * b_along[:, None]) * b_inverse[:, None])
     return b_d_out
+
+
+@triton.jit
+def silu_gradient(b_a, b_sigmoid, b_da):
+    """The gradient of y from that of a = y sigmoid(y)."""
+    return b_da * (b_sigmoid + b_a * (1.0 - b_sigmoid))
 
 
 @triton.jit

@@ -1,0 +1,89 @@
+"""Tiles in the layout of tensor cores from memory on, so that nothing between loads, products and stores is moved.
+
+A tile [GROUPS, ROWS, P] is a group of P columns for each warp. Of every eight columns of a product a thread holds two
+that lie side by side; so columns are numbered anew, such that all of a thread's are neighbours in memory: loads and
+stores have the order of axes for which Triton gives each thread what it holds in a product. A product with the identity
+turns what one product has left into what the next takes, where Triton would go through shared memory.
+"""
+
+import triton
+import triton.language as tl
+
+from .products import matmul
+
+
+@triton.jit
+def load_product_tile(x, row_stride, first, last, rows_apart, channels, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+                      P: tl.constexpr, SHARED: tl.constexpr = False):  # fmt: skip
+    """Rows `first`, `first + rows_apart`, ... of x, zero below row 0, from row `last` and column `channels` on.
+
+    With SHARED all groups get the first P columns, otherwise each its own.
+    """
+    o_row, o_column = axes_of_product_tile(ROWS, GROUPS, P, SHARED)
+    o_row *= rows_apart
+    m_x = (first + o_row >= 0) & (first + o_row < last) & (o_column < channels)
+    p_x = x + first.to(tl.int64) * row_stride + (o_row.to(tl.int64) * row_stride + o_column)
+    b_x = tl.reshape(tl.load(p_x, mask=m_x, other=0.0), [4, 8, GROUPS, ROWS // 8, P // 8, 2])
+    return tl.reshape(tl.permute(b_x, (2, 3, 1, 4, 0, 5)), [GROUPS, ROWS, P])
+
+
+@triton.jit
+def store_product_tile(x, row_stride, first, last, rows_apart, channels, b_x):
+    """The counterpart of load_product_tile."""
+    GROUPS: tl.constexpr = b_x.shape[0]
+    ROWS: tl.constexpr = b_x.shape[1]
+    P: tl.constexpr = b_x.shape[2]
+    o_row, o_column = axes_of_product_tile(ROWS, GROUPS, P, False)
+    o_row *= rows_apart
+    m_x = (first + o_row >= 0) & (first + o_row < last) & (o_column < channels)
+    p_x = x + first.to(tl.int64) * row_stride + (o_row.to(tl.int64) * row_stride + o_column)
+    b_x = tl.permute(tl.reshape(b_x.to(x.dtype.element_ty), [GROUPS, ROWS // 8, 8, P // 8, 4, 2]), (4, 2, 0, 1, 3, 5))
+    tl.store(p_x, tl.reshape(b_x, [4, 8, GROUPS, ROWS // 8, P // 4]), mask=m_x)
+
+
+@triton.jit
+def axes_of_product_tile(ROWS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, SHARED: tl.constexpr):
+    """(rows, columns) of a tile with the axes in which it is loaded: quarters of a group, rows of eight, groups, eights
+    of rows, columns of a quarter.
+    """
+    o_row = (tl.arange(0, ROWS // 8)[None, :] * 8 + tl.arange(0, 8)[:, None])[None, :, None, :, None]
+    o_column = (tl.arange(0, 4)[:, None] * (P // 4) + tl.arange(0, P // 4)[None, :])[:, None, None, None, :]
+    o_group = tl.arange(0, GROUPS)[None, None, :, None, None] * (0 if SHARED else P)
+    return o_row, o_column + o_group
+
+
+@triton.jit
+def columns_of_product_tile(P: tl.constexpr):
+    """Where in memory the columns of a group of a tile lie, [P]."""
+    o_p = tl.arange(0, P)
+    return o_p // 2 % 4 * (P // 4) + o_p // 8 * 2 + o_p % 2
+
+
+@triton.jit
+def identities(GROUPS: tl.constexpr, P: tl.constexpr, CT: tl.constexpr):
+    """An identity for each group, [GROUPS, P, P]."""
+    o_p = tl.arange(0, P)
+    return tl.broadcast_to(tl.where(o_p[:, None] == o_p[None, :], 1.0, 0.0)[None], [GROUPS, P, P]).to(CT)
+
+
+@triton.jit
+def turned(b_x, b_identity, CT: tl.constexpr, PRECISION: tl.constexpr):
+    """A tile of the dtype CT and its groups' transposes."""
+    b_turned = tl.permute(b_x, (0, 2, 1))
+    if CT == tl.bfloat16:
+        b_turned = matmul(b_identity, b_turned, CT, PRECISION).to(CT)
+    return b_turned
+
+
+@triton.jit
+def sum_of_groups(b_x):
+    """[GROUPS, A, B] -> the sum over groups turned round, [B, A].
+
+    Half the groups are added up in a thread: Triton's sums across warps take five times the instructions.
+    """
+    GROUPS: tl.constexpr = b_x.shape[0]
+    b_x = tl.permute(b_x, (2, 1, 0))
+    if GROUPS > 1:
+        b_even, b_odd = tl.split(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1], GROUPS // 2, 2]))
+        b_x = b_even + b_odd
+    return tl.sum(b_x, 2)
