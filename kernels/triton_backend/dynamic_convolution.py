@@ -31,7 +31,7 @@ from .product_tiles import (
     turned,
 )
 from .products import arithmetic_of, matmul
-from .short_convolution import EPSILON, channel_blocks, load_age, sigmoid, silu_gradient, token_age
+from .short_convolution import EPSILON, load_age, sigmoid, silu_gradient, token_age
 
 
 class Tuning(NamedTuple):
@@ -47,9 +47,9 @@ class Tuning(NamedTuple):
     options: dict[str, int]
 
 
-FORWARD = Tuning(32, 4, {})
+FORWARD = Tuning(32, 8, {})
 # With more columns a thread's sums for the table would take more registers than it has.
-BACKWARD = Tuning(16, 8, {})
+BACKWARD = Tuning(16, 16, {})
 # Rows of a tile: the fewest that a product has.
 RUNS = tl.constexpr(16)
 # Tokens of a run; beside them W - 1 are read before it, and computed once more after it.
@@ -188,7 +188,7 @@ def dynamic_forward_kernel(
         b_next_x, b_next_z = next_tokens(
             x, features, x_token, z_token, i_t + 1, T, run, channels, R, ROWS, GROUPS, P, RP
         )
-        b_x, b_mixing, b_out = mixed(b_x, b_z, b_taps, b_up, b_bias, age, b_age, W, CT, PRECISION)
+        b_x, _b_mixing, b_out = mixed(b_x, b_z, b_taps, b_up, b_bias, age, b_age, W, CT, PRECISION)
         if GROUP == 0:
             b_out *= sigmoid(b_out)
             b_inverse = tl.full([ROWS], 1.0, tl.float32)
@@ -233,7 +233,7 @@ def dynamic_backward_kernel(
     b_zero = tl.zeros([GROUPS, ROWS, P], tl.float32)
     b_d_sums = tl.zeros([GROUPS, P, SUMS], tl.float32)
     b_dx, b_d_up, b_into_sum = (), (), ()
-    for j in tl.static_range(W - 1):
+    for _j in tl.static_range(W - 1):
         b_dx += (b_zero,)
     for j in tl.static_range(W):
         b_d_up += (tl.zeros([GROUPS, P, RP], tl.float32),)

@@ -1,9 +1,10 @@
 """Tiles in the layout of tensor cores from memory on, so that nothing between loads, products and stores is moved.
 
 A tile [GROUPS, ROWS, P] is a group of P columns for each warp. Of every eight columns of a product a thread holds two
-that lie side by side; so columns are numbered anew, such that all of a thread's are neighbours in memory: loads and
-stores have the order of axes for which Triton gives each thread what it holds in a product. A product with the identity
-turns what one product has left into what the next takes, where Triton would go through shared memory.
+that lie side by side; so columns are numbered anew, such that all of a thread's are neighbours in memory, and loads and
+stores number what threads hold as tensor cores number threads: Triton gives each thread what it has in a product. A
+product with the identity turns what one product has left into what the next takes, where Triton would go through shared
+memory.
 """
 
 import triton
@@ -19,12 +20,12 @@ def load_product_tile(x, row_stride, first, last, rows_apart, channels, ROWS: tl
 
     With SHARED all groups get the first P columns, otherwise each its own.
     """
-    o_row, o_column = axes_of_product_tile(ROWS, GROUPS, P, SHARED)
+    o_row, o_column = places_of_product_tile(ROWS, GROUPS, P, SHARED)
     o_row *= rows_apart
     m_x = (first + o_row >= 0) & (first + o_row < last) & (o_column < channels)
     p_x = x + first.to(tl.int64) * row_stride + (o_row.to(tl.int64) * row_stride + o_column)
-    b_x = tl.reshape(tl.load(p_x, mask=m_x, other=0.0), [4, 8, GROUPS, ROWS // 8, P // 8, 2])
-    return tl.reshape(tl.permute(b_x, (2, 3, 1, 4, 0, 5)), [GROUPS, ROWS, P])
+    b_x = tl.reshape(tl.load(p_x, mask=m_x, other=0.0), [ROWS // 8, GROUPS, 8, 4, P // 8, 2])
+    return tl.reshape(tl.permute(b_x, (1, 0, 2, 4, 3, 5)), [GROUPS, ROWS, P])
 
 
 @triton.jit
@@ -33,23 +34,23 @@ def store_product_tile(x, row_stride, first, last, rows_apart, channels, b_x):
     GROUPS: tl.constexpr = b_x.shape[0]
     ROWS: tl.constexpr = b_x.shape[1]
     P: tl.constexpr = b_x.shape[2]
-    o_row, o_column = axes_of_product_tile(ROWS, GROUPS, P, False)
+    o_row, o_column = places_of_product_tile(ROWS, GROUPS, P, False)
     o_row *= rows_apart
     m_x = (first + o_row >= 0) & (first + o_row < last) & (o_column < channels)
     p_x = x + first.to(tl.int64) * row_stride + (o_row.to(tl.int64) * row_stride + o_column)
-    b_x = tl.permute(tl.reshape(b_x.to(x.dtype.element_ty), [GROUPS, ROWS // 8, 8, P // 8, 4, 2]), (4, 2, 0, 1, 3, 5))
-    tl.store(p_x, tl.reshape(b_x, [4, 8, GROUPS, ROWS // 8, P // 4]), mask=m_x)
+    b_x = tl.permute(tl.reshape(b_x.to(x.dtype.element_ty), [GROUPS, ROWS // 8, 8, P // 8, 4, 2]), (1, 0, 2, 4, 3, 5))
+    tl.store(p_x, tl.reshape(b_x, [4 * ROWS * GROUPS, P // 4]), mask=m_x)
 
 
 @triton.jit
-def axes_of_product_tile(ROWS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, SHARED: tl.constexpr):
-    """(rows, columns) of a tile with the axes in which it is loaded: quarters of a group, rows of eight, groups, eights
-    of rows, columns of a quarter.
+def places_of_product_tile(ROWS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, SHARED: tl.constexpr):
+    """(rows, columns) of what a tile's threads hold, quarters of a group's columns side by side, [4 * ROWS * GROUPS, 1]
+    and [4 * ROWS * GROUPS, P // 4]: four threads have a row, eight rows a warp, then come the other groups and rows.
     """
-    o_row = (tl.arange(0, ROWS // 8)[None, :] * 8 + tl.arange(0, 8)[:, None])[None, :, None, :, None]
-    o_column = (tl.arange(0, 4)[:, None] * (P // 4) + tl.arange(0, P // 4)[None, :])[:, None, None, None, :]
-    o_group = tl.arange(0, GROUPS)[None, None, :, None, None] * (0 if SHARED else P)
-    return o_row, o_column + o_group
+    o_part = tl.arange(0, 4 * ROWS * GROUPS)[:, None]
+    o_row = o_part // 4 % 8 + o_part // (32 * GROUPS) * 8
+    o_column = o_part % 4 * (P // 4) + tl.arange(0, P // 4)[None, :]
+    return o_row, o_column if SHARED else o_column + o_part // 32 % GROUPS * P
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def identities(GROUPS: tl.constexpr, P: tl.constexpr, CT: tl.constexpr):
 def turned(b_x, b_identity, CT: tl.constexpr, PRECISION: tl.constexpr):
     """A tile of the dtype CT and its groups' transposes."""
     b_turned = tl.permute(b_x, (0, 2, 1))
-    if CT == tl.bfloat16:
+    if b_x.dtype == tl.bfloat16:
         b_turned = matmul(b_identity, b_turned, CT, PRECISION).to(CT)
     return b_turned
 

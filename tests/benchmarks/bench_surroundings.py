@@ -1,17 +1,25 @@
 """Time of the ops around the recurrence on a GPU: Triton beside the torch reference.
 
-    python tests/benchmarks/bench_surroundings.py [--json FILE]
+    python tests/benchmarks/bench_surroundings.py [--json FILE] [--public FOLDER]
 
 Inputs: bfloat16, heads of 128 channels, four taps (dynamic ones of 16 features); x, features and gate are slices of a
 projection [T, B, F], as in a mixer.
 Times are medians of triton.testing.do_bench. The minimum traffic is every input and output once in the forward; in the
 backward the inputs, the gradients of the outputs and those of the inputs.
+
+With --public, a checkout of github.com/OliverSieberling/dynamic-conv1d, its low-rank kernel too. It takes one set of
+features for all channels, their number and one for static taps a power of two, and neither slices nor packed
+sequences: so it is called three times, for queries, keys and values, on contiguous tensors, with one feature fewer
+than ours beside static taps, and computes neither SiLU nor norms. Before the first row it tunes itself, for minutes.
 """
 
 import argparse
+import functools
+import importlib
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +72,21 @@ def norm(B: int, T: int, H: int) -> Case:
     return run, [x, gate, weight]
 
 
+def public_convolution(lowrank: Callable[..., Tensor], B: int, T: int, H: int) -> Case:
+    """A call of the public kernel for each of queries, keys and values."""
+    D = H * WIDTH
+    shapes = [(B, T, D), (B, T, RANK - 1), (RANK - 1, 4 * D), (4, D)]
+    sections = [
+        [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+        for _ in range(3)
+    ]
+
+    def run(_backend: str) -> Outputs:
+        return tuple(lowrank(*section, residual=True) for section in sections)
+
+    return run, [leaf for section in sections for leaf in section]
+
+
 CASES: dict[str, Callable[[int, int, int], Case]] = {
     "convolve_qkv": convolution,
     "convolve_qkv, 8 packed": lambda B, T, H: convolution(B, T, H, packed=True),
@@ -89,20 +112,31 @@ def measure(run: Callable[[str], Outputs], leaves: list[Tensor], backend: str) -
     }
 
 
+def public_kernel(folder: Path) -> Callable[..., Tensor]:
+    sys.path.insert(0, str(folder))
+    return importlib.import_module("lowrank").lowrank_dynamic_convolution
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--public", type=Path, metavar="FOLDER", help="also time the public kernel in this checkout")
     chosen = parser.parse_args()
+    if chosen.public and not (chosen.public / "lowrank.py").is_file():
+        parser.error(f"--public: expected a folder with lowrank.py, got {chosen.public}")
+    cases = [(name, backend, make) for name, make in CASES.items() for backend in ("triton", "torch")]
+    if chosen.public:
+        make_public = functools.partial(public_convolution, public_kernel(chosen.public))
+        cases.append(("dynamic_convolve_qkv", "public", make_public))
     rows: list[dict[str, Any]] = []
     print("| (B, T, H) | op | backend | forward ms | GB/s | with backward ms | GB/s |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for size in SIZES:
-        for name, make in CASES.items():
-            for backend in ("triton", "torch"):
-                torch.manual_seed(0)
-                found = measure(*make(*size), backend)
-                rows.append({"size": size, "op": name, "backend": backend, **found})
-                print("|", " | ".join(map(str, (size, name, backend, *found.values()))), "|", flush=True)
+        for name, backend, make in cases:
+            torch.manual_seed(0)
+            found = measure(*make(*size), backend)
+            rows.append({"size": size, "op": name, "backend": backend, **found})
+            print("|", " | ".join(map(str, (size, name, backend, *found.values()))), "|", flush=True)
     if chosen.json:
         with open(chosen.json, "w") as file:
             json.dump(rows, file, indent=1)

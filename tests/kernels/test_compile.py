@@ -23,7 +23,7 @@ KERNELS = {
     "gdn2": PARALLEL_CHUNK | {"chunk_state_gradient", "gdn2", "attend"},
     "diagonal": PARALLEL_CHUNK | CONTENT | {"erasing_decay", "erasing_decay_gradient", "carve_token"},
     "delta": CHUNK | {"delta_operands", "delta_state", "delta_state_gradient", "carve_token"},
-    "dynamic": {"dynamic_forward", "dynamic_taps_gradient", "dynamic_tokens_gradient"},
+    "dynamic": {"dynamic_forward", "dynamic_backward"},
 }
 KERNELS["token"] = {"mixer_token", "product", "norm", "swiglu"}
 KERNELS["heads"] = KERNELS["dynamic"] | {"forward", "backward"}
