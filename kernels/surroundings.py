@@ -2,7 +2,7 @@
 
 Dtypes: x is float16, bfloat16, float32 or float64; the other float inputs have that dtype or, beside a 16-bit one,
 float32. The torch backend rounds to the dtype of x after every step of the convolution; Triton computes in float32 and
-rounds once, but for what features add to a tap, rounded to that dtype too. Neither reads a value on the host.
+rounds once. Neither reads a value on the host.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def dynamic_convolve_qkv(
         y_t[d] = x_t[d] + sum_i (weight[d, W - 1 - i] + up[d, W - 1 - i] . z_t) x_{t-i}[d] + bias[d]
 
     with the features z_t of q, k or v, whichever d is of; then SiLU, and an L2 norm per head of q and k. Differentiable
-    in all of them. Triton forms the taps in registers and keeps nothing but the arguments for the backward, which
-    rounds the gradient of y to the dtype of x between its two kernels.
+    in all of them. Triton forms the taps in registers and keeps nothing but the arguments for the backward, which of a
+    tap's gradient, and of y's in it, takes as many bits as x has to those of features, weight and up.
 
     Args:
         x, bias, key_channels, key_head_dim, cu_seqlens, backend: as in convolve_qkv.

@@ -39,22 +39,29 @@ class Tuning(NamedTuple):
 
     columns: of a group of a tile.
     warps: at most so many; those beyond the groups would do the same again.
+    ahead: tokens of a run whose loads are in flight. The loop is unrolled as many times, so that each has registers of
+        its own: moving a value along would wait for its load.
     options: further ones of Triton's.
     """
 
     columns: int
     warps: int
+    ahead: int
     options: dict[str, int]
 
 
-FORWARD = Tuning(32, 8, {})
+FORWARD = Tuning(32, 8, 2, {})
 # With more columns a thread's sums for the table would take more registers than it has.
-BACKWARD = Tuning(16, 16, {})
+BACKWARD = Tuning(16, 16, 1, {})
 # Rows of a tile: the fewest that a product has.
 RUNS = tl.constexpr(16)
 # Tokens of a run; beside them W - 1 are read before it, and computed once more after it.
 LONGEST_RUN = 64
 SHORTEST_RUN = 16
+# Of four taps and 16 features, for which this was measured.
+TABLE_ROWS = 64
+# Of an SM.
+REGISTERS = 65536
 # Enough for every multiprocessor of a large GPU.
 PROGRAMS = 264
 
@@ -129,7 +136,7 @@ class _Launch(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, up: Tensor, key_channels: int, key_head_dim: int, group: int) -> "_Launch":
         B, T, value_channels, (D, W, R) = *x.shape[:2], x.shape[2] - 2 * key_channels, up.shape
-        BD = max(16, triton.next_power_of_2(key_head_dim))
+        BD = max(32, triton.next_power_of_2(key_head_dim))
         if group:
             VD, groups = key_head_dim, D // (key_head_dim * group)
             sections = groups * (group - 2), groups, groups
@@ -155,16 +162,22 @@ class _Launch(NamedTuple):
         return sum(self.sections)
 
     def tuned(self, tuning: Tuning) -> dict[str, int]:
-        columns = min(tuning.columns, self.options["BD"])
+        """Launch options of one kernel: fewer columns and tokens in flight where there are more or wider numbers."""
+        large = self.options["W"] * self.options["RP"] > TABLE_ROWS or self.options["CT"] != tl.bfloat16
+        columns, ahead = (16, 1) if large else (tuning.columns, tuning.ahead)
         warps = min(tuning.warps, self.options["BD"] // columns)
-        return {"P": columns, "num_warps": warps, "num_stages": 1, **tuning.options}
+        # given no bound, the assembler at times leaves most registers unused and spills instead
+        registers = min(255, REGISTERS // (32 * warps))
+        options = {"P": columns, "AHEAD": ahead, "num_warps": warps, "num_stages": 1, "maxnreg": registers}
+        return options | tuning.options
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["run"])
 def dynamic_forward_kernel(
     x, features, weight, up, bias, age, q, k, v, x_batch, x_token, z_batch, z_token, T, R, run, key_channels,
     value_channels, blocks, K: tl.constexpr, VD: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, RP: tl.constexpr,
-    BD: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, AHEAD: tl.constexpr, CT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per ROWS runs of `run` tokens of a batch entry and block of channels.
 
@@ -178,17 +191,21 @@ def dynamic_forward_kernel(
     x += i_b * x_batch + first
     features += i_b * z_batch + part_of_block(i_d, key_channels // K, GROUP)[0] * R
     b_taps, b_up, b_bias = load_tables(weight, up, bias, first, channels, R, GROUPS, P, RP, W, CT)
-    b_x = earlier_tokens(x, x_token, start, T, run, channels, ROWS, GROUPS, P, W)
-    b_next_x, b_next_z = next_tokens(x, features, x_token, z_token, start, T, run, channels, R, ROWS, GROUPS, P, RP)
-    for i in range(run):
+    b_x, b_next_x, b_next_z = (), (), ()
+    for j in tl.static_range(W - 1):
+        b_token = load_product_tile(x, x_token, start - (W - 1) + j, T, run, channels, ROWS, GROUPS, P)
+        b_x += (b_token.to(tl.float32),)
+    for j in tl.static_range(AHEAD):
+        b_next_x += (load_product_tile(x, x_token, start + j, T, run, channels, ROWS, GROUPS, P),)
+        b_next_z += (load_product_tile(features, z_token, start + j, T, run, R, ROWS, GROUPS, RP, True),)
+    for i in tl.range(run, loop_unroll_factor=AHEAD):
         i_t = start + i
         b_age = age_of_runs(age, i_t, T, run, ROWS)
-        b_x += (b_next_x.to(tl.float32),)
-        b_z = b_next_z
-        b_next_x, b_next_z = next_tokens(
-            x, features, x_token, z_token, i_t + 1, T, run, channels, R, ROWS, GROUPS, P, RP
-        )
-        b_x, _b_mixing, b_out = mixed(b_x, b_z, b_taps, b_up, b_bias, age, b_age, W, CT, PRECISION)
+        b_x += (b_next_x[0].to(tl.float32),)
+        b_x, _b_mixing, b_out = mixed(b_x, b_next_z[0], b_taps, b_up, b_bias, age, b_age, W, CT, PRECISION)
+        i_next = i_t + AHEAD
+        b_next_x += (load_product_tile(x, x_token, i_next, T, run, channels, ROWS, GROUPS, P),)
+        b_next_z += (load_product_tile(features, z_token, i_next, T, run, R, ROWS, GROUPS, RP, True),)
         if GROUP == 0:
             b_out *= sigmoid(b_out)
             b_inverse = tl.full([ROWS], 1.0, tl.float32)
@@ -196,15 +213,16 @@ def dynamic_forward_kernel(
                 b_inverse = tl.rsqrt(tl.sum(tl.sum(b_out * b_out, 2), 0) + EPSILON)
             b_out *= b_inverse[None, :, None]
         store_product_tile(out, out_token, i_t, T, run, channels, b_out)
-        b_x = b_x[1:]
+        b_x, b_next_x, b_next_z = b_x[1:], b_next_x[1:], b_next_z[1:]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["run"])
 def dynamic_backward_kernel(
     x, features, weight, up, bias, age, dq, dk, dv, dx, d_features, d_parameters, x_batch, x_token, z_batch, z_token, B,
     T, R, run, key_channels, value_channels, blocks,
     K: tl.constexpr, VD: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr,
-    ROWS: tl.constexpr, P: tl.constexpr, SUMS: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, P: tl.constexpr, AHEAD: tl.constexpr, SUMS: tl.constexpr, CT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per ROWS runs of `run` tokens of a batch entry and block of channels.
 
@@ -226,29 +244,33 @@ def dynamic_backward_kernel(
     dx += i_b * T * D + first
     d_features += ((i_in_section.to(tl.int64) * B + i_b) * T * 3 + i_section) * R
     b_taps, b_up, b_bias = load_tables(weight, up, bias, first, channels, R, GROUPS, P, RP, W, CT)
-    b_x = earlier_tokens(x, x_token, start, T, run, channels, ROWS, GROUPS, P, W)
-    b_next_x, b_next_z = next_tokens(x, features, x_token, z_token, start, T, run, channels, R, ROWS, GROUPS, P, RP)
-    b_next_d_out = load_product_tile(d_out, out_token, start, T, run, channels, ROWS, GROUPS, P)
     b_column_identity, b_feature_identity = identities(GROUPS, P, CT), identities(GROUPS, RP, CT)
     b_zero = tl.zeros([GROUPS, ROWS, P], tl.float32)
     b_d_sums = tl.zeros([GROUPS, P, SUMS], tl.float32)
-    b_dx, b_d_up, b_into_sum = (), (), ()
-    for _j in tl.static_range(W - 1):
+    b_x, b_dx, b_d_up, b_into_sum = (), (), (), ()
+    b_next_x, b_next_z, b_next_d_out = (), (), ()
+    for j in tl.static_range(W - 1):
+        b_token = load_product_tile(x, x_token, start - (W - 1) + j, T, run, channels, ROWS, GROUPS, P)
+        b_x += (b_token.to(tl.float32),)
         b_dx += (b_zero,)
+    for j in tl.static_range(AHEAD):
+        b_next_x += (load_product_tile(x, x_token, start + j, T, run, channels, ROWS, GROUPS, P),)
+        b_next_z += (load_product_tile(features, z_token, start + j, T, run, R, ROWS, GROUPS, RP, True),)
+        b_next_d_out += (load_product_tile(d_out, out_token, start + j, T, run, channels, ROWS, GROUPS, P),)
     for j in tl.static_range(W):
         b_d_up += (tl.zeros([GROUPS, P, RP], tl.float32),)
         b_into_sum += (ones_in_column(j, GROUPS, ROWS, SUMS, CT),)
     b_into_last_sum = ones_in_column(W, GROUPS, ROWS, SUMS, CT)
     # the last tokens of a run get parts of their dx from the first tokens of the next run
-    for i in range(run + W - 1):
+    for i in tl.range(run + W - 1, loop_unroll_factor=AHEAD):
         i_t = start + i
         b_age = age_of_runs(age, i_t, T, run, ROWS)
-        b_x += (b_next_x.to(tl.float32),)
-        b_z, b_d_out = b_next_z, b_next_d_out.to(tl.float32)
-        b_next_x, b_next_z = next_tokens(
-            x, features, x_token, z_token, i_t + 1, T, run, channels, R, ROWS, GROUPS, P, RP
-        )
-        b_next_d_out = load_product_tile(d_out, out_token, i_t + 1, T, run, channels, ROWS, GROUPS, P)
+        b_x += (b_next_x[0].to(tl.float32),)
+        b_z, b_d_out = b_next_z[0], b_next_d_out[0].to(tl.float32)
+        i_next = i_t + AHEAD
+        b_next_x += (load_product_tile(x, x_token, i_next, T, run, channels, ROWS, GROUPS, P),)
+        b_next_z += (load_product_tile(features, z_token, i_next, T, run, R, ROWS, GROUPS, RP, True),)
+        b_next_d_out += (load_product_tile(d_out, out_token, i_next, T, run, channels, ROWS, GROUPS, P),)
         b_x, b_mixing, b_y = mixed(b_x, b_z, b_taps, b_up, b_bias, age, b_age, W, CT, PRECISION)
         b_dy = activation_gradient(b_y, b_d_out, GROUP == 0, of_keys)
         b_dx += (b_zero,)
@@ -275,6 +297,7 @@ def dynamic_backward_kernel(
             b_d_up = b_more_d_up
             store_product_tile(d_features, 3 * R, i_t, T, run, R, sum_of_groups(b_dz)[None])
         b_x, b_dx = b_x[1:], b_more_dx[1:]
+        b_next_x, b_next_z, b_next_d_out = b_next_x[1:], b_next_z[1:], b_next_d_out[1:]
     o_d, m_d = columns_of_groups(channels, GROUPS, P)
     o_r, o_sum = columns_of_product_tile(RP), tl.arange(0, SUMS)
     width = W * (R + 1) if bias is None else W * (R + 1) + 1
@@ -352,25 +375,6 @@ def load_tables(weight, up, bias, first, channels, R, GROUPS: tl.constexpr, P: t
     if bias is not None:
         b_bias += tl.load(bias + o_d, mask=m_d, other=0.0).to(tl.float32)[:, None, :]
     return b_taps, b_up, b_bias
-
-
-@triton.jit
-def earlier_tokens(x, x_token, i_t, T, run, channels, ROWS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr,
-                   W: tl.constexpr):  # fmt: skip
-    """The W - 1 tokens before token i_t of each run, a tuple."""
-    b_x = ()
-    for j in tl.static_range(W - 1):
-        b_token = load_product_tile(x, x_token, i_t - (W - 1) + j, T, run, channels, ROWS, GROUPS, P)
-        b_x += (b_token.to(tl.float32),)
-    return b_x
-
-
-@triton.jit
-def next_tokens(x, features, x_token, z_token, i_t, T, run, channels, R, ROWS: tl.constexpr, GROUPS: tl.constexpr,
-                P: tl.constexpr, RP: tl.constexpr):  # fmt: skip
-    """Token i_t of each run and its features."""
-    b_x = load_product_tile(x, x_token, i_t, T, run, channels, ROWS, GROUPS, P)
-    return b_x, load_product_tile(features, z_token, i_t, T, run, R, ROWS, GROUPS, RP, True)
 
 
 @triton.jit
