@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import launch
 from .product_tiles import (
     columns_of_product_tile,
     identities,
@@ -82,11 +83,11 @@ class DynamicConvolveQKV(torch.autograd.Function):
         weight, up = weight.contiguous(), up.contiguous()
         q, k = (x.new_empty(B, T, key_channels) for _ in range(2))
         v = x.new_empty(B, T, value_channels)
-        launch = _Launch.of(x, up, key_channels, key_head_dim, group)
+        call = _Call.of(x, up, key_channels, key_head_dim, group)
         with torch.cuda.device_of(x):
-            dynamic_forward_kernel[(launch.programs,)](
-                x, features, weight, up, bias, token_age(cu_seqlens, T), q, k, v,
-                *x.stride()[:2], *features.stride()[:2], *launch.sizes, **launch.options, **launch.tuned(FORWARD),
+            launch(
+                dynamic_forward_kernel, (call.programs,), x, features, weight, up, bias, token_age(cu_seqlens, T),
+                q, k, v, *x.stride()[:2], *features.stride()[:2], *call.sizes, **call.options, **call.tuned(FORWARD),
             )  # fmt: skip
         ctx.sizes = key_channels, key_head_dim, group
         ctx.save_for_backward(x, features, weight, up, bias, cu_seqlens)
@@ -97,18 +98,18 @@ class DynamicConvolveQKV(torch.autograd.Function):
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         x, features, weight, up, bias, cu_seqlens = ctx.saved_tensors
         (B, T, D), (_, W, R) = x.shape, up.shape
-        launch = _Launch.of(x, up, *ctx.sizes)
+        call = _Call.of(x, up, *ctx.sizes)
         dx = x.new_empty(B, T, D)
         # where a section has fewer blocks than another, nothing is written
-        created = x.new_empty if len(set(launch.sections)) == 1 else x.new_zeros
-        d_features = created(max(launch.sections), B, T, 3 * R, dtype=torch.float32)
-        token_blocks = launch.programs // launch.blocks
+        created = x.new_empty if len(set(call.sections)) == 1 else x.new_zeros
+        d_features = created(max(call.sections), B, T, 3 * R, dtype=torch.float32)
+        token_blocks = call.programs // call.blocks
         d_parameters = x.new_empty(token_blocks, D, W * (R + 1) + (bias is not None), dtype=torch.float32)
         with torch.cuda.device_of(x):
-            dynamic_backward_kernel[(launch.programs,)](
-                x, features, weight, up, bias, token_age(cu_seqlens, T),
+            launch(
+                dynamic_backward_kernel, (call.programs,), x, features, weight, up, bias, token_age(cu_seqlens, T),
                 dq.contiguous(), dk.contiguous(), dv.contiguous(), dx, d_features, d_parameters,
-                *x.stride()[:2], *features.stride()[:2], B, *launch.sizes, **launch.options, **launch.tuned(BACKWARD),
+                *x.stride()[:2], *features.stride()[:2], B, *call.sizes, **call.options, **call.tuned(BACKWARD),
                 SUMS=max(8, triton.next_power_of_2(W + (bias is not None))),
             )  # fmt: skip
         d_up, d_weight, d_bias = d_parameters.sum(0).split([W * R, W, int(bias is not None)], 1)
@@ -122,7 +123,7 @@ class DynamicConvolveQKV(torch.autograd.Function):
         )  # fmt: skip
 
 
-class _Launch(NamedTuple):
+class _Call(NamedTuple):
     """What both kernels of a call have in common.
 
     sections: blocks of channels of queries, of keys, of values.
@@ -134,7 +135,7 @@ class _Launch(NamedTuple):
     options: dict[str, Any]
 
     @classmethod
-    def of(cls, x: Tensor, up: Tensor, key_channels: int, key_head_dim: int, group: int) -> "_Launch":
+    def of(cls, x: Tensor, up: Tensor, key_channels: int, key_head_dim: int, group: int) -> "_Call":
         B, T, value_channels, (D, W, R) = *x.shape[:2], x.shape[2] - 2 * key_channels, up.shape
         BD = max(32, triton.next_power_of_2(key_head_dim))
         if group:
