@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from support.models import hybrid_model, one_process
+from support.models import assert_few_launches, count_launches, hybrid_model, one_process
 
 pytestmark = pytest.mark.gpu
 
@@ -75,9 +75,10 @@ def whole(model, prompt, tokens):
     return logits[0, :-1].float(), text[0, 1:]
 
 
-def test_tokens_are_those_of_each_alone_with_and_without_graphs(models):
-    model = models[torch.float32]
+def test_tokens_are_those_of_each_alone_with_and_without_graphs(models, monkeypatch):
+    model, launches = models[torch.float32], count_launches(monkeypatch)
     found = texts(engine_of(model, cuda_graphs=True))
+    assert_few_launches(launches, model)  # while graphs were recorded
     assert found == texts(engine_of(model, cuda_graphs=False))
     for prompt, tokens, _ in found:
         logits, text = whole(model, prompt, tokens)

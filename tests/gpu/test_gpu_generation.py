@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.models import hybrid_model, one_process
+from support.models import assert_few_launches, count_launches, hybrid_model, one_process
 
 pytestmark = pytest.mark.gpu
 
@@ -56,9 +56,10 @@ def sequences():
     return [draw(n) for n in (1, 200, 37)], draw(100, 3)
 
 
-def test_a_graph_goes_on_as_the_whole_model_says(models, sequences):
-    model = models[torch.float32]
+def test_a_graph_goes_on_as_the_whole_model_says(models, sequences, monkeypatch):
+    model, launches = models[torch.float32], count_launches(monkeypatch)
     found = generated(model, *sequences, cuda_graph=True)
+    assert_few_launches(launches, model)
     torch.testing.assert_close(found, generated(model, *sequences, cuda_graph=False), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found, whole(model, *sequences), rtol=1e-3, atol=2e-3)
 

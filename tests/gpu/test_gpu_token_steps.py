@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.models import hybrid_model, one_process
+from support.models import assert_few_launches, count_launches, hybrid_model, one_process
 from support.token_steps import TokenSteps
 from support.tolerances import assert_close
 
@@ -55,23 +55,18 @@ def models(request):
 
 @pytest.mark.parametrize("sequences", [1, 3, 40])
 def test_a_model_decodes_as_by_its_modules(models, sequences, monkeypatch):
-    from megatron_carve.model import decoding
     from megatron_carve.use.generation import Memory
 
-    decodes, taken = decoding.DecodingLayer._decodes, []
+    launches = count_launches(monkeypatch)
 
     def logits(dtype, few_launches, cuda_graph=False):
-        def decide(*arguments):
-            taken.append(few_launches and decodes(*arguments))
-            return taken[-1]
-
-        taken.clear()
-        monkeypatch.setattr(decoding.DecodingLayer, "_decodes", decide)
+        launches.update(mixers=0, products=0, allowed=few_launches)
         memory = Memory(models[dtype], sequences, LENGTH, vocab_size=VOCAB, cuda_graph=cuda_graph)
         for place, prompt in enumerate(prompts):
             memory.read(place, prompt)
         found = torch.stack([memory.step(token).clone() for token in tokens])
-        assert any(taken) == few_launches
+        if few_launches:
+            assert_few_launches(launches, models[dtype])
         return found
 
     tokens = torch.randint(VOCAB, (20, sequences), device="cuda")

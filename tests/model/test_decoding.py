@@ -1,11 +1,13 @@
 """Residual layers that take a token of every sequence in few launches: when they do, and that they compute the same."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import interpreter
-from support.models import decoded, hybrid_model, one_process
+from support.models import count_launches, decoded, hybrid_model, one_process, steps_of_fixed_size
 from support.parallel import run_ranks
 
 SIZES = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_value_heads": 2, "ffn_hidden_size": 32}
@@ -38,27 +40,7 @@ def perturbed(pattern, **changes):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """How often mixers and products ran in few launches, and a switch to have them never do so."""
-    from megatron_carve.model import decoding
-    from megatron_carve.model.mixers import next_token
-
-    counted = {"mixers": 0, "products": 0, "allowed": True}
-
-    def count(module, name, key):
-        real = getattr(module, name)
-
-        def counting(*args, **options):
-            counted[key] += 1
-            return real(*args, **options)
-
-        monkeypatch.setattr(module, name, counting)
-
-    count(next_token, "mix_token", "mixers")
-    count(decoding, "normed_product", "products")
-    count(decoding, "add_product", "products")
-    decodes = decoding.DecodingLayer._decodes
-    monkeypatch.setattr(decoding.DecodingLayer, "_decodes", lambda *a: counted["allowed"] and decodes(*a))
-    return counted
+    return count_launches(monkeypatch)
 
 
 MODELS = {
@@ -96,6 +78,46 @@ def test_a_step_computes_what_the_modules_do(name, launches):
     assert launches["products"] == tokens.shape[1] * 2 * (mixers + mlps)
     launches["allowed"] = False
     torch.testing.assert_close(found, decoded(model, tokens), rtol=1e-4, atol=2e-5)
+
+
+def generated(model, backend, prompts):
+    """An engine's greedy tokens, their logarithmic probabilities, and what its slots hold in the end."""
+    from megatron_carve.use.engine import Engine, Sampling
+
+    model.config.mixer_backend = model.decoder.layers[0].self_attention.backend = backend
+    trained = SimpleNamespace(model=model, vocab_size=VOCAB, device=torch.device(interpreter.DEVICE), recipe=None)
+    limits = {"max_requests": 4, "max_tokens": 80, "max_sequence": 80, "block_tokens": 16}
+    engine, found = Engine(trained, cuda_graphs=True, **limits), {}
+    for prompt in prompts:
+        engine.add(prompt, Sampling(max_tokens=2 + len(prompt) % 3, temperature=0, logprobs=0))
+    while not engine.idle():
+        for step in engine.step():
+            tokens, logprobs = found.setdefault(step.request, ([], []))
+            tokens += step.tokens
+            logprobs += step.logprobs
+    context = engine._steps.context
+    tokens, logprobs = zip(*found.values(), strict=True)
+    flat = torch.tensor([p for part in logprobs for p in part])
+    return tokens, (flat, context.mamba_conv_states, context.mamba_ssm_states)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(interpreter.DEVICE != "cpu", reason="tests/gpu/test_gpu_engine.py has graphs")
+def test_requests_of_an_engine_get_the_same(launches, monkeypatch):
+    from megatron_carve.model.mixers import dynamic
+
+    read = dynamic.run_chunk  # prompts, which are not what is tested
+    monkeypatch.setattr(dynamic, "run_chunk", lambda call: read(replace(call, backend="torch")))
+    sizes, model = steps_of_fixed_size(monkeypatch), perturbed("C")
+    prompts = [[3] * 62, [4], [5]]  # a content chunk of the first one ends
+    found = generated(model, "triton", prompts)
+    assert sizes == [(3, 4), (3, 4), (1, 1)]
+    few = launches | {"mixers": 6, "products": 12}  # those, and one of each size to record it
+    assert launches == few
+    expected = generated(model, "torch", prompts)
+    assert found[0] == expected[0]
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=2e-5)
+    assert launches == few
 
 
 @pytest.mark.long

@@ -98,3 +98,59 @@ def decoded(model, tokens: torch.Tensor) -> torch.Tensor:
         found.append(model(token, positions, None, inference_context=context, runtime_gather_output=True))
         context.sequence_len_offset += 1
     return torch.cat(found, 1)
+
+
+def steps_of_fixed_size(monkeypatch) -> list[tuple[int, int]]:
+    """Have an engine compute on a CPU what CUDA graphs of its steps would: (requests, tokens with padding) of those, as
+    they come."""
+    from types import SimpleNamespace
+
+    from megatron_carve.use.steps import Steps
+
+    sizes: list[tuple[int, int]] = []
+
+    def capture(self):
+        logits = self._forward()
+
+        def replay():
+            sizes.append((self.context.get_active_request_count(), self.context.padded_active_token_count))
+            logits.copy_(self._forward())
+
+        return SimpleNamespace(replay=torch.no_grad()(replay)), logits
+
+    monkeypatch.setattr(Steps, "_capture", torch.no_grad()(capture))
+    return sizes
+
+
+def count_launches(monkeypatch) -> dict[str, int]:
+    """How often mixers and products run in few launches from now on; "allowed": whether they may."""
+    from megatron_carve.model import decoding
+    from megatron_carve.model.mixers import next_token
+
+    counted = {"mixers": 0, "products": 0, "allowed": True}
+
+    def count(module, name, key):
+        real = getattr(module, name)
+
+        def counting(*args, **options):
+            counted[key] += 1
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, name, counting)
+
+    count(next_token, "mix_token", "mixers")
+    count(decoding, "normed_product", "products")
+    count(decoding, "add_product", "products")
+    decodes = decoding.DecodingLayer._decodes
+    monkeypatch.setattr(decoding.DecodingLayer, "_decodes", lambda *a: counted["allowed"] and decodes(*a))
+    return counted
+
+
+def assert_few_launches(launches: dict[str, int], model) -> None:
+    """Steps were computed, each with all mixers and MLPs in few launches, but for mixers of dynamic taps."""
+    letters = model.decoder.layer_type_list
+    mixers = 0 if model.config.mixer.get("short_convolution") == "dynamic" else sum(map(letters.count, "C2K"))
+    products = 2 * (mixers + letters.count("-"))
+    steps = launches["products"] // products if products else 0
+    assert bool(steps) == bool(products)
+    assert launches == {"mixers": mixers * steps, "products": products * steps, "allowed": True}

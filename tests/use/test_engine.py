@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.models import DELTA, hybrid_model, one_process
+from support.models import DELTA, hybrid_model, one_process, steps_of_fixed_size
 
 VOCAB = 60  # of models padded to 64
 LENGTH = 200
@@ -194,20 +194,7 @@ def test_triton_serves_requests_as_torch_does():
 
 def test_steps_of_a_fixed_size_as_cuda_graphs_have_them(hybrid, monkeypatch):
     """The sizes that are recorded on a GPU, with padding; here a replay computes what is recorded there."""
-    from megatron_carve.use.steps import Steps
-
-    sizes = []
-
-    def capture(self):
-        logits = self._forward()
-
-        def replay():
-            sizes.append((self.context.get_active_request_count(), self.context.padded_active_token_count))
-            logits.copy_(self._forward())
-
-        return SimpleNamespace(replay=torch.no_grad()(replay)), logits
-
-    monkeypatch.setattr(Steps, "_capture", torch.no_grad()(capture))
+    sizes = steps_of_fixed_size(monkeypatch)
     engine = engine_of(hybrid, cuda_graphs=True)
     assert sorted(engine._steps._graphs) == [1, 2, 4, 8, 16]
     assert nothing_left(engine)

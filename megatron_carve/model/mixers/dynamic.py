@@ -44,14 +44,7 @@ def mix_requests(mixer: LinearAttentionMixer, context: Any, pieces: Sequence[Ten
 
     What the context holds of the requests in this layer is brought up to date.
     """
-    if context.mamba_slot_allocator is not None:
-        raise NotImplementedError(
-            "inference_context: the mixers do not say what they remember within a prompt, expected "
-            "enable_prefix_caching=False, got prefix caching of states"
-        )
-    requests = requests_of_step(context)
-    convolution, recurrence = context.mamba_states_cache((mixer.layer_number or 0) - mixer.pp_layer_offset)
-    memory = _Memory(mixer, convolution, recurrence)
+    requests, memory = requests_of_step(context), layer_memory(mixer, context)
     outputs = []
     if requests.decoding:
         outputs.append(_next_tokens(mixer, memory, requests, [x[: requests.decoding] for x in pieces]))
@@ -66,7 +59,21 @@ def mix_requests(mixer: LinearAttentionMixer, context: Any, pieces: Sequence[Ten
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
 
 
-def _next_tokens(mixer: LinearAttentionMixer, memory: _Memory, requests: Requests, pieces: list[Tensor]) -> Tensor:
+def layer_memory(mixer: LinearAttentionMixer, context: Any) -> LayerMemory:
+    """What a dynamic context holds of a mixer's layer.
+
+    Raises:
+        NotImplementedError: a context that keeps states within prompts too.
+    """
+    if context.mamba_slot_allocator is not None:
+        raise NotImplementedError(
+            "inference_context: the mixers do not say what they remember within a prompt, expected "
+            "enable_prefix_caching=False, got prefix caching of states"
+        )
+    return LayerMemory(mixer, *context.mamba_states_cache((mixer.layer_number or 0) - mixer.pp_layer_offset))
+
+
+def _next_tokens(mixer: LinearAttentionMixer, memory: LayerMemory, requests: Requests, pieces: list[Tensor]) -> Tensor:
     """A token of every request, [N, 1, channels] -> [1, N, HV, V]; of fixed shapes, for a CUDA graph to hold."""
     slots, pieces = requests.slots, [x.transpose(0, 1) for x in pieces]  # [1, N, channels]: requests are a batch
     assert slots is not None
@@ -81,7 +88,7 @@ def _next_tokens(mixer: LinearAttentionMixer, memory: _Memory, requests: Request
 
 
 def _prompts(
-    mixer: LinearAttentionMixer, memory: _Memory, requests: Requests, slots: Tensor, boundaries: Tensor,
+    mixer: LinearAttentionMixer, memory: LayerMemory, requests: Requests, slots: Tensor, boundaries: Tensor,
     pieces: list[Tensor],
 ) -> Tensor:  # fmt: skip
     """The next pieces of prompts, packed with `boundaries`, [N + 1] int64: [T, 1, channels] -> [1, T, HV, V]."""
@@ -117,7 +124,7 @@ def _prompts(
     return out
 
 
-class _Memory:
+class LayerMemory:
     """What a context holds of one layer, of all its slots."""
 
     def __init__(self, mixer: LinearAttentionMixer, convolution: Tensor, recurrence: Tensor) -> None:

@@ -12,6 +12,7 @@ from megatron_carve.kernels import CarveState
 from megatron_carve.kernels.backends import HEAD_WIDTHS
 from megatron_carve.kernels.decoding import mix_token
 from megatron_carve.kernels.token_call import FEW_SEQUENCES, TokenCall
+from megatron_carve.model.mixers.dynamic import layer_memory
 from megatron_carve.model.mixers.parts import (
     EraseBias,
     GatedHeadNorm,
@@ -20,6 +21,7 @@ from megatron_carve.model.mixers.parts import (
     PlainActivation,
     ShortConvolution,
 )
+from megatron_carve.model.requests import requests_of_step
 from megatron_carve.model.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -34,8 +36,14 @@ MOST_NUMBERS = 65536
 
 
 def is_one_token(context: Any, hidden_states: Tensor) -> bool:
-    """Whether hidden_states, [T, B, hidden], are one token of every sequence of a static inference context."""
-    return context.is_static_batching() and hidden_states.shape[0] == 1
+    """Whether hidden_states, [T, B, hidden], are one token of every sequence of an inference context.
+
+    In a dynamic one T counts requests, all of which generate, and B is 1; padding counts where it has slots, of nobody.
+    """
+    if context.is_static_batching():
+        return hidden_states.shape[0] == 1
+    requests = requests_of_step(context)
+    return not requests.prompts and requests.decoding == hidden_states.shape[0]
 
 
 def mixes_in_one_launch(mixer: LinearAttentionMixer) -> bool:
@@ -62,24 +70,38 @@ def mix_next_token(
     """From hidden states, [N, hidden], to what out_proj takes, [N, HV * V]; memory is brought up to date.
 
     Args:
-        context: a static one.
+        context: static or dynamic.
         project: to [N, sections], the norm before included.
     """
     # Before the projection, while which the kernel may begin to read it: whatever clears it must be done by then.
-    cache = mixer.cache(context, hidden[None])
+    memory = _memory(mixer, context, hidden)
     projected, sizes = project(hidden), mixer.local_sizes
     convolved = sizes["query"] + sizes["key"] + sizes["value"]
     parts = dict(zip(list(sizes)[3:], projected[:, convolved:].split(list(sizes.values())[3:], 1), strict=True))
     call = TokenCall(
         convolved=projected[:, :convolved], erase=parts.get("erase"), write=parts["write"],
-        write_gates=VARIANTS[mixer.kind].write, kept=cache.tokens,
-        state=CarveState(*cache.state) if len(cache.state) > 1 else (cache.state[0],),
-        key_heads=sizes["key"] // mixer.mixer.key_head_dim,
+        write_gates=VARIANTS[mixer.kind].write, key_heads=sizes["key"] // mixer.mixer.key_head_dim,
         taps=getattr(mixer.conv, "weight", None), convolution_bias=getattr(mixer.conv, "bias", None),
         norm_weight=mixer.out_norm.weight, eps=mixer.out_norm.eps, activation=mixer.out_norm.activation,
-        **_decay_and_gate(mixer, parts["decay"], parts.get("gate")), **_erase(mixer),
+        **_decay_and_gate(mixer, parts["decay"], parts.get("gate")), **_erase(mixer), **memory,
     )  # fmt: skip
     return mix_token(call, mixer.backend)
+
+
+def _memory(mixer: LinearAttentionMixer, context: Any, hidden: Tensor) -> dict[str, Any]:
+    """What a context keeps of this layer, and of a dynamic one which slots are whose."""
+    if context.is_static_batching():
+        cache = mixer.cache(context, hidden[None])
+        return {"kept": cache.tokens, "state": _state(*cache.state)}
+    requests, memory = requests_of_step(context), layer_memory(mixer, context)
+    positions = requests.positions[: requests.decoding]
+    # Where they are in a content chunk follows from positions: nobody reads that count.
+    state = _state(memory.S, *memory.sums, *([positions] if memory.sums else []))
+    return {"kept": memory.tokens, "state": state, "rows": requests.slots, "positions": positions}
+
+
+def _state(*parts: Tensor) -> CarveState | tuple[Tensor]:
+    return CarveState(*parts) if len(parts) > 1 else (parts[0],)
 
 
 def _decay_and_gate(mixer: LinearAttentionMixer, decay: Tensor, gate: Tensor | None) -> dict[str, Any]:
