@@ -1,8 +1,11 @@
-"""Megatron's core attention, of documents that are kept apart too, and by heads under context parallelism.
+"""Megatron's core attention, of documents that are kept apart too, and its ways under context parallelism.
 
 By heads: ranks exchange the tokens of their pieces of a sequence for heads, as mixers do (HeadExchange). Each attends,
 with its share of the heads, as a rank alone would, and they exchange back. So do local layers, which know no other way,
-and documents, which lie across the pieces anyhow; Transformer Engine's joined sequences take its own ways.
+and documents, which lie across the pieces anyhow.
+
+By window: Transformer Engine's layers attend each piece of a joined sequence with what the window reaches of the one
+before (attend_by_window), in place of gathering all keys and values. Other joined sequences take its own ways.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch import Tensor
 from megatron_carve.kernels.wide_copy import contiguous
 from megatron_carve.model.context.documents import Documents
 from megatron_carve.model.context.exchange import HeadExchange
+from megatron_carve.model.context.windows import attend_by_window
 
 
 def share_of_heads(config: TransformerConfig, *, tensor: int, context: int) -> TransformerConfig:
@@ -131,39 +135,51 @@ if HAVE_TE:
         num_gqa_groups_per_partition: int
 
         def __init__(
-            self, config: TransformerConfig, *args: Any, pg_collection: ProcessGroupCollection, **options: Any
-        ) -> None:
-            super().__init__(config, *args, pg_collection=pg_collection, **options)
+            self, config: TransformerConfig, layer_number: int, *args: Any, pg_collection: ProcessGroupCollection,
+            **options: Any,
+        ) -> None:  # fmt: skip
+            super().__init__(config, layer_number, *args, pg_collection=pg_collection, **options)
             self.exchange = HeadExchange(pg_collection.cp)
+            windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+            gathers = self.exchange.size > 1 and self.cp_comm_type == "all_gather"
+            self.window: int | None = config.window_size[0] + 1 if windowed and gathers else None
 
         def forward(
             self, query: Tensor, key: Tensor, value: Tensor, *args: Any, packed_seq_params: Any = None, **options: Any
         ) -> Tensor:
-            if not isinstance(packed_seq_params, Documents):
-                return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **options)
-            packed, upstream = packed_seq_params.packed(), super().forward
+            upstream = super().forward
+            if isinstance(packed_seq_params, Documents):
+                packed = packed_seq_params.packed()
 
-            def attend(*by_head: Tensor) -> Tensor:
-                tokens = (x.squeeze(1) for x in by_head)
-                out = upstream(*tokens, *args, packed_seq_params=packed, **options)
-                return out.reshape(out.shape[0], 1, -1)
+                def attend(*by_head: Tensor) -> Tensor:
+                    tokens = (x.squeeze(1) for x in by_head)
+                    out = upstream(*tokens, *args, packed_seq_params=packed, **options)
+                    return out.reshape(out.shape[0], 1, -1)
 
-            with self._as_one_rank():
-                return attend_by_heads(self.exchange, attend, query, key, value, packed_seq_params)
+                share = share_of_heads(self.config, tensor=self.tp_size, context=self.exchange.size)
+                with self._as_one_rank(share.num_query_groups // self.tp_size):
+                    return attend_by_heads(self.exchange, attend, query, key, value, packed_seq_params)
+            if self.window and packed_seq_params is None and 2 * self.window <= query.shape[0]:
+
+                def attend_pieces(*pieces: Tensor) -> Tensor:
+                    return upstream(*pieces, *args, **options)
+
+                with self._as_one_rank(self.num_gqa_groups_per_partition):
+                    return attend_by_window(self.exchange.group, attend_pieces, query, key, value, self.window)
+            return upstream(query, key, value, *args, packed_seq_params=packed_seq_params, **options)
 
         @contextmanager
-        def _as_one_rank(self) -> Iterator[None]:
-            """As this layer is built without context parallelism for this rank's share of the heads."""
+        def _as_one_rank(self, groups: int) -> Iterator[None]:
+            """As this layer is built without context parallelism, for so many query groups."""
             if self.exchange.size == 1:
                 yield
                 return
-            share = share_of_heads(self.config, tensor=self.tp_size, context=self.exchange.size)
             context = self.cp_group, self.cp_global_ranks, self.cp_stream, self.cp_comm_type
-            groups = self.num_gqa_groups_per_partition
+            of_all = self.num_gqa_groups_per_partition
             self.set_context_parallel_group(None, None, None, self.cp_comm_type)
-            self.num_gqa_groups_per_partition = share.num_query_groups // self.tp_size
+            self.num_gqa_groups_per_partition = groups
             try:
                 yield
             finally:
                 self.set_context_parallel_group(*context)
-                self.num_gqa_groups_per_partition = groups
+                self.num_gqa_groups_per_partition = of_all

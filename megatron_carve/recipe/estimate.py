@@ -188,10 +188,13 @@ def _saved_by_attention(recipe: Recipe) -> dict[str, float]:
     projected = {"projected": queries + 2 * keys}
     convolved = {} if m.attention_convolution == "none" else {"convolved": queries + 2 * keys}
     features = {"features": 3.0 * recipe.mixer.convolution_rank} if m.attention_convolution == "dynamic" else {}
+    # What is sent nobody keeps but the convolution, if there is one, which keeps what it gets.
+    sent = projected | features if convolved else {}
     if _attention_by_heads(recipe):
-        # What is sent nobody keeps but the convolution, if there is one, which keeps what it gets.
-        sent = projected | features if convolved else {}
         return sent | {"exchanged": queries + 2 * keys, "attended": queries, "received": queries}
+    if (reached := _attention_by_window(recipe)) is not None:
+        longer = 1 + reached
+        return sent | {"pieces": longer * (queries + 2 * keys), "attended": longer * queries, "received": queries}
     # Rotary positions make new queries and keys, and those that they are made of nobody keeps.
     return projected | convolved | features | {"attended": queries}
 
@@ -199,6 +202,16 @@ def _saved_by_attention(recipe: Recipe) -> dict[str, float]:
 def _attention_by_heads(recipe: Recipe) -> bool:
     """Whether context-parallel ranks exchange tokens for heads of attention, instead of Transformer Engine's ways."""
     return recipe.parallel.context > 1 and (recipe.data.documents == "apart" or recipe.model.layers == "local")
+
+
+def _attention_by_window(recipe: Recipe) -> float | None:
+    """What the window reaches of the piece before, over a piece, where ranks send each other that; else None."""
+    p, window = recipe.parallel, recipe.model.attention_window
+    gathers = recipe.megatron.get("cp_comm_type", "all_gather") == "all_gather"
+    if p.context == 1 or window is None or not gathers or _attention_by_heads(recipe):
+        return None
+    reached = window * 2 * p.context / recipe.training.seq_length
+    return reached if reached <= 1 else None
 
 
 def _by_heads(recipe: Recipe) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.spec_utils import build_module
 from support.models import config, groups, hybrid_model, one_process
 
@@ -333,6 +334,57 @@ def test_saved_numbers_of_attention_by_heads(convolution):
     # tokens before a shard.
     more = 4 * tokens * 32 + 4 * tokens + (2 * tokens) ** 2 + (convolution == "static") * 3 * (3 * 128)
     assert found == expected + more
+
+
+@pytest.mark.parametrize("convolution", ["none", "static"])
+def test_saved_numbers_of_attention_by_window(convolution):
+    """Of one of two ranks, the first, with torch's attention in the place of Transformer Engine's."""
+    from support import interpreter  # noqa: F401
+
+    from megatron_carve.model.context import exchange, state_passing, windows
+    from megatron_carve.specs import stack_spec
+
+    window, tokens = 16, 128
+
+    class ByWindow(torch.nn.Module):
+        def forward(self, *by_head, **_):
+            q, k, v, *_ = by_head
+            return windows.attend_by_window(OneOfSeveral(2), attend, q, k, v, window)
+
+    def attend(*by_head):
+        by_batch = (x.movedim(0, 2) for x in by_head)
+        return F.scaled_dot_product_attention(*by_batch, is_causal=True).movedim(2, 0).flatten(2)
+
+    recipe = small(
+        "model.attention_head_dim=32", "model.pattern='*'", f"model.attention_convolution={convolution}",
+        "parallel.context=2", "model.layers=transformer_engine", f"model.attention_window={window}",
+        f"training.seq_length={2 * tokens}",
+    )  # fmt: skip
+    two = groups()
+    two.cp = OneOfSeveral(2)
+    spec = stack_spec("local", attention_convolution=convolution).submodules.attention_layer.submodules.self_attention
+    settings = config(mixer_backend="triton", kv_channels=32, **megatron_sizes(recipe))
+    attention = build_module(spec, settings, layer_number=1, pg_collection=two)
+    attention.core_attention = ByWindow()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (exchange, windows):
+            patch.setattr(module, "all_to_all", lambda group, x, *splits: x.clone())
+        patch.setattr(state_passing, "all_to_all", lambda group, x, received, sent: x.new_zeros(0, *x.shape[1:]))
+        found = numbers_of_layer(attention, tokens, rotary_pos_emb=torch.randn(tokens, 1, 1, 32))
+    numbers = estimate.saved_numbers(recipe, "*")
+    expected = (sum(numbers.values()) - numbers["input"]) * tokens  # the norm before attention keeps it
+    # Not in the plan: sines and cosines for queries and keys, the logarithms of softmax's sums, tokens before a shard.
+    more = 4 * tokens * 32 + 4 * (tokens + 2 * window) + (convolution == "static") * 3 * (3 * 128)
+    assert found == expected + more
+
+
+def test_saved_numbers_of_attention_whose_window_is_longer_than_a_piece():
+    words = ["parallel.context=2", "model.layers=transformer_engine", "training.seq_length=128"]
+    for window, by_window in ((32, True), (33, False)):
+        numbers = estimate.saved_numbers(small(*words, f"model.attention_window={window}"), "*")
+        assert ("pieces" in numbers) == by_window
+    numbers = estimate.saved_numbers(small(*words, "model.attention_window=32", "megatron.cp_comm_type=a2a"), "*")
+    assert "pieces" not in numbers
 
 
 def test_attention_sees_its_window_in_the_count_of_operations():
