@@ -17,6 +17,19 @@ def contiguous(x: Tensor) -> Tensor:
     return x if x.is_contiguous() else Contiguous.apply(x)
 
 
+def moved(x: Tensor, source: int, destination: int) -> Tensor:
+    """x.movedim(source, destination).contiguous(), whose gradient is moved back as wide; differentiable once.
+
+    Neither of the axes is the last.
+    """
+    return Moved.apply(x, source, destination)
+
+
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    """x.index_select(0, index) of a contiguous tensor; without gradients."""
+    return x.view(widest_unit(x)).index_select(0, index).view(x.dtype)
+
+
 def split_sections(x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
     """x.split(sizes, -1), whose backward puts the gradients of all sections together at once; differentiable once.
 
@@ -28,11 +41,23 @@ def split_sections(x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
 class Contiguous(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view(_unit(x)).contiguous().view(x.dtype)
+        return x.view(widest_unit(x)).contiguous().view(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Tensor:
         return d_out
+
+
+class Moved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: int, destination: int) -> Tensor:
+        ctx.back = destination, source
+        return contiguous(x.movedim(source, destination))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
+        return contiguous(d_out.movedim(*ctx.back)), None, None
 
 
 class SplitSections(torch.autograd.Function):
@@ -43,12 +68,12 @@ class SplitSections(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *d_sections: Tensor) -> tuple[Tensor | None, ...]:
-        unit = _unit(*d_sections)
+        unit = widest_unit(*d_sections)
         d_x = torch.cat([d.view(unit) for d in d_sections], -1).view(d_sections[0].dtype)
         return d_x, *(None for _ in d_sections)
 
 
-def _unit(*tensors: Tensor) -> torch.dtype:
+def widest_unit(*tensors: Tensor) -> torch.dtype:
     """The widest dtype as which all tensors, of one dtype, can be seen along their last axis."""
     dtype = tensors[0].dtype
     for unit in UNITS:

@@ -5,7 +5,7 @@ import torch
 from support.dispatch import Copies
 from support.interpreter import DEVICE
 
-from megatron_carve.kernels.wide_copy import _unit, contiguous, split_sections
+from megatron_carve.kernels.wide_copy import contiguous, moved, rows, split_sections, widest_unit
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 
@@ -45,17 +45,37 @@ def test_contiguous_and_its_gradient(dtype: torch.dtype, width: int, first: int,
     assert contiguous(out) is out
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [12, 7])
+def test_moved_and_its_gradient(dtype: torch.dtype, width: int) -> None:
+    x = torch.randn(2, 3, 4, width, device=DEVICE).to(dtype).requires_grad_()
+    out, plain = moved(x, 0, 2), x.movedim(0, 2)
+    assert out.is_contiguous()
+    assert out.equal(plain)
+    weight = torch.randn_like(out)
+    (dx,) = torch.autograd.grad(out, x, weight)
+    assert dx.is_contiguous()
+    assert dx.equal(torch.autograd.grad(plain, x, weight)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [12, 7])
+def test_rows(dtype: torch.dtype, width: int) -> None:
+    x, index = torch.randn(6, 2, width, device=DEVICE).to(dtype), torch.tensor([3, 0, 5, 5], device=DEVICE)
+    assert rows(x, index).equal(x[index])
+
+
 def test_units() -> None:
     x = torch.zeros(6, 4, 16, dtype=torch.bfloat16)
-    assert _unit(x.transpose(0, 1)) == torch.int64
-    assert _unit(x[..., 4:12], x) == torch.int64
-    assert _unit(x[..., 2:12], x) == torch.int32
-    assert _unit(x[..., 1:9], x) == torch.bfloat16
-    assert _unit(x.expand(2, 6, 4, 16)[..., :1]) == torch.bfloat16
-    assert _unit(x.transpose(1, 2)) == torch.bfloat16
-    assert _unit(torch.zeros(6, 4, 17, dtype=torch.bfloat16)[..., 4:12]) == torch.bfloat16
-    assert _unit(x.float()) == torch.int64
-    assert _unit(x.double()) == torch.float64
+    assert widest_unit(x.transpose(0, 1)) == torch.int64
+    assert widest_unit(x[..., 4:12], x) == torch.int64
+    assert widest_unit(x[..., 2:12], x) == torch.int32
+    assert widest_unit(x[..., 1:9], x) == torch.bfloat16
+    assert widest_unit(x.expand(2, 6, 4, 16)[..., :1]) == torch.bfloat16
+    assert widest_unit(x.transpose(1, 2)) == torch.bfloat16
+    assert widest_unit(torch.zeros(6, 4, 17, dtype=torch.bfloat16)[..., 4:12]) == torch.bfloat16
+    assert widest_unit(x.float()) == torch.int64
+    assert widest_unit(x.double()) == torch.float64
 
 
 def test_memory_is_moved_in_the_widest_unit() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.parallel import run_ranks
 
+from megatron_carve.model.context import exchange as exchange_module
 from megatron_carve.model.context.exchange import HeadExchange
 
 WORKER = Path(__file__).parents[1] / "support" / "context_worker.py"
@@ -57,6 +58,28 @@ def exchange(size: int) -> HeadExchange:
 
 def packed(ends: list[int]) -> SimpleNamespace:
     return SimpleNamespace(qkv_format="thd", cu_seqlens_q=torch.tensor(ends), cu_seqlens_q_padded=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [4, 1])
+def test_what_a_rank_gets_by_heads(monkeypatch, dtype, width):
+    """Each rank its share of every section, in one tensor: here what the first of two gives; and back."""
+    monkeypatch.setattr(exchange_module, "all_to_all", lambda group, x: x.clone())
+    two, tokens = exchange(2), 6
+    order = two.order(tokens, None, "sequence", "cpu")
+    whole = torch.randn(tokens, 2, 26 * width).to(dtype).requires_grad_()
+    first, second = whole.split([16 * width, 10 * width], -1)
+    sections = [[8 * width, 8 * width], [10 * width]]
+    found = two.enter([(first, sections[0]), (second, sections[1])], order)
+    for x, piece, sizes in zip(found, (first, second), sections, strict=True):
+        shares = [section.chunk(2, -1) for section in piece.split(sizes, -1)]
+        by_rank = torch.cat([torch.cat([share[rank] for share in shares], -1) for rank in range(2)])
+        torch.testing.assert_close(x, by_rank[order.natural], rtol=0, atol=0)
+        (d_whole,) = torch.autograd.grad(x.sum(), whole, retain_graph=True)
+        torch.testing.assert_close(d_whole, torch.autograd.grad(piece.sum(), whole, retain_graph=True)[0])
+    weights = torch.randn_like(found[0])
+    (gradient,) = torch.autograd.grad(two.leave(found[0], order), found[0], two.leave(weights, order))
+    torch.testing.assert_close(gradient, weights, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ import torch
 from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 
+from megatron_carve.kernels.wide_copy import moved, rows, widest_unit
 from megatron_carve.model.context.documents import Documents
 
 PackedOrder = Literal["document", "sequence"]
@@ -153,20 +154,16 @@ class HeadExchange(_Exchange):
         """
         if order is None:
             return [x for x, _ in pieces]
-        shares = [
-            torch.cat([section.unflatten(-1, (self.size, -1)) for section in x.split(list(sizes), -1)], -1)
-            for x, sizes in pieces
-        ]
-        by_rank = torch.cat(shares, -1).movedim(2, 0).flatten(0, 1).contiguous()
+        by_rank = _ByRank.apply(self.size, [list(sizes) for _, sizes in pieces], *(x for x, _ in pieces))
         exchanged = _Permutation.apply(all_to_all(self.group, by_rank), order.natural, order.pieces)
-        return list(exchanged.split([x.shape[-1] for x in shares], -1))
+        return list(exchanged.split([x.shape[-1] // self.size for x, _ in pieces], -1))
 
     def leave(self, x: Tensor, order: TokenOrder | None) -> Tensor:
         """The way back: from [T, B, D / size] to [T / size, B, D]."""
         if order is None:
             return x
         by_rank = all_to_all(self.group, _Permutation.apply(x.contiguous(), order.pieces, order.natural))
-        return by_rank.unflatten(0, (self.size, -1)).movedim(0, 2).flatten(2)
+        return moved(by_rank.unflatten(0, (self.size, -1)), 0, 2).flatten(2)
 
     def span(self, x: Tensor, cu_seqlens: Tensor | None) -> Span:
         """The boundaries as they are: the op sees all tokens."""
@@ -283,10 +280,39 @@ class _Permutation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return x.index_select(0, index)
+        return rows(x.contiguous(), index)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
-        return d_out.index_select(0, inverse), None, None
+        return rows(d_out.contiguous(), inverse), None, None
+
+
+class _ByRank(torch.autograd.Function):
+    """From projections, [T, B, D] each, whose sections go by heads, to what each rank gets of them: [size * T, B,
+    sum of D / size], its share of every section; in one copy, and one a section back."""
+
+    @staticmethod
+    def forward(ctx: Any, size: int, sizes: list[list[int]], *pieces: Tensor) -> Tensor:
+        ctx.size, ctx.sizes = size, sizes
+        sections = [s for x, widths in zip(pieces, sizes, strict=True) for s in x.split(widths, -1)]
+        shares = [section.unflatten(-1, (size, -1)).movedim(-2, 0) for section in sections]
+        unit = widest_unit(*shares)
+        return torch.cat([share.view(unit) for share in shares], -1).view(pieces[0].dtype).flatten(0, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_by_rank: Tensor) -> tuple[Tensor | None, ...]:
+        d_shares = d_by_rank.unflatten(0, (ctx.size, -1)).movedim(0, -2)
+        d_pieces, start = [], 0
+        for widths in ctx.sizes:
+            d_piece = d_by_rank.new_empty(*d_shares.shape[:-2], sum(widths))
+            for d_section in d_piece.split(widths, -1):
+                into = d_section.unflatten(-1, (ctx.size, -1))
+                d_share = d_shares[..., start : start + into.shape[-1]]
+                unit = widest_unit(into, d_share)
+                into.view(unit).copy_(d_share.view(unit))
+                start += into.shape[-1]
+            d_pieces.append(d_piece)
+        return None, None, *d_pieces
