@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import launch
 from .short_convolution import sigmoid
 
 # 8 numbers a thread in each tile, and more threads than channels in all but the widest heads.
@@ -32,7 +33,8 @@ class GatedNorm(torch.autograd.Function):
         out = _empty_like(x, x if gate is None else gate)
         BV, BT = _tile(V)
         with torch.cuda.device_of(x):
-            forward_kernel[(H * triton.cdiv(T, BT) * B,)](
+            launch(
+                forward_kernel, (H * triton.cdiv(T, BT) * B,),
                 x, gate, weight, out, *_strides(x), *_strides(gate), *_strides(out), T, H, eps,
                 V=V, SILU=activation == "silu", BT=BT, BV=BV, num_warps=NUM_WARPS,
             )  # fmt: skip
@@ -51,7 +53,8 @@ class GatedNorm(torch.autograd.Function):
         dx, d_gate = _empty_like(x, x), None if gate is None else _empty_like(gate, gate)
         d_weight = x.new_empty(programs, V, dtype=torch.float32)
         with torch.cuda.device_of(x):
-            backward_kernel[(programs,)](
+            launch(
+                backward_kernel, (programs,),
                 x, gate, weight, d_out, dx, d_gate, d_weight,
                 *_strides(x), *_strides(gate), *_strides(d_out), *_strides(dx), *_strides(d_gate), T, H, ctx.eps,
                 V=V, SILU=ctx.activation == "silu", STEPS=STEPS, BT=BT, BV=BV, num_warps=NUM_WARPS,

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..torch_backend.elementwise import L2_EPSILON
+from .launching import launch
 
 EPSILON = tl.constexpr(L2_EPSILON)
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -69,7 +70,8 @@ class ConvolveQKV(torch.autograd.Function):
         BT = TILE_NUMBERS // BD
         blocks = channel_blocks(key_channels, key_head_dim, value_channels, BD)
         with torch.cuda.device_of(x):
-            forward_kernel[(blocks * triton.cdiv(T, BT) * B,)](
+            launch(
+                forward_kernel, (blocks * triton.cdiv(T, BT) * B,),
                 x, weight.t().contiguous(), bias, token_age(cu_seqlens, T), q, k, v,
                 x.stride(0), x.stride(1), T, key_channels, value_channels, blocks,
                 K=key_head_dim, W=weight.shape[1], BT=BT, BD=BD, ACT=activate, num_warps=NUM_WARPS,
@@ -86,18 +88,19 @@ class ConvolveQKV(torch.autograd.Function):
         (B, T, D), W = x.shape, weight.shape[1]
         value_channels = D - 2 * key_channels
         BD = triton.next_power_of_2(key_head_dim)
-        launch = BACKWARD_128 if x.dtype == torch.bfloat16 and BD == 128 else BACKWARD
-        BT = launch.numbers // BD
+        tuned = BACKWARD_128 if x.dtype == torch.bfloat16 and BD == 128 else BACKWARD
+        BT = tuned.numbers // BD
         blocks = channel_blocks(key_channels, key_head_dim, value_channels, BD)
         token_blocks = triton.cdiv(T, BT * RUN) * B
         dx = x.new_empty(B, T, D)
         d_parameters = x.new_empty(token_blocks, W + (bias is not None), D, dtype=torch.float32)
         with torch.cuda.device_of(x):
-            backward_kernel[(blocks * token_blocks,)](
+            launch(
+                backward_kernel, (blocks * token_blocks,),
                 x, weight.t().contiguous(), bias, token_age(cu_seqlens, T),
                 dq.contiguous(), dk.contiguous(), dv.contiguous(), dx, d_parameters,
                 x.stride(0), x.stride(1), T, key_channels, value_channels, blocks,
-                K=key_head_dim, W=W, RUN=RUN, AHEAD=launch.ahead, BT=BT, BD=BD, ACT=activate, **launch.options,
+                K=key_head_dim, W=W, RUN=RUN, AHEAD=tuned.ahead, BT=BT, BD=BD, ACT=activate, **tuned.options,
             )  # fmt: skip
         d_parameters = d_parameters.sum(0)
         d_weight = d_parameters[:W].t().contiguous().to(weight.dtype)
@@ -115,9 +118,10 @@ def token_age(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
     age = cu_seqlens.new_empty(T, dtype=torch.int32)
     N = cu_seqlens.shape[0] - 1
     with torch.cuda.device_of(age):
-        token_age_kernel[(triton.cdiv(T, AGE_BLOCK),)](
-            cu_seqlens.contiguous(), age, T, N, N.bit_length(), BLOCK=AGE_BLOCK
-        )
+        launch(
+            token_age_kernel, (triton.cdiv(T, AGE_BLOCK),),
+            cu_seqlens.contiguous(), age, T, N, N.bit_length(), BLOCK=AGE_BLOCK,
+        )  # fmt: skip
     return age
 
 

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from megatron_carve.kernels.triton_backend import launching
+from megatron_carve.kernels.triton_backend import dynamic_convolution, gated_norm, launching, short_convolution
 from megatron_carve.kernels.triton_backend.compiling import compiling
 from megatron_carve.kernels.triton_backend.launching import launch
 
@@ -130,9 +130,46 @@ def others_may_take_launches_over() -> None:
     assert len(compiled) == 1 and not GPU.started
 
 
+def what_surrounds_the_chunk_ops_launches_as_triton_does() -> None:
+    def compared(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        GPU.started.clear()
+        asked.clear()
+        launch(kernel, grid, *args, **options)
+        first_of_a_kind.append(len(asked))
+        kernel[grid](*args, **options)
+        ours, tritons = GPU.started
+        assert ours == tritons, kernel
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.bfloat16, requires_grad=True)
+
+    for module in (dynamic_convolution, gated_norm, short_convolution):
+        module.launch = compared  # type: ignore[attr-defined]
+    x, taps, heads = leaf(1, 64, 192), leaf(192, 4), leaf(1, 64, 3, 64)
+    for ends, bias in ((None, None), (torch.tensor([0, 5, 64]), leaf(192))):
+        calls: list[tuple[Any, tuple[Any, ...]]] = [
+            (short_convolution.ConvolveQKV, (x, taps, bias, ends, 64, 64)),
+            (gated_norm.GatedNorm, (heads, None if ends is None else leaf(1, 64, 3, 64), leaf(64), 1e-5, "silu")),
+        ]
+        if ends is not None:
+            features, up = leaf(1, 64, 48), leaf(192, 4, 16)
+            calls.append((dynamic_convolution.DynamicConvolveQKV, (x, features, taps, up, bias, ends, 64, 64)))
+        for op, given in calls:
+            launches = []
+            for _ in range(2):
+                first_of_a_kind: list[int] = []
+                out = op.apply(*given)
+                out = out if isinstance(out, tuple) else (out,)
+                torch.autograd.grad(out, [given[0]], [torch.zeros_like(part) for part in out])
+                launches.append(first_of_a_kind)
+            first, again = launches
+            assert len(first) == len(again) >= 2 and any(first) and not any(again), op
+
+
 if __name__ == "__main__":
     driver.set_active(GPU)
     JITFunction.run = launching._run = counted
     what_is_remembered_is_what_triton_chooses()
     arguments_by_name_are_not_remembered()
+    what_surrounds_the_chunk_ops_launches_as_triton_does()
     others_may_take_launches_over()
