@@ -116,14 +116,13 @@ def content_gradient_kernel(
             i = i_to - 1 - j
             i_ch = (begin + i) * H + i_h
             whose = (i + filled) % TEAM
-            # The second program has stepped last, or is told to begin after the first one has.
+            # Before a content chunk begins, the step that leads to it is done.
             begins = (role > 0) & (j == 0)
-            p_counter = counters + tl.where(begins, BEGUN, STEPPED)
-            least = tl.where(begins, i_back + 1, chunks - 1 - i)
             if (role != whose) | (TEAM == 1):
                 step_state_gradient(
                     last, written_to_end, erased, d_states_here, row_weights, d_output_rows,
-                    d_states, low_bits, d_initial_S, p_counter, least, i_ch, i_nh, H, i > 0, o_r, o_k, o_v,
+                    d_states, low_bits, d_initial_S, counters + tl.where(begins, BEGUN, STEPPED),
+                    tl.where(begins, i_back + 1, chunks - 1 - i), i_ch, i_nh, H, i > 0, o_r, o_k, o_v,
                     K, V, HAS_INITIAL, CT, PRECISION,
                 )  # fmt: skip
                 announce(counters + STEPPED, chunks - i)
@@ -132,7 +131,7 @@ def content_gradient_kernel(
                 b_d_term -= chunk_term_gradient(
                     k, log_decay, erase_logits, w, terms, steep_from, states, residuals,
                     written_to_end, d_written_here, written_rows, erased, k_right, counts, local, of_states, of_rows,
-                    d_output_rows, d_states, d_written, p_counter, least, i_ch, start,
+                    d_output_rows, d_states, d_written, counters + BEGUN, i_back + 1, begins, i_ch, start,
                     o_r, (start + o_r >= tokens_from) & (start + o_r < tokens_to), i_h, H, o_k, o_v,
                     K, V, BEFORE, LOGITS_W, CT, PRECISION,
                 )  # fmt: skip
@@ -201,12 +200,13 @@ def step_state_gradient(
 def chunk_term_gradient(
     k, log_decay, erase_logits, w, terms, steep_from, states, residuals,
     written_to_end, d_written_here, written_rows, erased, k_right, counts, local, of_states, of_rows,
-    d_output_rows, d_states, d_written, p_counter, least, i_ch, start, o_r, m_r, i_h, H, o_k, o_v,
+    d_output_rows, d_states, d_written, p_begun, least_begun, begins, i_ch, start, o_r, m_r, i_h, H, o_k, o_v,
     K: tl.constexpr, V: tl.constexpr, BEFORE: tl.constexpr, LOGITS_W: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sum_t b_t da_t of a chunk, [K], minus which is the gradient of its content term (0 where that is not wanted),
-    once p_counter tells that the gradient of the state after it is there; stores that of what it writes.
+    """sum_t b_t da_t of a chunk, [K], minus which is the gradient of its content term (0 where that is not wanted);
+    stores the gradient of what it writes. If it begins a content chunk, p_begun tells when it can. The gradient of the
+    state after the chunk is there: the program that comes here has made the step to it.
 
     What c_r gives and c_s takes are of the same rounded factors, so that what is common to them cancels.
     """
@@ -220,7 +220,8 @@ def chunk_term_gradient(
         b_k_right = load_tile_channels(k_right, i_ch, o_r, K, o_k)
         b_of_rows = load_matrix(of_rows, i_ch, o_k, o_v, K, V, False)
         b_of_states = load_matrix(of_states, i_ch, o_k, o_v, K, V, False)
-    wait_for(p_counter, least)
+    if begins:
+        wait_for(p_begun, least_begun)
     b_dS = load_matrix(d_states, i_ch, o_k, o_v, K, V, False)
     b_d_row = load_columns(d_output_rows, i_ch, V, o_v)
     b_dz = matmul(tl.trans(b_dS), b_to_end, CT, PRECISION)
