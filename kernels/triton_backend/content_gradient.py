@@ -184,13 +184,16 @@ def step_state_gradient(
     b_total = (load_columns(last, i_ch, K, o_k) * UNSHIFT)[None, :]
     wait_for(p_counter, least)
     b_dS = load_matrix(d_states, i_ch, o_v, o_k, V, K, True)
+    b_d_row = load_columns(d_output_rows, i_ch, V, o_v)
+    if low_bits is not None:
+        b_low = load_matrix(low_bits, i_nh, o_v, o_k, V, K, True)
     b_dz = matmul(b_dS, b_to_end, CT, PRECISION)
     b_step = matmul(b_dz, b_E, CT, PRECISION) * -UNSHIFT
-    b_step += load_columns(d_output_rows, i_ch, V, o_v)[:, None] * b_weights
+    b_step += b_d_row[:, None] * b_weights
     b_step += b_here.to(tl.float32)
     b_step += b_total * b_dS.to(tl.float32)
     if low_bits is not None:
-        b_step += b_total * load_matrix(low_bits, i_nh, o_v, o_k, V, K, True).to(tl.float32)
+        b_step += b_total * b_low.to(tl.float32)
     store_state_gradient(
         d_states, low_bits, d_initial_S, i_ch - H, i_nh, has_chunk_before, o_v, o_k, V, K, HAS_INITIAL, b_step
     )
@@ -218,6 +221,10 @@ def chunk_term_gradient(
         b_S = load_matrix(states, i_ch, o_k, o_v, K, V, False)
         b_E = load_tile_channels(erased, i_ch, o_r, K, o_k)
         b_k_right = load_tile_channels(k_right, i_ch, o_r, K, o_k)
+        first_steep = tl.load(steep_from + i_ch)
+        b_sum = load_columns(local, i_ch, K, o_k)
+        b_count = load_tile_channels(counts, i_ch, o_r, K, o_k)
+        b_erase_count = load_before(counts, i_ch, o_r, K, o_k) if BEFORE else b_count
         b_of_rows = load_matrix(of_rows, i_ch, o_k, o_v, K, V, False)
         b_of_states = load_matrix(of_states, i_ch, o_k, o_v, K, V, False)
     if begins:
@@ -229,22 +236,18 @@ def chunk_term_gradient(
     b_dz += b_d_row[:, None] * b_weights
     b_dz = b_dz.to(CT)
     store_matrix(d_written, i_ch, o_v, o_r, V, BT, True, b_dz)
-    b_sum = tl.zeros([K], tl.float32)
-    if of_states is not None:
+    if of_states is None:
+        b_sum = tl.zeros([K], tl.float32)
+    else:
         b_weighted = b_of_states.to(tl.float32) * b_dS.to(tl.float32) + b_of_rows.to(tl.float32) * b_d_row[None, :]
-        b_sum += load_columns(local, i_ch, K, o_k) + tl.sum(b_weighted, 1)
-        first_steep = tl.load(steep_from + i_ch)
+        b_sum += tl.sum(b_weighted, 1)
         b_dT = tl.where(o_r[None, :] > o_r[:, None], -matmul(b_R, b_dz, CT, PRECISION), 0.0)
         b_dT_mild = tl.where((o_r < first_steep)[None, :], b_dT, 0.0).to(CT)
         b_d = matmul(b_S, b_dz, CT, PRECISION) * -UNSHIFT
         b_d += matmul(b_k_right, b_dT_mild, CT, PRECISION)
         b_columns = matmul(b_E, tl.trans(b_dT_mild), CT, PRECISION)
-        b_count = load_tile_channels(counts, i_ch, o_r, K, o_k).to(tl.float32)
-        b_erase_count = b_count
-        if BEFORE:
-            b_erase_count = load_before(counts, i_ch, o_r, K, o_k).to(tl.float32)
-        b_d *= b_erase_count * b_E.to(tl.float32)
-        b_sum += tl.sum(b_d - b_count * b_k_right.to(tl.float32) * b_columns, 1)
+        b_d *= b_erase_count.to(tl.float32) * b_E.to(tl.float32)
+        b_sum += tl.sum(b_d - b_count.to(tl.float32) * b_k_right.to(tl.float32) * b_columns, 1)
         if first_steep < BT:
             b_sum += steep_term_gradient(
                 k, log_decay, erase_logits, w, terms, tl.where((o_r >= first_steep)[None, :], b_dT, 0.0),
