@@ -306,12 +306,12 @@ def steep_term_gradient(
     for step in tl.range(HALVINGS, disable_licm=True):
         b_dT_pairs = tl.where(pairs_of_halves(o_r, step, True), b_dT, 0.0).to(CT)
         m_steps = halving_mask(o_r, step, False)
-        b_e, b_count = tl.exp2(sum_tokens(b_a, m_steps, CT)), sum_tokens(b_b, m_steps, CT)
+        b_e, b_count = tl.exp2(sum_tokens(b_a, m_steps, CT)), matmul(b_b, m_steps, CT, PRECISION)
         b_ke = b_k * b_e
         b_erase_count = b_count
         if BEFORE:
             m_steps = halving_mask(o_r, step, True)
-            b_e, b_erase_count = tl.exp2(sum_tokens(b_a, m_steps, CT)), sum_tokens(b_b, m_steps, CT)
+            b_e, b_erase_count = tl.exp2(sum_tokens(b_a, m_steps, CT)), matmul(b_b, m_steps, CT, PRECISION)
         b_ve = (b_w * b_k * b_e).to(CT)
         b_sum += tl.sum(b_erase_count * b_ve.to(tl.float32) * matmul(b_ke, b_dT_pairs, CT, PRECISION), 1)
         b_sum += tl.sum(b_count * b_ke * matmul(b_ve, tl.trans(b_dT_pairs), CT, PRECISION), 1)

@@ -79,13 +79,8 @@ def content_operands_kernel(
     b_q = load_tile_channels(q_from_start, i_ch, o_r, K, o_k)
     b_E = load_tile_channels(erasure, i_ch, o_r, K, o_k)
     b_do = load_rows(do, start, o_r, m_r, i_h, H, V, o_v)
-    b_dS = matmul(b_q, b_do, CT, PRECISION)
-    b_dS -= matmul(b_E, load_tile(d_written_here, i_ch, o_r, V, o_v), CT, PRECISION)
-    store_matrix(d_states, i_ch, o_k, o_v, K, V, False, b_dS * UNSHIFT)
-    b_row = load_columns(written_rows, i_ch, BT, o_r)[None, :]
-    b_row = tl.sum(b_q.to(tl.float32) - b_row * b_E.to(tl.float32), 1) * UNSHIFT
-    store_columns(row_weights, i_ch, K, o_k, b_row)
-    if not DETACHED:
+    b_dz = load_tile(d_written_here, i_ch, o_r, V, o_v)
+    if not DETACHED:  # asked for before the first product
         first_steep = tl.load(steep_from + i_ch)
         b_R = load_tile(residuals, i_ch, o_r, V, o_v)
         b_S = load_matrix(states, i_ch, o_k, o_v, K, V, False)
@@ -93,6 +88,13 @@ def content_operands_kernel(
         b_k = load_tile_channels(k_right, i_ch, o_r, K, o_k)
         b_last = load_columns(last, i_ch, K, o_k)
         b_b = load_erase_gates(erase_logits, terms, i_ch, start, o_r, m_r, i_h, H, K, o_k).to(CT)
+    b_dS = matmul(b_q, b_do, CT, PRECISION)
+    b_dS -= matmul(b_E, b_dz, CT, PRECISION)
+    store_matrix(d_states, i_ch, o_k, o_v, K, V, False, b_dS * UNSHIFT)
+    b_row = load_columns(written_rows, i_ch, BT, o_r)[None, :]
+    b_row = tl.sum(b_q.to(tl.float32) - b_row * b_E.to(tl.float32), 1) * UNSHIFT
+    store_columns(row_weights, i_ch, K, o_k, b_row)
+    if not DETACHED:
         b_count = matmul(b_b, b_through, CT, PRECISION)
         store_matrix(counts, i_ch, o_k, o_r, K, BT, True, b_count)
         # keys to the chunk's end, with the sum of b after them
@@ -161,7 +163,7 @@ def steep_content_operands_kernel(
                 for step in range(HALVINGS):
                     m_pairs = pairs_of_halves(o_r, step, True) & (o_r >= first_steep)[None, :]
                     m_steps = halving_mask(o_r, step, False)
-                    b_e, b_count = tl.exp2(sum_tokens(b_a, m_steps, CT)), sum_tokens(b_b, m_steps, CT)
+                    b_e, b_count = tl.exp2(sum_tokens(b_a, m_steps, CT)), matmul(b_b, m_steps, CT, PRECISION)
                     b_ke = b_k * b_e
                     b_qe = (b_q * b_e).to(CT)
                     b_dP_pairs = tl.where(m_pairs, b_dP, 0.0).to(CT)
