@@ -10,7 +10,7 @@ so that H is the number of them, and key-side tensors are given for each.
 A team of programs works on a head (see cooperation.py): what the chunks of a content chunk do does not depend on each
 other once their content term is known, and is found side by side.
 
-Tiles are transposed: rows are channels, which eight warps divide without copies, columns the BT tokens of a chunk.
+Tiles are transposed: rows are channels, which warps divide without copies, columns the BT tokens of a chunk.
 Rows that have decayed beyond the range of factors, the steep ones, take halvings of the chunk as in steep.py.
 """
 
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .chunks import BT
-from .cooperation import cooperates, multiprocessors
+from .cooperation import cooperates
 from .decay import LOG2_E, STEEPEST_LOG2_DECAY, load_rate
 from .stages import HOPPER, Call, Content, Tuning, next_power_of_2
 from .tiles import load_columns
@@ -100,10 +100,17 @@ def reciprocal(x):
 
 
 @triton.jit
-def log2_of_one_plus_exp(x):
+def here(x):
+    """x, float32, computed where this is called: a compiler moves it past a wait to where it is needed first."""
+    if INTERPRETED:
+        return x
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def log2_of_one_plus_exp2(x):
     """softplus in units of log2, to the rounding of a float32 near 1: for what is added to other logarithms."""
-    x *= LOG2_E
-    return tl.maximum(x, 0.0) + fast_log2(1.0 + tl.exp2(-tl.abs(x)))
+    return tl.maximum(x, 0.0) + fast_log2(1.0 + fast_exp2(-tl.abs(x)))
 
 
 @triton.jit
@@ -111,7 +118,7 @@ def log2_decay(b_g, A_log, dt_bias, i_h, K: tl.constexpr, o_k, RAW_DECAY: tl.con
     """log2 of the decay per step without the erase, [K, BT] float32."""
     b_g = b_g.to(tl.float32)
     if RAW_DECAY:
-        b_g = log2_of_one_plus_exp(b_g + load_columns(dt_bias, i_h, K, o_k)[:, None])
+        b_g = log2_of_one_plus_exp2((b_g + load_columns(dt_bias, i_h, K, o_k)[:, None]) * LOG2_E)
         b_g *= -load_rate(A_log, i_h, K, o_k)[:, None]
     else:
         b_g *= LOG2_E
@@ -119,10 +126,9 @@ def log2_decay(b_g, A_log, dt_bias, i_h, K: tl.constexpr, o_k, RAW_DECAY: tl.con
 
 
 @triton.jit
-def with_erase(b_g, b_l, b_term, m_r):
-    """The same with the erase of these logits and their chunk's content term; 0 in empty columns."""
-    b_a = tl.maximum(b_g - log2_of_one_plus_exp(b_l.to(tl.float32) + b_term[:, None]), STEEPEST_LOG2_DECAY)
-    return tl.where(m_r[None, :], b_a, 0.0)
+def with_erase(b_g, b_l, b_term):
+    """The same with the erase of these logits and their chunk's content term, both in units of log2."""
+    return tl.maximum(b_g - log2_of_one_plus_exp2(b_l + b_term[:, None]), STEEPEST_LOG2_DECAY)
 
 
 def content_sizes(call: Call, content: Content) -> dict[str, Any]:
@@ -134,13 +140,6 @@ def content_sizes(call: Call, content: Content) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def team_of(heads: int, side_by_side: int, most: int, device: torch.device) -> int:
-    """Programs of a head, for as many heads.
-
-    Args:
-        side_by_side: chunks that can be worked on at a time.
-        most: programs of a head that have something to do while those chunks are worked on.
-    """
-    if not cooperates(device) or side_by_side == 1:
-        return 1
-    return most if most * heads <= multiprocessors(device) else 2
+def team_of(side_by_side: int, device: torch.device) -> int:
+    """Programs of a head, where that many chunks can be worked on at a time."""
+    return 2 if side_by_side > 1 and cooperates(device) else 1

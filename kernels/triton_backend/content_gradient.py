@@ -346,7 +346,7 @@ def content_gradient(
         *(factors.last.new_empty(shape) if has_initial else None for shape in shapes),
     )  # fmt: skip
     heads = chunks.sequences * call.H
-    team = team_of(heads, content_chunk // CHUNK_TOKENS, 2, states.device)
+    team = team_of(content_chunk // CHUNK_TOKENS, states.device)
     low_bits = None if call.tile_dtype == torch.float32 else states.new_empty(heads, call.K, V)
     d_terms = None if of_content.of_rows is None else factors.last.new_empty(heads, call.K)
     launch(

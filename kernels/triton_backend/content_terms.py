@@ -10,21 +10,40 @@ from torch import Tensor
 
 from ..checks import CHUNK_TOKENS
 from .chunks import BT, sequence_chunks
-from .content import content_sizes, halving_mask, load_channels, log2_decay, sum_tokens, team_of, with_erase
-from .cooperation import announce, make_counters, take_place, wait_for
-from .decay import SHIFT, UNSHIFT
+from .content import (
+    content_sizes,
+    fast_exp2,
+    halving_mask,
+    here,
+    load_channels,
+    log2_decay,
+    reciprocal,
+    sum_tokens,
+    with_erase,
+)
+from .cooperation import (
+    announce,
+    announce_one_more,
+    announced,
+    cooperates,
+    make_counters,
+    multiprocessors,
+    take_place,
+    wait_for,
+)
+from .decay import LOG2_E, SHIFT, UNSHIFT
 from .erasing_decay import DecayInputs
 from .gates import load_scalar_gate
 from .launching import launch
 from .products import content_code, matmul, pairs_of_halves, unit_triangular_inverse
-from .stages import Call, Content, Inputs
+from .stages import HOPPER, Call, Content, Inputs, Tuning
 from .steep import HALVINGS
 from .tiles import load_columns, load_matrix, load_tile, store_columns, store_matrix
 
-# Masks of tokens [s, r]: s in the half of the chunk that r is in, and not after r; before r; not before r; after r.
-HALF_THROUGH, HALF_BEFORE, HALF_FROM, HALF_AFTER = (tl.constexpr(i) for i in range(4))
-# The least sum of log2-decays over half a chunk whose factors, shifted, are in range.
-STEEP = tl.constexpr(-180.0)
+# Warps are few so that two programs share an SM, and each does something while the other waits.
+TUNING = {HOPPER: Tuning(64, 64, 4)}
+# Masks of tokens [s, r]: s in the half of the chunk that r is in, and not after r; before r; not before r.
+HALF_THROUGH, HALF_BEFORE, HALF_FROM = (tl.constexpr(i) for i in range(3))
 
 
 class ContentTerms(NamedTuple):
@@ -38,31 +57,45 @@ class ContentTerms(NamedTuple):
     final_partial: Tensor
 
 
+class Team(NamedTuple):
+    """Programs of a head: those that prepare chunks, and those that carry the state, or `alone` one that does both;
+    and the multiprocessors that there are for the programs of all heads."""
+
+    workers: int = 1
+    states: int = 1
+    alone: bool = True
+    multiprocessors: int = 1
+
+    @property
+    def programs(self) -> int:
+        return 1 if self.alone else self.workers + self.states
+
+
 class ChunkEffects(NamedTuple):
     """What a chunk does to any state S, and adds to the sum of its outputs, in a ring of chunks, [N H, ring, ...].
 
-    erasure [K, C], update [V, C], k_to_end [K, C]: the transposes of chunk_operands_kernel's; total [K] float32, the
-    decay over the chunk; the sum of its outputs, without their scale, is mean_weights S + mean_offset, [K] and [V]
-    float32.
+    With z the rows that it writes, before the inverse A, its residuals are R = A (z - E S), the next state is
+    total S + k_to_end^T R, and the sum of its outputs, without their scale, q_sum S + P_sum R. erased keys E, times
+    2^SHIFT, and k_to_end [K, C], inverse [C, C], A, all transposed; float32 total, q_sum [K], P_sum [C].
     """
 
-    erasure: Tensor
-    update: Tensor
+    erased: Tensor
+    inverse: Tensor
     k_to_end: Tensor
     total: Tensor
-    mean_weights: Tensor
-    mean_offset: Tensor
+    q_sum: Tensor
+    P_sum: Tensor
 
 
 @triton.jit
-def shifted_exp2(b_x, shift, CT: tl.constexpr):
-    """2^(x + shift)."""
+def shifted_decays(b_a, b_ones, CT: tl.constexpr):
+    """2^SHIFT times the decay over the tokens of each column of b_ones, [BK, BT]."""
     if tl.bfloat16 == CT:
-        b_y = tl.exp2(b_x + shift)
-    else:  # a float32 sum near 90 is coarser than the factor
-        b_y = tl.exp2(b_x * 0.5) * tl.exp2(shift * 0.5)
-        b_y *= b_y
-    return b_y
+        b_decay = fast_exp2(sum_tokens(b_a, b_ones, CT) + SHIFT)
+    else:  # a float32 sum near -100 is coarser than the factor; the small parts of the steps, summed apart, are not
+        b_whole = tl.floor(b_a + 0.5)
+        b_decay = tl.exp2(sum_tokens(b_a - b_whole, b_ones, CT)) * tl.exp2(sum_tokens(b_whole, b_ones, CT) + SHIFT)
+    return b_decay
 
 
 @triton.jit
@@ -76,115 +109,234 @@ def product_with_vector(b_M, b_x, CT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def halved_scores_and_sums(
-    q, k, g, erase_logits, A_log, dt_bias, b_term, b_w, start, o_r, m_r, i_h, H, K: tl.constexpr, o_k,
+def load_logits(erase_logits, start, o_r, m_r, i_h, H, K: tl.constexpr, o_k):
+    """Erase logits in units of log2, [BK, BT] float32; of empty columns such that erase nothing."""
+    p_l = erase_logits + start * (H * K) + (o_r[None, :] * (H * K) + (i_h * K + o_k)[:, None])
+    return tl.load(p_l, mask=m_r[None, :], other=float("-inf")).to(tl.float32) * LOG2_E
+
+
+@triton.jit
+def load_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K: tl.constexpr, o_k, RAW_DECAY: tl.constexpr):
+    """log2 of the decay per step without the erase, [BK, BT] float32, 0 in empty columns."""
+    b_g = log2_decay(load_channels(g, start, o_r, m_r, i_h, H, K, o_k), A_log, dt_bias, i_h, K, o_k, RAW_DECAY)
+    return tl.where(m_r[None, :], b_g, 0.0)
+
+
+@triton.jit
+def load_bias(bias, i_h, K: tl.constexpr, o_k):
+    if bias is None:
+        return tl.zeros([o_k.shape[0]], tl.float32)
+    return load_columns(bias, i_h, K, o_k)
+
+
+@triton.jit
+def content_term(b_up, b_code, b_bias, CT: tl.constexpr, PRECISION: tl.constexpr):
+    """U code and the bias, [BK] float32; a product, so that all that follows has its layout."""
+    b_term = b_bias + product_with_vector(b_up, b_code, CT, PRECISION)
+    if b_up.dtype != CT:
+        b_low = b_up.to(tl.float32) - b_up.to(CT).to(tl.float32)
+        b_term += product_with_vector(b_low, b_code, CT, PRECISION)
+    return b_term
+
+
+@triton.jit
+def prepare_channels(
+    b_g, b_l, b_k, b_q, b_w, b_up, b_bias, b_code, terms, erased, k_to_end, total, q_sum,
+    b_through, b_before, b_from, i_ch, i_tile, o_r, o_k,
+    K: tl.constexpr, BEFORE: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What a block of channels adds to T transposed and to sums over the queries of their scores with a key, the latter
+    by channel, [BK, BT]; and the least decay over half the chunk, shifted. If that is below UNSHIFT, steep, what is
+    returned and stored here is not to be used, but for terms and total.
+
+    Decays between tokens of a half are factors that count from its start; where they meet over the middle the later
+    ones count from the chunk's start.
+    """
+    m_half = (o_r[:, None] >> 5) == (o_r[None, :] >> 5)
+    m_first = (o_r < 32)[None, :]
+    b_term = content_term(b_up, b_code, b_bias, CT, PRECISION)
+    store_columns(terms, i_ch, K, o_k, b_term)
+    b_a = with_erase(b_g, b_l, b_term * LOG2_E)
+    b_left = shifted_decays(b_a, b_through, CT)
+    b_left_E = shifted_decays(b_a, b_before, CT) if BEFORE else b_left
+    b_first = tl.sum(tl.where((o_r == 31)[None, :], b_left, 0.0), 1)
+    b_second = tl.sum(tl.where((o_r == 63)[None, :], b_left, 0.0), 1)
+    store_columns(total, i_tile, K, o_k, (b_first * UNSHIFT) * (b_second * UNSHIFT))
+    b_k = b_k.to(tl.float32)
+    b_E = b_k * b_w * b_left_E
+    b_erased = tl.where(m_first, b_E, b_E * UNSHIFT * b_first[:, None]).to(CT)
+    store_matrix(erased, i_tile, o_k, o_r, K, BT, False, b_erased)
+    b_k_right = b_k * reciprocal(b_left)
+    b_columns = tl.trans(b_k_right.to(CT))
+    b_T = tl.where(m_half, matmul(b_columns, b_E, CT, PRECISION), matmul(b_columns, b_erased, CT, PRECISION))
+    b_to_end = b_k_right * tl.where(m_first, b_first[:, None], b_second[:, None])
+    b_to_end = tl.where(m_first, b_to_end * (b_second * UNSHIFT)[:, None], b_to_end)
+    store_matrix(k_to_end, i_tile, o_k, o_r, K, BT, False, b_to_end)
+    b_q = b_q.to(tl.float32) * b_left
+    b_q_first = tl.sum(tl.where(m_first, b_q, 0.0), 1) * UNSHIFT
+    b_q_second = tl.sum(tl.where(m_first, 0.0, b_q), 1) * UNSHIFT
+    store_columns(q_sum, i_tile, K, o_k, b_q_first + b_first * UNSHIFT * b_q_second)
+    b_P = matmul(b_q, b_from, CT, PRECISION) + tl.where(m_first, (b_first * b_q_second)[:, None], 0.0)
+    return b_T, b_k_right * b_P, tl.min(tl.minimum(b_first, b_second), 0)
+
+
+@triton.jit
+def prepare_steep_chunk(
+    q, k, g, erase_logits, b_w, A_log, dt_bias, content_up, b_code, bias, erased, k_to_end, q_sum,
+    start, o_r, m_r, i_h, H, i_map, i_tile, K: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, o_c,
     BEFORE: tl.constexpr, RAW_DECAY: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of a chunk with any decay: T transposed, sums over the queries of their scores with a key, [BT], and of the
-    queries, decayed from the chunk's start, [K]."""
-    b_g = load_channels(g, start, o_r, m_r, i_h, H, K, o_k)
-    b_l = load_channels(erase_logits, start, o_r, m_r, i_h, H, K, o_k)
-    b_a = with_erase(log2_decay(b_g, A_log, dt_bias, i_h, K, o_k, RAW_DECAY), b_l, b_term, m_r)
-    b_k = load_channels(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
-    b_q = load_channels(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
+    """The same of all channels of a chunk with any decay, by halving; returns T transposed and P_sum."""
     b_T = tl.zeros([BT, BT], tl.float32)
-    b_P_sum = tl.sum(b_q * b_k, 0)  # a query meets the key of its own row without decay
-    for step in tl.range(HALVINGS, disable_licm=True):
-        m_pairs = pairs_of_halves(o_r, step, True)
-        b_e = tl.exp2(sum_tokens(b_a, halving_mask(o_r, step, False), CT))
-        b_ke = b_k * b_e
-        b_P_sum += tl.sum(b_ke * sum_tokens(b_q * b_e, tl.trans(m_pairs), CT), 0)
-        if BEFORE:
-            b_e = tl.exp2(sum_tokens(b_a, halving_mask(o_r, step, True), CT))
-        b_T += tl.where(m_pairs, matmul(tl.trans(b_ke.to(CT)), b_e * b_k * b_w, CT, PRECISION), 0.0)
-    return b_T, b_P_sum, tl.sum(b_q * tl.exp2(sum_tokens(b_a, o_r[:, None] <= o_r[None, :], CT)), 1)
+    b_P_sum = tl.zeros([BT], tl.float32)
+    o_s = o_r[:, None]
+    for i_k in tl.range(K // BK, disable_licm=True):
+        o_k = i_k * BK + tl.arange(0, BK)
+        b_up = load_matrix(content_up, i_map, o_k, o_c, K, R, False)
+        b_a = with_erase(
+            load_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY),
+            load_logits(erase_logits, start, o_r, m_r, i_h, H, K, o_k),
+            content_term(b_up, b_code, load_bias(bias, i_h, K, o_k), CT, PRECISION) * LOG2_E,
+        )  # fmt: skip
+        b_k = load_channels(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
+        b_q = load_channels(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
+        b_P_sum += tl.sum(b_q * b_k, 0)  # a query meets the key of its own row without decay
+        for step in tl.range(HALVINGS, disable_licm=True):
+            m_pairs = pairs_of_halves(o_r, step, True)
+            b_e = tl.exp2(sum_tokens(b_a, halving_mask(o_r, step, False), CT))
+            b_ke = b_k * b_e
+            b_P_sum += tl.sum(b_ke * sum_tokens(b_q * b_e, tl.trans(m_pairs), CT), 0)
+            if BEFORE:
+                b_e = tl.exp2(sum_tokens(b_a, halving_mask(o_r, step, True), CT))
+            b_T += tl.where(m_pairs, matmul(tl.trans(b_ke.to(CT)), b_e * b_k * b_w, CT, PRECISION), 0.0)
+        b_E = sum_tokens(b_a, o_s < o_r[None, :] if BEFORE else o_s <= o_r[None, :], CT)
+        store_matrix(erased, i_tile, o_k, o_r, K, BT, False, b_k * b_w * tl.exp2(b_E + SHIFT))
+        b_to_end = b_k * tl.exp2(sum_tokens(b_a, o_s > o_r[None, :], CT))
+        store_matrix(k_to_end, i_tile, o_k, o_r, K, BT, False, b_to_end)
+        b_q *= tl.exp2(sum_tokens(b_a, o_s <= o_r[None, :], CT))
+        store_columns(q_sum, i_tile, K, o_k, tl.sum(b_q, 1))
+    return b_T, b_P_sum
 
 
 @triton.jit
 def prepare_chunk(
-    q, k, v, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
+    q, k, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
     terms, codes, means, running_mean, p_finished, least_finished,
-    erasure, update, k_to_end, total, mean_weights, mean_offset, token_masks,
+    erased, inverse, k_to_end, total, q_sum, P_sum, token_masks, p_prepared, number,
     i_nh, i_h, i_ch, i_tile, start, m_r, H, content_heads,
-    K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     BEFORE: tl.constexpr, RAW_DECAY: tl.constexpr, LOGITS_W: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a chunk does to the state and adds to the mean, once the counter at p_finished tells that the mean is known
-    which its content term takes. Outputs as in ChunkEffects, at i_tile."""
-    o_r, o_k, o_v, o_c = tl.arange(0, BT), tl.arange(0, K), tl.arange(0, V), tl.arange(0, RP)
-    o_s = o_r[:, None]
+    which its content term takes. Outputs as in ChunkEffects, at i_tile; the counter at p_prepared tells twice the
+    chunk's number and 1 when all but the inverse are there, and one more when that is."""
+    o_r, o_k, o_v, o_c = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, V), tl.arange(0, RP)
+    i_map = i_h * content_heads
     # asked for before the wait
-    b_g = load_channels(g, start, o_r, m_r, i_h, H, K, o_k)
-    b_l = load_channels(erase_logits, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
-    b_k = load_channels(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
-    b_q = load_channels(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
+    b_g = load_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
+    b_l = load_logits(erase_logits, start, o_r, m_r, i_h, H, K, o_k)
+    b_k = load_channels(k, start, o_r, m_r, i_h, H, K, o_k)
+    b_q = load_channels(q, start, o_r, m_r, i_h, H, K, o_k)
+    b_up = load_matrix(content_up, i_map, o_k, o_c, K, R, False)
+    b_bias = load_bias(bias, i_h, K, o_k)
+    if K > BK:
+        o_k_2 = BK + o_k
+        b_g_2 = load_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k_2, RAW_DECAY)
+        b_l_2 = load_logits(erase_logits, start, o_r, m_r, i_h, H, K, o_k_2)
+        b_k_2 = load_channels(k, start, o_r, m_r, i_h, H, K, o_k_2)
+        b_q_2 = load_channels(q, start, o_r, m_r, i_h, H, K, o_k_2)
+        b_up_2 = load_matrix(content_up, i_map, o_k_2, o_c, K, R, False)
+        b_bias_2 = load_bias(bias, i_h, K, o_k_2)
     b_w = load_scalar_gate(w, start, o_r, m_r, i_h, H, LOGITS_W)[None, :]
-    b_down = load_matrix(content_down, i_h * content_heads, o_v, o_c, V, R, True)
-    b_up = load_matrix(content_up, i_h * content_heads, o_k, o_c, K, R, False)
-    b_g = log2_decay(b_g, A_log, dt_bias, i_h, K, o_k, RAW_DECAY)
+    b_down = load_matrix(content_down, i_map, o_v, o_c, V, R, True)
+    b_through = load_tile(token_masks, HALF_THROUGH, o_r, BT, o_r)
+    b_before = load_tile(token_masks, HALF_BEFORE, o_r, BT, o_r)
+    b_from = load_tile(token_masks, HALF_FROM, o_r, BT, o_r)
+    b_g, b_l, b_w = here(b_g), here(b_l), here(b_w)
+    if K > BK:
+        b_g_2, b_l_2 = here(b_g_2), here(b_l_2)
     wait_for(p_finished, least_finished)
     b_mean = load_columns(running_mean, i_nh, V, o_v)
     b_code = content_code(b_down.to(tl.float32), b_mean)
-    b_term = tl.sum(b_up.to(tl.float32) * b_code[None, :], 1)
-    if bias is not None:
-        b_term += load_columns(bias, i_h, K, o_k)
     store_columns(means, i_ch, V, o_v, b_mean)
     store_columns(codes, i_ch, R, o_c, b_code)
-    store_columns(terms, i_ch, K, o_k, b_term)
-
-    # Decays between columns of a half of the chunk are factors that count from the half's first column; over the middle
-    # they are split there.
-    m_half = (o_s >> 5) == (o_r[None, :] >> 5)
-    m_first = (o_r < 32)[None, :]
-    b_a = with_erase(b_g, b_l, b_term, m_r)
-    b_first = tl.sum(tl.where(m_first, b_a, 0.0), 1)
-    b_second = tl.sum(tl.where(m_first, 0.0, b_a), 1)
-    store_columns(total, i_tile, K, o_k, tl.exp2(b_first + b_second))
-    is_steep = tl.min(tl.minimum(b_first, b_second), 0) < STEEP
-    b_G = sum_tokens(b_a, load_tile(token_masks, HALF_THROUGH, o_r, BT, o_r), CT)
-    b_E_G = b_G
-    if tl.bfloat16 == CT:
-        if BEFORE:
-            b_E_G -= b_a
-        b_rest = tl.where(m_first, b_first[:, None], b_second[:, None]) - b_G
-    else:  # differences lose what is small beside sums of steep decays
-        if BEFORE:
-            b_E_G = sum_tokens(b_a, load_tile(token_masks, HALF_BEFORE, o_r, BT, o_r), CT)
-        b_rest = sum_tokens(b_a, load_tile(token_masks, HALF_AFTER, o_r, BT, o_r), CT)
-    b_k_right = b_k * shifted_exp2(-b_G, -SHIFT, CT)
-    b_E = (b_k * b_w * shifted_exp2(b_E_G, SHIFT, CT)).to(CT)
-    # T and A are transposed, as are all scores here
-    b_T = matmul(tl.trans(b_k_right.to(CT)), b_E, CT, PRECISION)
-    b_k_middle = tl.where(m_first, b_k * tl.exp2(b_rest), 0.0)
-    b_E = b_E.to(tl.float32) * UNSHIFT
-    b_T = tl.where(m_half, b_T, matmul(tl.trans(b_k_middle.to(CT)), b_E, CT, PRECISION))
-    b_q *= shifted_exp2(b_G, SHIFT, CT)
-    # Sums over the queries of their scores with a key.
-    b_P = b_k_right * matmul(b_q, load_tile(token_masks, HALF_FROM, o_r, BT, o_r), CT, PRECISION)
-    b_q *= UNSHIFT
-    b_q_second = tl.sum(tl.where(m_first, 0.0, b_q), 1)
-    b_q_sum = tl.sum(tl.where(m_first, b_q, 0.0), 1) + tl.exp2(b_first) * b_q_second
-    b_P_sum = tl.sum(b_P + b_k_middle * b_q_second[:, None], 0)
-    b_rest += tl.where(m_first, b_second[:, None], 0.0)
-    store_matrix(k_to_end, i_tile, o_k, o_r, K, BT, False, b_k * tl.exp2(b_rest))
-    b_E = (b_k * b_w * tl.exp2(b_E_G + tl.where(m_first, 0.0, b_first[:, None]))).to(CT)
-    b_v = load_channels(v, start, o_r, m_r, i_h, H, V, o_v)
-    if is_steep:
-        b_T, b_P_sum, b_q_sum = halved_scores_and_sums(
-            q, k, g, erase_logits, A_log, dt_bias, b_term, b_w, start, o_r, m_r, i_h, H, K, o_k,
-            BEFORE, RAW_DECAY, CT, PRECISION,
+    b_T, b_P, least = prepare_channels(
+        b_g, b_l, b_k, b_q, b_w, b_up, b_bias, b_code, terms, erased, k_to_end, total, q_sum,
+        b_through, b_before, b_from, i_ch, i_tile, o_r, o_k, K, BEFORE, CT, PRECISION,
+    )  # fmt: skip
+    if K > BK:
+        b_T_2, b_P_2, least_2 = prepare_channels(
+            b_g_2, b_l_2, b_k_2, b_q_2, b_w, b_up_2, b_bias_2, b_code, terms, erased, k_to_end, total, q_sum,
+            b_through, b_before, b_from, i_ch, i_tile, o_r, o_k_2, K, BEFORE, CT, PRECISION,
         )  # fmt: skip
-    b_T = tl.where(o_s < o_r[None, :], b_T, 0.0)
-    b_A = unit_triangular_inverse(b_T, o_r, True, CT, PRECISION)
-    b_P_sum = tl.sum(b_A * b_P_sum[None, :], 1)
-    b_A = b_A.to(CT)
-    store_matrix(erasure, i_tile, o_k, o_r, K, BT, False, matmul(b_E, b_A, CT, PRECISION))
-    b_q_sum -= tl.sum(b_E.to(tl.float32) * b_P_sum[None, :], 1)
-    store_columns(mean_weights, i_tile, K, o_k, b_q_sum)
-    b_z = b_v.to(tl.float32) * b_w
-    store_matrix(update, i_tile, o_v, o_r, V, BT, False, matmul(b_z, b_A, CT, PRECISION))
-    store_columns(mean_offset, i_tile, V, o_v, tl.sum(b_z * b_P_sum[None, :], 1))
+        b_T += b_T_2
+        b_P += b_P_2
+        least = tl.minimum(least, least_2)
+    b_P_sum = tl.sum(b_P, 0)
+    if least < UNSHIFT:
+        b_T, b_P_sum = prepare_steep_chunk(
+            q, k, g, erase_logits, b_w, A_log, dt_bias, content_up, b_code, bias, erased, k_to_end, q_sum,
+            start, o_r, m_r, i_h, H, i_map, i_tile, K, BK, R, o_c, BEFORE, RAW_DECAY, CT, PRECISION,
+        )  # fmt: skip
+    store_columns(P_sum, i_tile, BT, o_r, b_P_sum)
+    announce(p_prepared, 2 * number + 1)
+    # T and A are transposed, as are all scores here
+    b_T = tl.where(o_r[:, None] < o_r[None, :], b_T, 0.0)
+    store_matrix(inverse, i_tile, o_r, o_r, BT, BT, False, unit_triangular_inverse(b_T, o_r, True, CT, PRECISION))
+    announce(p_prepared, 2 * number + 2)
+
+
+@triton.jit
+def load_written(
+    v, w, start, o_r, tokens_from, tokens_to, i_h, H, V: tl.constexpr, o_v, LOGITS_W: tl.constexpr
+):  # fmt: skip
+    """What a chunk writes, w v transposed, [BV, BT] float32."""
+    m_r = (start + o_r >= tokens_from) & (start + o_r < tokens_to)
+    b_v = load_channels(v, start, o_r, m_r, i_h, H, V, o_v).to(tl.float32)
+    return here(b_v * load_scalar_gate(w, start, o_r, m_r, i_h, H, LOGITS_W)[None, :])
+
+
+@triton.jit
+def carry_state(
+    v, w, b_S, b_z, b_partial, p_prepared, number, p_finished,
+    erased, inverse, k_to_end, total, q_sum, P_sum, running_mean, i_nh, i_h, i_tile, next_start, tokens_from, tokens_to,
+    H, ends, content_chunk, o_v, K: tl.constexpr, V: tl.constexpr, LOGITS_W: tl.constexpr,
+    CT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Take the state, [BV, K], and the sum of the outputs of a content chunk, [BV], through a chunk that writes b_z, as
+    far as p_prepared tells that it has been prepared. Where it `ends` a content chunk the mean is stored and announced
+    before the state goes on, which the next content terms do not wait for.
+
+    Returns them, and what the next chunk writes.
+    """
+    o_r, o_k = tl.arange(0, BT), tl.arange(0, K)
+    ready = announced(p_prepared, 2 * number + 2)
+    if not ready:
+        wait_for(p_prepared, 2 * number + 1)
+    b_E = load_matrix(erased, i_tile, o_k, o_r, K, BT, False)
+    b_weights = load_columns(q_sum, i_tile, K, o_k)
+    b_P_sum = load_columns(P_sum, i_tile, BT, o_r)[None, :]
+    b_k_end = load_matrix(k_to_end, i_tile, o_k, o_r, K, BT, False)
+    b_total = load_columns(total, i_tile, K, o_k)[None, :]
+    b_S_CT = b_S.to(CT)
+    b_R = b_z - matmul(b_S_CT, b_E, CT, PRECISION) * UNSHIFT
+    b_partial += product_with_vector(b_S_CT, b_weights, CT, PRECISION)
+    if not ends:  # the inverse is awaited
+        b_z = load_written(v, w, next_start, o_r, tokens_from, tokens_to, i_h, H, V, o_v, LOGITS_W)
+    if not ready:
+        wait_for(p_prepared, 2 * number + 2)
+    b_A = load_matrix(inverse, i_tile, o_r, o_r, BT, BT, False)
+    b_R = matmul(b_R, b_A, CT, PRECISION)
+    b_partial += tl.sum(b_R * b_P_sum, 1)
+    if ends:
+        store_columns(running_mean, i_nh, V, o_v, b_partial / content_chunk)
+        announce_one_more(p_finished)
+        b_partial = tl.zeros_like(b_partial)
+        b_z = load_written(v, w, next_start, o_r, tokens_from, tokens_to, i_h, H, V, o_v, LOGITS_W)
+    b_S *= b_total
+    b_S += matmul(b_R, tl.trans(b_k_end), CT, PRECISION)
+    return b_S, b_z, b_partial
 
 
 @triton.jit
@@ -192,88 +344,136 @@ def content_terms_kernel(
     q, k, v, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
     initial_S, initial_mean, initial_partial, initial_count,
     terms, codes, means, final_mean, final_partial,
-    erasure, update, k_to_end, total, mean_weights, mean_offset, running_mean, finished, prepared, tickets, token_masks,
-    table, first, content_chunk, ring, H, content_heads,
-    K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, TEAM: tl.constexpr,
+    erased, inverse, k_to_end, total, q_sum, P_sum, running_mean, finished, prepared, tickets, token_masks,
+    table, first, content_chunk, ring, H, content_heads, multiprocessors,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    WORKERS: tl.constexpr, STATES: tl.constexpr, ALONE: tl.constexpr,
     BEFORE: tl.constexpr, RAW_DECAY: tl.constexpr, LOGITS_W: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A team of TEAM programs per sequence and value head; RP is R rounded up to a power of two, content_heads 0 or 1
+    """A team of programs per sequence and value head; RP is R rounded up to a power of two, content_heads 0 or 1
     where D and U are for all heads or one a head, ring that of ChunkEffects. Outputs as in ContentTerms.
 
-    The programs of a team prepare the chunks of a content chunk side by side, as soon as the mean of the one before is
-    known; the first one carries the state through those chunks, one after another, and in a team of more than two does
-    nothing else.
+    WORKERS programs prepare the chunks of a content chunk side by side, as soon as the mean of the one before is known;
+    STATES others carry the state through those chunks, each a part of its columns, one chunk after another. ALONE: one
+    program does both.
+
+    Each of a GPU's `multiprocessors` has room for two programs, and gets its second one when all have their first: from
+    there on places are dealt out the other way, so that one is shared by programs that work in turns.
     """
-    WORKERS: tl.constexpr = TEAM - (TEAM > 2)
+    TEAM: tl.constexpr = 1 if ALONE else WORKERS + STATES
     i_nh, role = take_place(tickets, TEAM)
+    role = (role + (i_nh * TEAM // multiprocessors).to(tl.int32) * (TEAM // 2)) % TEAM
+    if ALONE:
+        content_chunks(
+            q, k, v, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
+            initial_S, initial_mean, initial_partial, initial_count, terms, codes, means, final_mean, final_partial,
+            erased, inverse, k_to_end, total, q_sum, P_sum, running_mean, finished, prepared, token_masks,
+            table, first, content_chunk, ring, H, content_heads, i_nh, 0, 0,
+            K, BK, V, R, RP, 1, 1, True, True, BEFORE, RAW_DECAY, LOGITS_W, CT, PRECISION,
+        )  # fmt: skip
+    elif role < STATES:
+        content_chunks(
+            q, k, v, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
+            initial_S, initial_mean, initial_partial, initial_count, terms, codes, means, final_mean, final_partial,
+            erased, inverse, k_to_end, total, q_sum, P_sum, running_mean, finished, prepared, token_masks,
+            table, first, content_chunk, ring, H, content_heads, i_nh, 0, role,
+            K, BK, V, R, RP, WORKERS, STATES, False, True, BEFORE, RAW_DECAY, LOGITS_W, CT, PRECISION,
+        )  # fmt: skip
+    else:
+        content_chunks(
+            q, k, v, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
+            initial_S, initial_mean, initial_partial, initial_count, terms, codes, means, final_mean, final_partial,
+            erased, inverse, k_to_end, total, q_sum, P_sum, running_mean, finished, prepared, token_masks,
+            table, first, content_chunk, ring, H, content_heads, i_nh, role - STATES, 0,
+            K, BK, V, R, RP, WORKERS, STATES, True, False, BEFORE, RAW_DECAY, LOGITS_W, CT, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def content_chunks(
+    q, k, v, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
+    initial_S, initial_mean, initial_partial, initial_count, terms, codes, means, final_mean, final_partial,
+    erased, inverse, k_to_end, total, q_sum, P_sum, running_mean, finished, prepared, token_masks,
+    table, first, content_chunk, ring, H, content_heads, i_nh, worker, part,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    WORKERS: tl.constexpr, STATES: tl.constexpr, PREPARES: tl.constexpr, CARRIES: tl.constexpr,
+    BEFORE: tl.constexpr, RAW_DECAY: tl.constexpr, LOGITS_W: tl.constexpr,
+    CT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program's way through its sequence, a content chunk at a time; it PREPARES chunks as a worker, CARRIES a part
+    of the state, or both. What it does not do costs it no registers."""
+    BV: tl.constexpr = V // STATES
     i_n, i_h = i_nh // H, i_nh % H
-    o_r, o_k, o_v = tl.arange(0, BT), tl.arange(0, K), tl.arange(0, V)
+    o_r, o_k, o_v = tl.arange(0, BT), tl.arange(0, K), part * BV + tl.arange(0, BV)
     begin, end, row_0, tokens_from, tokens_to = sequence_chunks(table, first, i_n)
     chunks = (end - begin).to(tl.int32)
     slots = content_chunk // BT
-    b_S = tl.zeros([V, K], tl.float32)
-    b_mean = tl.zeros([V], tl.float32)
-    b_partial = tl.zeros([V], tl.float32)
+    finished += i_nh
+    prepared += i_nh * WORKERS
     filled = tl.zeros([], tl.int64)  # chunks of the running content chunk
     if initial_S is not None:
-        b_S += load_matrix(initial_S, i_nh, o_v, o_k, V, K, True)
-        b_mean += load_columns(initial_mean, i_nh, V, o_v)
-        b_partial += load_columns(initial_partial, i_nh, V, o_v)
         filled += tl.load(initial_count + i_n) // BT % slots
     filled = filled.to(tl.int32)
-    if role == 0:
+    if CARRIES:
+        b_S = tl.zeros([BV, K], tl.float32)
+        b_mean = tl.zeros([BV], tl.float32)
+        b_partial = tl.zeros([BV], tl.float32)
+        if initial_S is not None:
+            b_S += load_matrix(initial_S, i_nh, o_v, o_k, V, K, True)
+            b_mean += load_columns(initial_mean, i_nh, V, o_v)
+            b_partial += load_columns(initial_partial, i_nh, V, o_v)
         store_columns(running_mean, i_nh, V, o_v, b_mean)
-        announce(finished + i_nh, 1)
-    # A content chunk at a time; the first one may have begun before this call.
+        announce_one_more(finished)
+        b_z = load_written(v, w, row_0, o_r, tokens_from, tokens_to, i_h, H, V, o_v, LOGITS_W)
+    # The first content chunk may have begun before this call.
     for i_from in tl.range(-filled, chunks, slots, disable_licm=True):
         i_since, i_to = tl.maximum(i_from, 0), tl.minimum(i_from + slots, chunks)
-        if (role > 0) | (WORKERS == TEAM):
-            worker = role - (TEAM - WORKERS)
+        if PREPARES:
             i_own = i_since + (worker + (i_since + filled) * (WORKERS - 1)) % WORKERS
             for i in tl.range(i_own, i_to, WORKERS, disable_licm=True):
                 start = row_0 + i * BT
                 prepare_chunk(
-                    q, k, v, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
-                    terms, codes, means, running_mean, finished + i_nh, i_since + 1,
-                    erasure, update, k_to_end, total, mean_weights, mean_offset, token_masks,
+                    q, k, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
+                    terms, codes, means, running_mean, finished, STATES * (i_from + filled) // slots + STATES,
+                    erased, inverse, k_to_end, total, q_sum, P_sum, token_masks, prepared + worker, i,
                     i_nh, i_h, (begin + i) * H + i_h, i_nh * ring + i % ring, start,
                     (start + o_r >= tokens_from) & (start + o_r < tokens_to), H, content_heads,
-                    K, V, R, RP, BEFORE, RAW_DECAY, LOGITS_W, CT, PRECISION,
+                    K, BK, V, R, RP, BEFORE, RAW_DECAY, LOGITS_W, CT, PRECISION,
                 )  # fmt: skip
-                announce(prepared + i_nh * WORKERS + worker, i + 1)
-        if role == 0:
+        if CARRIES:
             for i in tl.range(i_since, i_to, disable_licm=True):
-                wait_for(prepared + i_nh * WORKERS + (i + filled) % WORKERS, i + 1)
-                i_tile = i_nh * ring + i % ring
-                b_W = load_matrix(erasure, i_tile, o_k, o_r, K, BT, False)
-                b_R = load_matrix(update, i_tile, o_v, o_r, V, BT, False)
-                b_k_end = load_matrix(k_to_end, i_tile, o_k, o_r, K, BT, False)
-                b_S_CT = b_S.to(CT)
-                b_partial += load_columns(mean_offset, i_tile, V, o_v)
-                b_weights = load_columns(mean_weights, i_tile, K, o_k)
-                b_partial += product_with_vector(b_S_CT, b_weights, CT, PRECISION)
-                if (i == i_from + slots - 1) & (row_0 + (i + 1) * BT <= tokens_to):
-                    # before the state goes on, which the next content terms do not wait for
-                    b_mean = b_partial / content_chunk
-                    b_partial = tl.zeros([V], tl.float32)
-                    store_columns(running_mean, i_nh, V, o_v, b_mean)
-                    announce(finished + i_nh, i + 2)
-                b_R = b_R.to(tl.float32) - matmul(b_S_CT, b_W, CT, PRECISION)
-                b_S *= load_columns(total, i_tile, K, o_k)[None, :]
-                b_S += matmul(b_R, tl.trans(b_k_end), CT, PRECISION)
-    if role == 0:
-        store_columns(final_mean, i_nh, V, o_v, b_mean)
+                b_S, b_z, b_partial = carry_state(
+                    v, w, b_S, b_z, b_partial, prepared + (i + filled) % WORKERS, i, finished,
+                    erased, inverse, k_to_end, total, q_sum, P_sum, running_mean,
+                    i_nh, i_h, i_nh * ring + i % ring, row_0 + (i + 1) * BT, tokens_from, tokens_to, H,
+                    (i == i_from + slots - 1) & (row_0 + (i + 1) * BT <= tokens_to), content_chunk, o_v,
+                    K, V, LOGITS_W, CT, PRECISION,
+                )  # fmt: skip
+    if CARRIES:
+        # its own stores are there
+        store_columns(final_mean, i_nh, V, o_v, load_columns(running_mean, i_nh, V, o_v))
         store_columns(final_partial, i_nh, V, o_v, b_partial)
+
+
+def team_of_terms(side_by_side: int, V: int, device: torch.device) -> Team:
+    """The team of a head with V value columns.
+
+    Args:
+        side_by_side: chunks that can be prepared at a time.
+    """
+    if not cooperates(device):
+        return Team()
+    return Team(min(side_by_side, 2), max(V // TUNING[HOPPER].BV, 1), False, multiprocessors(device))
 
 
 @functools.cache
 def token_masks(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[4, C, C] of the names above."""
+    """[3, C, C] of the names above."""
     r = torch.arange(CHUNK_TOKENS, device=device)
     s = r[:, None]
     half = s // 32 == r // 32
-    return torch.stack([half & (s <= r), half & (s < r), half & (s >= r), half & (s > r)]).to(dtype)
+    return torch.stack([half & (s <= r), half & (s < r), half & (s >= r)]).to(dtype)
 
 
 def content_terms(
@@ -296,15 +496,19 @@ def content_terms(
     tile = functools.partial(torch.empty, device=device, dtype=call.tile_dtype)
     floats = functools.partial(torch.empty, device=device, dtype=torch.float32)
     effects = ChunkEffects(
-        *(tile((heads, ring, channels, CHUNK_TOKENS)) for channels in (call.K, V, call.K)),
-        *(floats((heads, ring, channels)) for channels in (call.K, call.K, V)),
+        *(tile((heads, ring, rows, CHUNK_TOKENS)) for rows in (call.K, CHUNK_TOKENS, call.K)),
+        *(floats((heads, ring, size)) for size in (call.K, call.K, CHUNK_TOKENS)),
     )
-    team = team_of(heads, slots, 3, device)
+    BK, sizes = call.key_block(TUNING), content_sizes(call, content)
+    sizes["RP"] = max(sizes["RP"], 16)  # of a product
+    team = team_of_terms(slots, V, device)
     launch(
-        content_terms_kernel, (heads * team,),
+        content_terms_kernel, (heads * team.programs,),
         x.q, x.k, x.v, decay.g, decay.erase_logits, x.w, decay.A_log, decay.dt_bias, *content, *initial, *found,
-        *effects, floats((heads, V)), *make_counters(device, heads, heads * team, 1),
+        *effects, floats((heads, V)), *make_counters(device, heads, heads * team.workers, 1),
         token_masks(device, call.tile_dtype), chunks.table, chunks.first, content_chunk, ring, call.H, content.by_head,
-        TEAM=team, RAW_DECAY=decay.A_log is not None, **content_sizes(call, content),
+        team.multiprocessors,
+        BK=BK, WORKERS=team.workers, STATES=team.states, ALONE=team.alone, RAW_DECAY=decay.A_log is not None,
+        **sizes | call.launch(TUNING, BK, V // team.states),
     )  # fmt: skip
     return found

@@ -34,6 +34,19 @@ def announce(counter, value):
     tl.atomic_xchg(counter, value, sem="release", scope="gpu")
 
 
+@triton.jit
+def announced(counter, least):
+    """Whether another program has announced at least this; if so, what it had stored by then can be read."""
+    return tl.atomic_add(counter, 0, sem="acquire", scope="gpu") >= least
+
+
+@triton.jit
+def announce_one_more(counter):
+    """Let the programs go on that wait for so many to have come as far."""
+    tl.debug_barrier()  # the stores of all threads come first
+    tl.atomic_add(counter, 1, sem="release", scope="gpu")
+
+
 def make_counters(device: torch.device, *numbers: int) -> tuple[Tensor, ...]:
     """Tensors of at least so many counters each, all of them 0, aligned as memory from torch is."""
     return torch.zeros(len(numbers), -(-max(numbers) // 4) * 4, dtype=torch.int32, device=device).unbind()

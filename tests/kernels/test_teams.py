@@ -13,25 +13,29 @@ from support.interpreter import DEVICE
 from megatron_carve.kernels import CarveState, chunk_carve
 from megatron_carve.kernels.triton_backend import content, content_gradient, content_terms
 
+# Workers, states and all, by chunks side by side and columns of values.
+TEAMS = {(1, 32): (1, 1, 2), (1, 128): (1, 2, 3), (2, 64): (2, 1, 3), (2, 128): (2, 2, 4), (4, 128): (2, 2, 4)}
 KERNELS = {content_terms: "content_terms_kernel", content_gradient: "content_gradient_kernel"}
 
 
-@pytest.mark.parametrize(
-    ("heads", "side_by_side", "most", "programs"),
-    [(64, 2, 3, 2), (44, 2, 3, 3), (45, 2, 3, 2), (16, 2, 2, 2), (16, 1, 3, 1), (1000, 4, 3, 2)],
-)
-def test_a_team_fills_a_gpu_and_no_more(monkeypatch, heads, side_by_side, most, programs):
-    """Chunks that are worked on side by side ask for two; a third runs where all of them do at the same time."""
-    monkeypatch.setattr(content, "cooperates", lambda device: True)
-    monkeypatch.setattr(content, "multiprocessors", lambda device: 132)
-    assert content.team_of(heads, side_by_side, most, torch.device("cuda")) == programs
+def test_teams_have_as_many_programs_as_find_something_to_do(monkeypatch):
+    """Those that prepare, or take turns, as many as chunks are worked on side by side, at most two; and for each 64
+    columns of the state one that carries it."""
+    device = torch.device("cuda")
+    for stage in (content, content_terms):
+        monkeypatch.setattr(stage, "cooperates", lambda device: True)
+    monkeypatch.setattr(content_terms, "multiprocessors", lambda device: 132)
+    assert [content.team_of(side_by_side, device) for side_by_side in (1, 2, 4)] == [1, 2, 2]
+    teams = {(side_by_side, V): content_terms.team_of_terms(side_by_side, V, device) for side_by_side, V in TEAMS}
+    assert {sizes: (team.workers, team.states, team.programs) for sizes, team in teams.items()} == TEAMS
 
 
 def test_interpreted_programs_follow_each_other():
-    assert content.team_of(16, 2, 3, torch.device("cpu")) == 1
+    assert content.team_of(2, torch.device("cpu")) == 1
+    assert content_terms.team_of_terms(2, 128, torch.device("cpu")).programs == 1
 
 
-class Team:
+class Programs:
     """The kernel of a stage, whose programs, all for one head, run in processes of their own, which share its tensors.
 
     Args:
@@ -78,25 +82,29 @@ class Team:
             return call
 
         stage.take_place = noting_place
-        stage.wait_for, stage.announce = late(stage.wait_for), late(stage.announce)
+        for name in ("wait_for", "announce", "announce_one_more"):
+            if hasattr(stage, name):
+                setattr(stage, name, late(getattr(stage, name)))
         self.kernel[(1,)](*args, **options)
         assert len(places) == 1
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there programs of a launch work together by themselves")
 @pytest.mark.parametrize(
-    ("stage", "programs", "late"),
+    ("stage", "team", "late"),
     [
-        (content_terms, 2, 0),
-        (content_terms, 2, 1),
-        pytest.param(content_terms, 3, 0, marks=pytest.mark.slow),
-        pytest.param(content_terms, 3, 2, marks=pytest.mark.slow),
+        (content_terms, content_terms.Team(1, 1, False), 0),
+        (content_terms, content_terms.Team(1, 1, False), 1),
+        pytest.param(content_terms, content_terms.Team(2, 1, False), 0, marks=pytest.mark.slow),
+        pytest.param(content_terms, content_terms.Team(2, 1, False), 2, marks=pytest.mark.slow),
+        pytest.param(content_terms, content_terms.Team(2, 2, False), 1, marks=pytest.mark.slow),
+        (content_terms, content_terms.Team(2, 2, False), 2),
         (content_gradient, 2, 0),
         (content_gradient, 2, 1),
     ],
-    ids=lambda x: KERNELS.get(x, x),
+    ids=lambda x: KERNELS.get(x, x) if isinstance(x, ModuleType) else getattr(x, "programs", x),
 )
-def test_programs_find_together_what_one_does(monkeypatch, stage, programs, late):
+def test_programs_find_together_what_one_does(monkeypatch, stage, team, late):
     """Of a sequence that begins and ends within a content chunk, after the state of another."""
     inputs = make_inputs(
         "previous", B=1, T=200, H=1, K=32, V=32, dtype=torch.float32, content_chunk=128, counts=[70],
@@ -104,7 +112,7 @@ def test_programs_find_together_what_one_does(monkeypatch, stage, programs, late
     )  # fmt: skip
     options = {"state_type": CarveState, "output_final_state": True, "backend": "triton"}
     expected = run_with_grads(chunk_carve, inputs, **options)
-    monkeypatch.setattr(stage, KERNELS[stage], Team(stage, programs, late))
-    monkeypatch.setattr(stage, "team_of", lambda *_: programs)
+    monkeypatch.setattr(stage, KERNELS[stage], Programs(stage, getattr(team, "programs", team), late))
+    monkeypatch.setattr(stage, "team_of_terms" if stage is content_terms else "team_of", lambda *_: team)
     found = run_with_grads(chunk_carve, inputs, **options)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
