@@ -35,7 +35,7 @@ from .decay import LOG2_E, SHIFT, UNSHIFT
 from .erasing_decay import DecayInputs
 from .gates import load_scalar_gate
 from .launching import launch
-from .products import content_code, matmul, pairs_of_halves, unit_triangular_inverse
+from .products import matmul, pairs_of_halves, tanh, unit_triangular_inverse
 from .stages import HOPPER, Call, Content, Inputs, Tuning
 from .steep import HALVINGS
 from .tiles import load_columns, load_matrix, load_tile, store_columns, store_matrix
@@ -249,7 +249,7 @@ def prepare_chunk(
         b_up_2 = load_matrix(content_up, i_map, o_k_2, o_c, K, R, False)
         b_bias_2 = load_bias(bias, i_h, K, o_k_2)
     b_w = load_scalar_gate(w, start, o_r, m_r, i_h, H, LOGITS_W)[None, :]
-    b_down = load_matrix(content_down, i_map, o_v, o_c, V, R, True)
+    b_down = load_matrix(content_down, i_map, o_c, o_v, R, V, False)
     b_through = load_tile(token_masks, HALF_THROUGH, o_r, BT, o_r)
     b_before = load_tile(token_masks, HALF_BEFORE, o_r, BT, o_r)
     b_from = load_tile(token_masks, HALF_FROM, o_r, BT, o_r)
@@ -258,7 +258,7 @@ def prepare_chunk(
         b_g_2, b_l_2 = here(b_g_2), here(b_l_2)
     wait_for(p_finished, least_finished)
     b_mean = load_columns(running_mean, i_nh, V, o_v)
-    b_code = content_code(b_down.to(tl.float32), b_mean)
+    b_code = tanh(tl.sum(b_down.to(tl.float32) * b_mean[None, :], 1))
     store_columns(means, i_ch, V, o_v, b_mean)
     store_columns(codes, i_ch, R, o_c, b_code)
     b_T, b_P, least = prepare_channels(
@@ -456,15 +456,17 @@ def content_chunks(
         store_columns(final_partial, i_nh, V, o_v, b_partial)
 
 
-def team_of_terms(side_by_side: int, V: int, device: torch.device) -> Team:
-    """The team of a head with V value columns.
+def team_of_terms(heads: int, side_by_side: int, V: int, device: torch.device) -> Team:
+    """The team of each of so many heads with V value columns.
 
     Args:
         side_by_side: chunks that can be prepared at a time.
     """
     if not cooperates(device):
         return Team()
-    return Team(min(side_by_side, 2), max(V // TUNING[HOPPER].BV, 1), False, multiprocessors(device))
+    team = Team(min(side_by_side, 2), max(V // TUNING[HOPPER].BV, 1), False, multiprocessors(device))
+    # what a team of two does only partly at the same time, one does in less if not all heads have room at once
+    return Team() if team.programs == 2 and heads > team.multiprocessors else team
 
 
 @functools.cache
@@ -501,7 +503,7 @@ def content_terms(
     )
     BK, sizes = call.key_block(TUNING), content_sizes(call, content)
     sizes["RP"] = max(sizes["RP"], 16)  # of a product
-    team = team_of_terms(slots, V, device)
+    team = team_of_terms(heads, slots, V, device)
     launch(
         content_terms_kernel, (heads * team.programs,),
         x.q, x.k, x.v, decay.g, decay.erase_logits, x.w, decay.A_log, decay.dt_bias, *content, *initial, *found,
