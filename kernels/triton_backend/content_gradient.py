@@ -10,7 +10,6 @@ from torch import Tensor
 from ..checks import CHUNK_TOKENS
 from .chunks import BT, sequence_chunks
 from .content import (
-    INTERPRETED,
     content_sizes,
     halving_mask,
     load_before,
@@ -30,8 +29,6 @@ from .stages import Call, Content, Factors, GradientOperands, Inputs
 from .steep import HALVINGS
 from .tiles import load_columns, load_matrix, load_tile, store_columns, store_matrix
 
-# Whether what is needed for the chunk before is brought into the L2 cache ahead of time.
-AHEAD = True
 # What counters count: content chunks that a team has begun; chunks that the state's gradient has come through; chunks
 # up to the last one whose part of the content term's gradient the second program has added up.
 BEGUN, STEPPED, SUMMED = (tl.constexpr(i) for i in range(3))
@@ -51,17 +48,6 @@ class ContentGradients(NamedTuple):
 
 
 @triton.jit
-def fetch_ahead(x, i, SIZE: tl.constexpr):
-    """Have matrix i of a tensor of matrices with SIZE elements each brought into the cache that all programs share."""
-    if not INTERPRETED:
-        LINE: tl.constexpr = 1024 // x.dtype.element_ty.primitive_bitwidth
-        p_x = (x + i * SIZE + tl.arange(0, SIZE // LINE) * LINE).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [p_x], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
 def mean_gradient(b_down, b_up, b_code, b_d_term):
     """D^T ((U^T du) (1 - code^2)), [V]: the gradient of the mean behind a content term, from the term's, [K]."""
     b_d_code = tl.sum(b_up.to(tl.float32) * b_d_term[:, None], 0) * (1.0 - b_code * b_code)
@@ -78,16 +64,14 @@ def content_gradient_kernel(
     d_terms, low_bits, counters, tickets,
     table, first, content_chunk, scale, H, content_heads,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, TEAM: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, BEFORE: tl.constexpr, LOGITS_W: tl.constexpr, AHEAD: tl.constexpr,
-    CT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, BEFORE: tl.constexpr, LOGITS_W: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The reverse of content_terms_kernel, a team of TEAM programs, at most two, per sequence and value head; outputs
     as in ContentGradients, and scratch: d_terms [N, H, K] float32, low_bits [N, H, K, V], counters [N, H, 3] of zeros.
 
     Of two programs one carries the state's gradient through a chunk while the other forms what the chunk gives the
     gradient of its content term; with the next chunk they change places. Between them the state's gradient passes
-    through memory, in two halves of its bits where d_states has 16. AHEAD: a program has what it needs next brought
-    into the cache.
+    through memory, in two halves of its bits where d_states has 16.
     """
     i_nh, role = take_place(tickets, TEAM)
     i_n, i_h = i_nh // H, i_nh % H
@@ -139,8 +123,7 @@ def content_gradient_kernel(
                     last, written_to_end, erased, d_states_here, row_weights, d_output_rows,
                     d_states, low_bits, d_initial_S, counters + tl.where(begins, BEGUN, STEPPED),
                     tl.where(begins, i_back + 1, chunks - 1 - i), i_ch, i_nh, H, i > 0, o_r, o_k, o_v,
-                    states, residuals, d_written_here, k_right, counts, of_states, of_rows,
-                    K, V, HAS_INITIAL, AHEAD, CT, PRECISION,
+                    K, V, HAS_INITIAL, CT, PRECISION,
                 )  # fmt: skip
                 announce(counters + STEPPED, chunks - i)
             if role == whose:
@@ -149,8 +132,8 @@ def content_gradient_kernel(
                     k, log_decay, erase_logits, w, terms, steep_from, states, residuals,
                     written_to_end, d_written_here, written_rows, erased, k_right, counts, local, of_states, of_rows,
                     d_output_rows, d_states, d_written, counters + BEGUN, i_back + 1, begins, i_ch, start,
-                    o_r, (start + o_r >= tokens_from) & (start + o_r < tokens_to), i_h, H, i > 0, o_k, o_v,
-                    d_states_here, K, V, BEFORE, LOGITS_W, AHEAD, CT, PRECISION,
+                    o_r, (start + o_r >= tokens_from) & (start + o_r < tokens_to), i_h, H, o_k, o_v,
+                    K, V, BEFORE, LOGITS_W, CT, PRECISION,
                 )  # fmt: skip
                 if d_terms is not None:  # noqa: SIM102  decided by the compiler
                     if role > 0:
@@ -190,9 +173,7 @@ def store_state_gradient(
 def step_state_gradient(
     last, written_to_end, erased, d_states_here, row_weights, d_output_rows, d_states, low_bits, d_initial_S,
     p_counter, least, i_ch, i_nh, H, has_chunk_before, o_r, o_k, o_v,
-    states, residuals, d_written_here, k_right, counts, of_states, of_rows,
-    K: tl.constexpr, V: tl.constexpr, HAS_INITIAL: tl.constexpr, AHEAD: tl.constexpr,
-    CT: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, HAS_INITIAL: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of the state after a chunk, once p_counter tells that it is there, to that of the one before
     it."""
@@ -206,17 +187,6 @@ def step_state_gradient(
     b_d_row = load_columns(d_output_rows, i_ch, V, o_v)
     if low_bits is not None:
         b_low = load_matrix(low_bits, i_nh, o_v, o_k, V, K, True)
-    if AHEAD and of_states is not None:  # noqa: SIM102  decided by the compiler
-        if has_chunk_before:  # for its term
-            fetch_ahead(written_to_end, i_ch - H, BT * K)
-            fetch_ahead(d_written_here, i_ch - H, BT * V)
-            fetch_ahead(residuals, i_ch - H, BT * V)
-            fetch_ahead(states, i_ch - H, K * V)
-            fetch_ahead(erased, i_ch - H, BT * K)
-            fetch_ahead(k_right, i_ch - H, BT * K)
-            fetch_ahead(counts, i_ch - H, BT * K)
-            fetch_ahead(of_rows, i_ch - H, K * V)
-            fetch_ahead(of_states, i_ch - H, K * V)
     b_dz = matmul(b_dS, b_to_end, CT, PRECISION)
     b_step = matmul(b_dz, b_E, CT, PRECISION) * -UNSHIFT
     b_step += b_d_row[:, None] * b_weights
@@ -233,9 +203,9 @@ def step_state_gradient(
 def chunk_term_gradient(
     k, log_decay, erase_logits, w, terms, steep_from, states, residuals,
     written_to_end, d_written_here, written_rows, erased, k_right, counts, local, of_states, of_rows,
-    d_output_rows, d_states, d_written, p_begun, least_begun, begins, i_ch, start, o_r, m_r, i_h, H, has_chunk_before,
-    o_k, o_v, d_states_here, K: tl.constexpr, V: tl.constexpr, BEFORE: tl.constexpr, LOGITS_W: tl.constexpr,
-    AHEAD: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+    d_output_rows, d_states, d_written, p_begun, least_begun, begins, i_ch, start, o_r, m_r, i_h, H, o_k, o_v,
+    K: tl.constexpr, V: tl.constexpr, BEFORE: tl.constexpr, LOGITS_W: tl.constexpr,
+    CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """sum_t b_t da_t of a chunk, [K], minus which is the gradient of its content term (0 where that is not wanted);
     stores the gradient of what it writes. If it begins a content chunk, p_begun tells when it can. The gradient of the
@@ -261,11 +231,6 @@ def chunk_term_gradient(
         wait_for(p_begun, least_begun)
     b_dS = load_matrix(d_states, i_ch, o_k, o_v, K, V, False)
     b_d_row = load_columns(d_output_rows, i_ch, V, o_v)
-    if AHEAD:  # noqa: SIM102  decided by the compiler
-        if has_chunk_before:  # for its step
-            fetch_ahead(written_to_end, i_ch - H, BT * K)
-            fetch_ahead(erased, i_ch - H, BT * K)
-            fetch_ahead(d_states_here, i_ch - H, K * V)
     b_dz = matmul(tl.trans(b_dS), b_to_end, CT, PRECISION)
     b_dz += b_here.to(tl.float32)
     b_dz += b_d_row[:, None] * b_weights
@@ -356,6 +321,6 @@ def content_gradient(
         operands.erasure, operands.k_right, operands.k_to_end, operands.d_residuals_here, operands.P_sum,
         *of_content, *d_final, count, *found, d_terms, low_bits, *make_counters(states.device, 3 * heads, 1),
         chunks.table, chunks.first, content_chunk, call.scale, call.H, content.by_head,
-        TEAM=team, HAS_INITIAL=has_initial, AHEAD=AHEAD, **content_sizes(call, content),
+        TEAM=team, HAS_INITIAL=has_initial, **content_sizes(call, content),
     )  # fmt: skip
     return found
