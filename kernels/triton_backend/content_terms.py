@@ -124,9 +124,10 @@ def load_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K: tl.constexpr, o_k,
 
 @triton.jit
 def load_bias(bias, i_h, K: tl.constexpr, o_k):
-    if bias is None:
-        return tl.zeros([o_k.shape[0]], tl.float32)
-    return load_columns(bias, i_h, K, o_k)
+    b_bias = tl.zeros([o_k.shape[0]], tl.float32)
+    if bias is not None:  # after a return in such a branch Triton 3.6 goes on
+        b_bias += load_columns(bias, i_h, K, o_k)
+    return b_bias
 
 
 @triton.jit
