@@ -2,8 +2,8 @@
 
 The way of a chunk op's data (C chunks, everything but the loops for all of them at once):
 
-    forward     erasing_decay, content          CARVE with diagonal erase: the erase gates, chunk after chunk
-                decay                           decays as factors
+    forward     content                         CARVE with diagonal erase: the erase gates, chunk after chunk
+                decay                           decays as factors, of that form with the erase in them
                 steep, chunk_operands           scores, inverse, what a chunk does to any state
                 chunk_state                     the state, chunk after chunk
                 chunk_output                    outputs
@@ -11,8 +11,8 @@ The way of a chunk op's data (C chunks, everything but the loops for all of them
                 chunk_state                     the state's gradient, from the last chunk to the first
                 content                         CARVE with diagonal erase: instead, with the gates' gradients, what
                                                 waits for no later chunk first, for all chunks at once
-                chunk_gradient, steep           gradients of everything that belongs to tokens
-                erasing_decay
+                chunk_gradient, steep           gradients of everything that belongs to tokens; of that form on the key
+                erasing_gradient                axis by a stage of its own
 
 CARVE with delta erase has delta_operands and delta_state in the places of chunk_operands and chunk_state. A stage is a
 file: its kernels, their launch, their tuning. chunk_ops puts the stages together; stages has what they share, launching

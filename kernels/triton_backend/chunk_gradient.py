@@ -1,4 +1,7 @@
-"""The last stages of the backward: gradients of everything that belongs to tokens, for all chunks at once."""
+"""The last stages of the backward: gradients of everything that belongs to tokens, for all chunks at once. CARVE's
+diagonal form has the first of them, and erasing_gradient.py."""
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -8,10 +11,8 @@ from torch import Tensor
 from ..checks import CHUNK_TOKENS
 from .chunks import BT, chunk_rows
 from .decay import (
-    LOG2_E,
     STEEPEST_LOG2_DECAY,
     UNSHIFT,
-    erase_left,
     load_decay_to_end,
     load_left,
     load_log2_decay,
@@ -23,13 +24,13 @@ from .decay import (
 from .gates import GATE_SCALAR, GATE_SCALAR_LOGITS, GATE_VALUES, load_erase_gate, load_write_gate
 from .launching import launch
 from .products import matmul
+from .special import LOG2_E
 from .stages import HOPPER, Call, Factors, Inputs, Tuning
 from .steep import steep_gradient
 from .tiles import load_columns, load_matrix, load_rows, load_tile, store_rows, store_tile
 
 VALUE_TUNING = {HOPPER: Tuning(0, 0, 4)}
 KEY_TUNING = {HOPPER: Tuning(64, 0, 4)}
-PRECISE_KEY_TUNING = {HOPPER: Tuning(64, 0, 8)}
 
 
 @triton.jit
@@ -90,7 +91,7 @@ def chunk_key_gradient_kernel(
     dq, dk, dg, db, d_content, dA_log, d_dt_bias,
     table, scale, erase_scale, H, HV, HE,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
-    GATE: tl.constexpr, BEFORE: tl.constexpr, PRECISE: tl.constexpr, RAW_DECAY: tl.constexpr,
+    GATE: tl.constexpr, RAW_DECAY: tl.constexpr,
     CONTENT: tl.constexpr, STATES_T: tl.constexpr, TRANSPOSED: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -102,8 +103,8 @@ def chunk_key_gradient_kernel(
 
     Writes a value head's share of dq, dk, dg, db [B, T, HV, K], of a scalar gate's db a share by block of key columns,
     [B, T, HV, K // BK]; and sums over the chunk's tokens [NC, HV, K] float32: d_content for CONTENT, dA_log and
-    d_dt_bias for RAW_DECAY. On entry dq, steep_dk, steep_dbk and, if PRECISE, dg of a chunk with steep rows hold what
-    steep_gradient_kernel wrote there. BEFORE is PRECISE.
+    d_dt_bias for RAW_DECAY. On entry dq, steep_dk and steep_dbk of a chunk with steep rows hold what
+    steep_gradient_kernel wrote there.
     """
     i_c, i_hv = tl.program_id(0).to(tl.int64) // (K // BK), tl.program_id(1)
     i_k = tl.program_id(0) % (K // BK)
@@ -133,7 +134,7 @@ def chunk_key_gradient_kernel(
     b_dq += matmul(b_dP, b_columns, CT, PRECISION)
     b_dbk += matmul(b_dT, b_columns, CT, PRECISION)
     b_k *= load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_e, K, o_k, erase_scale, GATE)
-    b_k *= erase_left(b_left, left, i_ch, o_r, K, o_k, BEFORE)
+    b_k *= b_left
     b_dcolumn = matmul(tl.trans(b_dT), b_k, CT, PRECISION)
     b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale * b_left
     b_dcolumn += matmul(tl.trans(b_dP), b_q, CT, PRECISION)
@@ -144,34 +145,17 @@ def chunk_key_gradient_kernel(
     b_dk *= load_decay_to_end(b_left, last, rest, first_steep, i_ch, o_r, K, o_k)
     # The log-decays: what a row gains with its decay from the start, a key loses. The decay of the whole chunk is in
     # that of every step, and a key's decay to the chunk's end in that of the steps after it: all keys' minus those of
-    # later ones. PRECISE is without differences that cancel: of the keys before, and of pairs of rows with the factors
-    # as the products above took them, rounded alike in what a row gains and a key loses.
-    if PRECISE:
-        b_dg_end = sum_rows(o_r[None, :] < o_r[:, None], b_dk * b_k, CT) + b_dtotal[None, :]
-        b_dg = (b_k * right_factor(b_left)).to(CT).to(tl.float32) * -b_dcolumn
-        b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
-        b_dg += (b_q * b_left).to(CT).to(tl.float32) * b_dq
-        b_erase_left = erase_left(b_left, left, i_ch, o_r, K, o_k, BEFORE)
-        b_b = load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_e, K, o_k, erase_scale, GATE)
-        b_dg_erased = (b_b * b_k * b_erase_left).to(CT).to(tl.float32) * b_dbk
-        b_dg += b_dg_erased
-        b_dbk *= b_erase_left
-    else:
-        b_dtotal += tl.sum(b_dk * b_k, 0)
-        b_dbk *= b_left
+    # later ones.
+    b_dtotal += tl.sum(b_dk * b_k, 0)
+    b_dbk *= b_left
     b_dk += b_dcolumn * right_factor(b_left)
     b_dq *= b_left
     if first_steep < BT:
         b_dk += load_rows(steep_dk, start, o_r, m_r, i_hv, HV, K, o_k).to(tl.float32)
         b_dq += load_rows(dq, start, o_r, m_r, i_hv, HV, K, o_k).to(tl.float32)
-        b_steep_dbk = load_rows(steep_dbk, start, o_r, m_r, i_hv, HV, K, o_k).to(tl.float32)
-        b_dbk += b_steep_dbk
-        if PRECISE:
-            b_dg += load_rows(dg, start, o_r, m_r, i_hv, HV, K, o_k).to(tl.float32)
-            b_dg_erased += b_b * b_k * b_steep_dbk
+        b_dbk += load_rows(steep_dbk, start, o_r, m_r, i_hv, HV, K, o_k).to(tl.float32)
     b_q = load_rows(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
-    if not PRECISE:
-        b_dg = b_q * b_dq - b_k * b_dk
+    b_dg = b_q * b_dq - b_k * b_dk
     # a query meets the key of its own row without decay
     b_own = tl.load(dP_own + i_chv * BT + o_r)[:, None]
     store_rows(dq, start, o_r, m_r, i_hv, HV, K, o_k, scale * (b_dq + b_own * b_k))
@@ -179,8 +163,7 @@ def chunk_key_gradient_kernel(
     b_b = load_erase_gate(b, content, start, o_r, m_r, i_h, H, i_e, K, o_k, erase_scale, GATE)
     store_rows(dk, start, o_r, m_r, i_hv, HV, K, o_k, b_dk + b_b * b_dbk)
     b_db = b_k * b_dbk
-    if not PRECISE:
-        b_dg += b_b * b_db
+    b_dg += b_b * b_db
     if (GATE != GATE_VALUES) & (GATE != GATE_SCALAR):
         b_db *= b_b * (1.0 - b_b / erase_scale)
     if CONTENT:
@@ -189,11 +172,7 @@ def chunk_key_gradient_kernel(
         tl.store(db + ((start + o_r) * HV + i_hv) * (K // BK) + i_k, tl.sum(b_db, 1), mask=m_r)
     else:
         store_rows(db, start, o_r, m_r, i_hv, HV, K, o_k, b_db)
-    if PRECISE:
-        b_dg_end += sum_rows(o_r[None, :] > o_r[:, None], b_dg, CT) + b_dg
-        b_dg = b_dg_end - b_dg_erased if BEFORE else b_dg_end
-    else:
-        b_dg = sum_rows(o_r[None, :] >= o_r[:, None], b_dg, CT) + b_dtotal[None, :]
+    b_dg = sum_rows(o_r[None, :] >= o_r[:, None], b_dg, CT) + b_dtotal[None, :]
     if RAW_DECAY:
         b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
         # A decay of exactly 0 has no gradient; what came is the rounding of a sum that cancels.
@@ -206,29 +185,45 @@ def chunk_key_gradient_kernel(
     store_rows(dg, start, o_r, m_r, i_hv, HV, K, o_k, b_dg)
 
 
-def _by_value_head(call: Call, x: Inputs, blocks: int, with_content: bool) -> Inputs:
-    """Memory for the gradients that every value head gives; where value heads share what is given, and of a scalar
-    erase gate by blocks of key columns, they are summed up afterwards."""
-    tokens = x.q.shape[:2]
+class ValueGradients(NamedTuple):
+    """What chunk_value_gradient_kernel writes; d_written may be given."""
 
-    def share(given: Tensor, heads: int, *width: int) -> Tensor:
-        # The write gate that also erases has two gradients, which are added up before they are rounded.
-        rounded = given.shape[2] == heads and not (call.precise_decay and given is x.w)
-        dtype = given.dtype if rounded else torch.float32
-        return call.of_tokens(given, *tokens, heads, *width, dtype=dtype)
+    v: Tensor
+    w: Tensor
+    d_written: Tensor
+    dT: Tensor
+    dP: Tensor
+    dP_own: Tensor
 
-    def vector() -> Tensor:
-        return call.floats(x.q, call.HV, call.K)
+    @property
+    def of_scores(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.dT, self.dP, self.dP_own
 
-    return Inputs(
-        share(x.q, call.HV, call.K), share(x.k, call.HV, call.K), call.of_tokens(x.v),
-        share(x.g, call.HV, call.K),
-        call.of_tokens(x.b, *tokens, call.HV, blocks, dtype=torch.float32)
-        if call.scalar_b else share(x.b, call.HV, call.K),
-        share(x.w, call.HV) if call.scalar_w else call.of_tokens(x.w),
-        vector() if call.raw_decay else None, vector() if call.raw_decay else None,
-        vector() if call.sees_content and with_content else None,
+
+def value_gradients(
+    call: Call, x: Inputs, A: Tensor, residuals: Tensor, do: Tensor, d_output_rows: Tensor | None,
+    d_residuals: Tensor | None, d_written: Tensor | None, dw: Tensor, transposed: bool,
+) -> ValueGradients:  # fmt: skip
+    """
+    Args:
+        dw: memory for the gradient of the write gate.
+        transposed: residuals and their gradients.
+    """
+
+    def scores() -> Tensor:
+        return call.tiles(do, call.HV, CHUNK_TOKENS, CHUNK_TOKENS)
+
+    if d_written is None:
+        d_written = call.tiles(do, call.HV, CHUNK_TOKENS, call.V)
+    d = ValueGradients(call.of_tokens(x.v), dw, d_written, scores(), scores(), call.floats(do, call.HV, CHUNK_TOKENS))
+    launch(
+        chunk_value_gradient_kernel, (call.chunks.count, call.HV),
+        x.v, x.w, A, do, d_output_rows, residuals, d_residuals, *d,
+        call.chunks.table, call.H, call.HV, call.erase_heads,
+        V=call.V, SPLIT=call.split, SCALAR_W=call.scalar_w, LOGITS_W=call.logits_w,
+        TRANSPOSED=transposed, **call.launch(VALUE_TUNING, call.V),
     )  # fmt: skip
+    return d
 
 
 def _sum_by_head(d: Tensor, heads: int) -> Tensor:
@@ -238,40 +233,42 @@ def _sum_by_head(d: Tensor, heads: int) -> Tensor:
 
 def chunk_gradient(
     call: Call, x: Inputs, factors: Factors, residuals: Tensor, A: Tensor, states: Tensor, do: Tensor,
-    d_output_rows: Tensor | None, d_residuals: Tensor | None, d_states: Tensor, d_content: Tensor | None,
-    d_written: Tensor | None = None,
+    d_output_rows: Tensor | None, d_residuals: Tensor, d_states: Tensor, d_content: Tensor | None,
 ) -> Inputs:  # fmt: skip
-    """Gradients of the inputs; None for what the call has not. d_written, see chunk_value_gradient_kernel, is given
-    where d_residuals is not."""
-    key_tuning = PRECISE_KEY_TUNING if call.precise_decay else KEY_TUNING
-    BK = call.key_block(key_tuning)
+    """Gradients of the inputs; None for what the call has not."""
+    tokens = x.q.shape[:2]
+    BK = call.key_block(KEY_TUNING)
     blocks = call.K // BK
-    dq, dk, dv, dg, db, dw, dA_log, d_dt_bias, d_content_share = _by_value_head(call, x, blocks, d_content is None)
     transposed = call.sees_content and d_output_rows is not None  # from the delta form's loop
-    if d_written is None:
-        d_written = call.tiles(do, call.HV, CHUNK_TOKENS, call.V)
-    dT, dP = (call.tiles(do, call.HV, CHUNK_TOKENS, CHUNK_TOKENS) for _ in range(2))
-    dP_own = call.floats(do, call.HV, CHUNK_TOKENS)
-    launch(
-        chunk_value_gradient_kernel, (call.chunks.count, call.HV),
-        x.v, x.w, A, do, d_output_rows, residuals, d_residuals,
-        dv, dw, d_written, dT, dP, dP_own,
-        call.chunks.table, call.H, call.HV, call.erase_heads,
-        V=call.V, SPLIT=call.split, SCALAR_W=call.scalar_w, LOGITS_W=call.logits_w,
-        TRANSPOSED=transposed, **call.launch(VALUE_TUNING, call.V),
-    )  # fmt: skip
+
+    # What value heads share, and of a scalar erase gate the blocks of key columns, is summed up afterwards.
+    def share(given: Tensor, *width: int) -> Tensor:
+        dtype = given.dtype if given.shape[2] == call.HV else torch.float32
+        return call.of_tokens(given, *tokens, call.HV, *width, dtype=dtype)
+
+    def vector(wanted: bool) -> Tensor | None:
+        return call.floats(x.q, call.HV, call.K) if wanted else None
+
+    dw = share(x.w) if call.scalar_w else call.of_tokens(x.w)
+    of_values = value_gradients(call, x, A, residuals, do, d_output_rows, d_residuals, None, dw, transposed)
+    dq, dk, dg = (share(given, call.K) for given in (x.q, x.k, x.g))
+    if call.scalar_b:
+        db = call.of_tokens(x.b, *tokens, call.HV, blocks, dtype=torch.float32)
+        steep_dbk = torch.empty_like(dk)
+    else:
+        db = steep_dbk = share(x.b, call.K)
+    dA_log, d_dt_bias = vector(call.raw_decay), vector(call.raw_decay)
+    d_content_share = vector(call.sees_content and d_content is None)
     steep_dk = torch.empty_like(dk)
-    steep_dbk = torch.empty_like(dk) if call.scalar_b else db
-    steep_gradient(call, x, factors, dT, dP, dq, steep_dk, steep_dbk, dg)
+    steep_gradient(call, x, factors, of_values.dT, of_values.dP, dq, steep_dk, steep_dbk, None)
     launch(
         chunk_key_gradient_kernel, (call.chunks.count * blocks, call.HV),
         x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, x.content, *factors.of_rows,
-        states, d_states, do, d_output_rows, residuals, d_written, dT, dP, dP_own, steep_dk, steep_dbk,
+        states, d_states, do, d_output_rows, residuals, of_values.d_written, *of_values.of_scores, steep_dk, steep_dbk,
         dq, dk, dg, db, d_content_share, dA_log, d_dt_bias,
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV, call.erase_heads,
-        K=call.K, BK=BK, V=call.V, GATE=call.gate, BEFORE=call.before, PRECISE=call.precise_decay,
-        RAW_DECAY=call.raw_decay, CONTENT=d_content_share is not None, STATES_T=call.sees_content,
-        TRANSPOSED=transposed, **call.launch(key_tuning, BK, call.V),
+        K=call.K, BK=BK, V=call.V, GATE=call.gate, RAW_DECAY=call.raw_decay, CONTENT=d_content_share is not None,
+        STATES_T=call.sees_content, TRANSPOSED=transposed, **call.launch(KEY_TUNING, BK, call.V),
     )  # fmt: skip
 
     def gather(dx: Tensor, given: Tensor) -> Tensor:
@@ -280,13 +277,12 @@ def chunk_gradient(
         return dx.view(*given.shape[:3], -1, *given.shape[3:]).sum(3).to(given.dtype)
 
     if call.scalar_b:
-        db = db.view(*db.shape[:2], call.H, -1, blocks).sum((3, 4))
-        db = db if call.precise_decay else db.to(x.b.dtype)
+        db = db.view(*db.shape[:2], call.H, -1, blocks).sum((3, 4)).to(x.b.dtype)
     if dA_log is not None and d_dt_bias is not None:
         dA_log, d_dt_bias = (_sum_by_head(d.sum(0), call.H) for d in (dA_log, d_dt_bias))
     if d_content_share is not None:
         d_content = _sum_by_head(d_content_share, call.erase_heads)
     return Inputs(
-        gather(dq, x.q), gather(dk, x.k), dv, gather(dg, x.g), gather(db, x.b), gather(dw, x.w),
+        gather(dq, x.q), gather(dk, x.k), of_values.v, gather(dg, x.g), gather(db, x.b), gather(dw, x.w),
         dA_log, d_dt_bias, d_content,
     )  # fmt: skip

@@ -21,10 +21,10 @@ from .content_terms import content_terms
 from .decay import decay_factors
 from .delta_operands import delta_operands
 from .delta_state import delta_state, delta_state_gradient
-from .erasing_decay import DecayInputs, erasing_decay, erasing_decay_gradient
+from .erasing_gradient import erasing_gradient
 from .gates import GATE_LOGITS, GATE_SCALAR, GATE_SCALAR_LOGITS, GATE_VALUES
 from .gradient_operands import gradient_operands
-from .stages import SEES_CONTENT, WIDEST_VALUES, Call, Content, Inputs, architecture, next_power_of_2
+from .stages import SEES_CONTENT, WIDEST_VALUES, Call, Content, DecayInputs, Inputs, architecture, next_power_of_2
 
 # A raw decay whose softplus, and an erase logit whose sigmoid, is an exact 0.
 NONE = -1e4
@@ -78,25 +78,29 @@ class ChunkGDN2(torch.autograd.Function):
 
 
 def forward_stages(
-    call: Call, x: Inputs, initial_state: Tensor | None, want_final: bool
+    call: Call, x: Inputs, initial_state: Tensor | None, want_final: bool, decay: DecayInputs | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """o, final state, and what the backward needs: A and states."""
-    factors = decay_factors(call, x)
+    """o, final state, and what the backward needs: A and states. decay: see decay_factors."""
+    factors = decay_factors(call, x, decay)
     A, P, erasure, update, k_to_end, q_from_start = chunk_operands(call, x, factors)
     states, residuals, final_state = chunk_state(call, factors, erasure, update, k_to_end, initial_state, want_final)
     return chunk_output(call, x, q_from_start, P, states, residuals), final_state, A, states
 
 
 def backward_stages(
-    call: Call, x: Inputs, A: Tensor, states: Tensor, do: Tensor, d_final_state: Tensor | None, has_initial: bool
-) -> tuple[Inputs, Tensor | None]:
-    """Gradients of the inputs and of the initial state."""
-    factors = decay_factors(call, x)
+    call: Call, x: Inputs, A: Tensor, states: Tensor, do: Tensor, d_final_state: Tensor | None, has_initial: bool,
+    decay: DecayInputs | None = None,
+) -> tuple[Inputs, Tensor | None]:  # fmt: skip
+    """Gradients of the inputs, or of those of erasing_gradient, and of the initial state. decay: see decay_factors."""
+    factors = decay_factors(call, x, decay)
     operands = gradient_operands(call, x, factors, A, states, do)
     d_states, d_residuals, d_initial = chunk_state_gradient(call, factors, operands, do, d_final_state, has_initial)
-    return chunk_gradient(
-        call, x, factors, operands.residuals, A, states, do, None, d_residuals, d_states, None
-    ), d_initial
+    residuals = operands.residuals
+    if decay is None:
+        d = chunk_gradient(call, x, factors, residuals, A, states, do, None, d_residuals, d_states, None)
+    else:
+        d = erasing_gradient(call, x, decay, factors, residuals, A, states, do, None, d_residuals, d_states, None)
+    return d, d_initial
 
 
 class ContentOptions(NamedTuple):
@@ -116,7 +120,7 @@ class ChunkDiagonal(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         *given, initial_S, initial_mean, initial_partial, count = tensors
         q, k, v, g, logits, w, A_log, dt_bias, down, up, bias = given
-        x = Inputs(q, k, v, g, w, w, None, None)
+        x = Inputs(q, k, v, torch.empty_like(g, dtype=torch.float32), w, w, None, None)
         terms = code = mean = final_mean = final_partial = None
         decay = DecayInputs(g, logits, A_log, dt_bias, None)
         if down is not None:
@@ -126,8 +130,7 @@ class ChunkDiagonal(torch.autograd.Function):
             )
         elif bias is not None:
             terms = bias.expand(call.chunks.count, *bias.shape).contiguous()
-        log_decay = erasing_decay(call, decay._replace(content=terms))
-        o, S, A, states = forward_stages(call, x._replace(g=log_decay), initial_S, want_final)
+        o, S, A, states = forward_stages(call, x, initial_S, want_final, decay._replace(content=terms))
         ctx.call, ctx.options, ctx.has_initial = call, options, initial_S is not None
         ctx.save_for_backward(*given, count, A, states, terms, code, mean)
         ctx.set_materialize_grads(False)
@@ -143,13 +146,13 @@ class ChunkDiagonal(torch.autograd.Function):
         *given, count, A, states, terms, code, mean = ctx.saved_tensors
         q, k, v, g, logits, w, A_log, dt_bias, down, up, bias = given
         decay = DecayInputs(g, logits, A_log, dt_bias, terms)
-        x = Inputs(q, k, v, erasing_decay(call, decay), w, w, None, None)
+        x = Inputs(q, k, v, torch.empty_like(g, dtype=torch.float32), w, w, None, None)
         do = torch.zeros_like(v) if do is None else do.contiguous()
         # whether anything goes from a content chunk to the outputs of the one before
         through_means = down is not None and (not detached or has_initial or any(d is not None for d in d_final[1:]))
         d_initial: list[Tensor | None] = [None, None, None]
         if through_means:
-            factors = decay_factors(call, x)
+            factors = decay_factors(call, x, decay)
             operands = gradient_operands(call, x, factors, A, states, do, for_content=True)
             of_content = content_operands(call, x, decay, factors, operands, states, do, detached)
             found = content_gradient(
@@ -159,21 +162,15 @@ class ChunkDiagonal(torch.autograd.Function):
             d_states, d_written, d_rows, *d_initial = found
             residuals = operands.residuals
             del operands, of_content  # the memory is for the gradients
-            d = chunk_gradient(call, x, factors, residuals, A, states, do, d_rows, None, d_states, None, d_written)
+            d = erasing_gradient(
+                call, x, decay, factors, residuals, A, states, do, d_rows, None, d_states, d_written
+            )  # fmt: skip
         else:
             d_S = None if d_final[0] is None else d_final[0].contiguous()
-            d, d_initial[0] = backward_stages(call, x, A, states, do, d_S, has_initial)
-        of_decay = erasing_decay_gradient(call, decay, d.g)
-        of_maps = content_map_gradients(of_decay.content, code, mean, down, up)
-        d_bias = None if bias is None else of_decay.content.sum(0)
-        d_w = torch.add(d.b, d.w, out=torch.empty_like(w))
-        given_gradients = d.q, d.k, d.v, of_decay.g, of_decay.erase_logits, d_w, *_sums(of_decay)
-        return None, None, None, *given_gradients, *of_maps, d_bias, *d_initial, None
-
-
-def _sums(d: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of A_log and dt_bias, [H, K], from sums by chunk."""
-    return tuple(None if x is None else x.sum(0) for x in (d.A_log, d.dt_bias))
+            d, d_initial[0] = backward_stages(call, x, A, states, do, d_S, has_initial, decay)
+        of_maps = content_map_gradients(d.content, code, mean, down, up)
+        d_bias = None if bias is None or d.content is None else d.content.sum(0)
+        return None, None, None, *d.of_tokens, *of_maps, d_bias, *d_initial, None
 
 
 class ChunkDelta(torch.autograd.Function):
@@ -370,7 +367,7 @@ def _call(op: OpCall, gate: int) -> Call:
     return Call(
         _chunks(op), HV if by_decay else H, HV * split, K, V // split, split, op.output_scale, op.erase_scale,
         gate=gate, scalar_w=op.w.ndim == 3, logits_w=op.gate_logits, raw_decay=op.A_log is not None and not by_decay,
-        before=op.predicts_before_decay, precise_decay=by_decay, dtype=op.q.dtype,
+        before=op.predicts_before_decay, dtype=op.q.dtype,
         architecture=architecture(op.q.device), packed=op.cu_seqlens is not None,
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 The decays of a content chunk wait for the mean of the one before it. So one stage goes through the chunks of a sequence
 and value head and finds the means alone; once all content terms are known, everything else is GDN-2's stages for all
-chunks at once, with the decays of erasing_decay.py and the write gate as erase gate. Backward it is the same: one stage
+chunks at once, with the erase in the decays and the write gate as erase gate. Backward it is the same: one stage
 carries the gradients of the state and of the means from chunk to chunk, with operands of which content_operands.py
 prepares all that wait for no later chunk, then all others follow at once. Every value head has decays of its own here,
 so that H is the number of them, and key-side tensors are given for each.
@@ -22,13 +22,13 @@ import triton.language as tl
 
 from .chunks import BT
 from .cooperation import cooperates
-from .decay import LOG2_E, STEEPEST_LOG2_DECAY, load_rate
+from .decay import STEEPEST_LOG2_DECAY, load_rate
+from .special import INTERPRETED, LOG2_E, fast_exp2, fast_log2
 from .stages import HOPPER, Call, Content, Tuning, next_power_of_2
 from .tiles import load_columns
 
 # By the larger head width.
 TUNINGS = {width: {HOPPER: Tuning(width, width, warps)} for width, warps in ((32, 4), (64, 4), (128, 8))}
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -73,30 +73,6 @@ def halving_mask(o_r, step, BEFORE: tl.constexpr):
     until = tl.where(in_lower, o_r + (0 if BEFORE else 1), (half + 1) << step)
     o_s = o_r[:, None]
     return (o_s >= after[None, :]) & (o_s < until[None, :])
-
-
-@triton.jit
-def fast_log2(x):
-    """The GPU's own logarithm; PTX documents its absolute error between 0.5 and 2 as about 2^-22."""
-    if INTERPRETED:
-        return tl.log2(x)
-    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def fast_exp2(x):
-    """The GPU's own exponential, whose results below float32's normal numbers are 0."""
-    if INTERPRETED:
-        return tl.exp2(x)
-    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def reciprocal(x):
-    """The GPU's own, of 23 bits."""
-    if INTERPRETED:
-        return 1.0 / x
-    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

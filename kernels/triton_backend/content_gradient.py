@@ -20,12 +20,12 @@ from .content import (
 )
 from .content_operands import ContentOperands
 from .cooperation import announce, make_counters, take_place, wait_for
-from .decay import LOG2_E, UNSHIFT
-from .erasing_decay import DecayInputs
+from .decay import UNSHIFT
 from .gates import load_scalar_gate
 from .launching import launch
 from .products import matmul, pairs_of_halves
-from .stages import Call, Content, Factors, GradientOperands, Inputs
+from .special import LOG2_E
+from .stages import Call, Content, DecayInputs, Factors, GradientOperands, Inputs
 from .steep import HALVINGS
 from .tiles import load_columns, load_matrix, load_tile, store_columns, store_matrix
 

@@ -26,18 +26,16 @@ from torch import Tensor
 from ..checks import CHUNK_TOKENS
 from .chunks import BT, chunk_rows
 from .content import (
-    fast_exp2,
     halving_mask,
     load_channels,
     load_tile_channels,
-    reciprocal,
     sum_tokens,
 )
-from .decay import LOG2_E, UNSHIFT
-from .erasing_decay import DecayInputs
+from .decay import UNSHIFT
 from .launching import launch
 from .products import matmul, pairs_of_halves
-from .stages import HOPPER, Call, Factors, GradientOperands, Inputs, Tuning
+from .special import LOG2_E, fast_sigmoid
+from .stages import HOPPER, Call, DecayInputs, Factors, GradientOperands, Inputs, Tuning
 from .steep import GROUP, HALVINGS, group_is_mild, group_of_chunks
 from .tiles import load_columns, load_matrix, load_rows, load_tile, store_columns, store_matrix
 
@@ -130,7 +128,7 @@ def load_erase_gates(erase_logits, terms, i_ch, start, o_r, m_r, i_h, H, K: tl.c
     """b, [BK, BT] float32, 0 in empty rows."""
     b_l = load_channels(erase_logits, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
     b_l += load_columns(terms, i_ch, K, o_k)[:, None]
-    return tl.where(m_r[None, :], reciprocal(1.0 + fast_exp2(b_l * -LOG2_E)), 0.0)
+    return tl.where(m_r[None, :], fast_sigmoid(b_l), 0.0)
 
 
 @triton.jit

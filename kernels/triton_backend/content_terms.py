@@ -10,17 +10,7 @@ from torch import Tensor
 
 from ..checks import CHUNK_TOKENS
 from .chunks import BT, sequence_chunks
-from .content import (
-    content_sizes,
-    fast_exp2,
-    halving_mask,
-    here,
-    load_channels,
-    log2_decay,
-    reciprocal,
-    sum_tokens,
-    with_erase,
-)
+from .content import content_sizes, halving_mask, here, load_channels, log2_decay, sum_tokens, with_erase
 from .cooperation import (
     announce,
     announce_one_more,
@@ -31,12 +21,12 @@ from .cooperation import (
     take_place,
     wait_for,
 )
-from .decay import LOG2_E, SHIFT, UNSHIFT
-from .erasing_decay import DecayInputs
+from .decay import SHIFT, UNSHIFT
 from .gates import load_scalar_gate
 from .launching import launch
 from .products import matmul, pairs_of_halves, tanh, unit_triangular_inverse
-from .stages import HOPPER, Call, Content, Inputs, Tuning
+from .special import LOG2_E, fast_exp2, reciprocal
+from .stages import HOPPER, Call, Content, DecayInputs, Inputs, Tuning
 from .steep import HALVINGS
 from .tiles import load_columns, load_matrix, load_tile, store_columns, store_matrix
 

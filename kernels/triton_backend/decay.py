@@ -21,17 +21,20 @@ Which kind a row is depends on its past alone.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..checks import CHUNK_TOKENS, LARGEST_A_LOG
 from .chunks import BT, chunk_rows, chunk_sequence
 from .launching import launch
-from .stages import HOPPER, Call, Factors, Inputs, Tuning
-from .tiles import load_columns, load_rows, load_tile, store_tile
+from .special import LOG2_E, log2_softplus
+from .stages import HOPPER, Call, DecayInputs, Factors, Inputs, Tuning
+from .tiles import load_columns, load_rows, load_tile, store_rows, store_tile
 
 TUNING = {HOPPER: Tuning(64, 0, 4)}
+# Of bfloat16: four programs on an SM.
+ERASING_TUNING = {HOPPER: Tuning(64, 0, 4, maxnreg=128)}
 
 LARGEST = tl.constexpr(LARGEST_A_LOG)
-LOG2_E = tl.constexpr(1.4426950408889634)
 # One step of this log2-decay is an exact 0 in float32, so stopping here changes no value; it keeps 0 * g finite.
 STEEPEST_LOG2_DECAY = tl.constexpr(-256.0)
 # left and right of rows that are not halved stay within 2^-90 and 2^90 (to late rows, right of the first half's may be
@@ -65,6 +68,34 @@ def load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K: tl.constexpr,
         b_g = -load_rate(A_log, i_h, K, o_k)[None, :] * softplus(b_g)
         b_g = tl.where(m_r[:, None], b_g, 0.0)
     return tl.maximum(b_g * LOG2_E, STEEPEST_LOG2_DECAY)
+
+
+@triton.jit
+def load_erase_logits(erase_logits, content, i_ch, start, o_r, m_r, i_h, H, K: tl.constexpr, o_k):
+    """Erase logits with what content adds, [rows, BK] float32."""
+    b_l = load_rows(erase_logits, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
+    if content is not None:
+        b_l += load_columns(content, i_ch, K, o_k)[None, :]
+    return b_l
+
+
+@triton.jit
+def load_step(
+    g, A_log, dt_bias, erase_logits, content, i_ch, start, o_r, m_r, i_h, H, K: tl.constexpr, o_k, RAW: tl.constexpr
+):
+    """load_log2_decay, of CARVE's diagonal form, which has erase_logits, times 1 - sigmoid(logits)."""
+    if erase_logits is None:
+        b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW)
+    else:
+        b_g = load_rows(g, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
+        if RAW:
+            b_g = log2_softplus(b_g + load_columns(dt_bias, i_h, K, o_k)[None, :])
+            b_g *= -load_rate(A_log, i_h, K, o_k)[None, :]
+        else:
+            b_g *= LOG2_E
+        b_g -= log2_softplus(load_erase_logits(erase_logits, content, i_ch, start, o_r, m_r, i_h, H, K, o_k))
+        b_g = tl.where(m_r[:, None], tl.maximum(b_g, STEEPEST_LOG2_DECAY), 0.0)
+    return b_g
 
 
 @triton.jit
@@ -182,14 +213,16 @@ def load_total_decay(last, i_ch, K: tl.constexpr, o_k):
 
 @triton.jit
 def decay_kernel(
-    g, A_log, dt_bias, left, last, rest, late, steep_from, halved_from, first_chunks, table, H,
+    g, A_log, dt_bias, erase_logits, content, log_decay,
+    left, last, rest, late, steep_from, halved_from, first_chunks, table, H,
     K: tl.constexpr, BK: tl.constexpr, RAW_DECAY: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
-    """One program per chunk and key head.
+    """One program per chunk and key head. erase_logits are CARVE's, whose diagonal form has the erase in the decay.
 
     Writes left [NC, H, C, K]; last [NC, H, K] float32, left's last row; [NC, H] int32, BT if there is none: steep_from,
     the first steep row, and halved_from, the first halved row of the second half; and, only for a chunk with steep
-    rows, [NC, H, C, K]: rest, the decay from after each row to the chunk's end, and late (see late_factor).
+    rows, [NC, H, C, K]: rest, the decay from after each row to the chunk's end, and late (see late_factor); for the
+    diagonal form its log_decay [B, T, H, K] float32 too, natural, with the erase in it.
     For CARVE's delta form it lowers first_chunks [N, H, 2] int32, on entry NC, to the first chunks with steep and with
     halved rows.
     """
@@ -199,7 +232,7 @@ def decay_kernel(
     b_least = tl.full([BT], 1.0, tl.float32)
     for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)
-        b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
+        b_g = load_step(g, A_log, dt_bias, erase_logits, content, i_ch, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
         b_left = shifted_decay(o_r[None, :] <= o_r[:, None], b_g, SHIFT, CT)
         b_least = tl.minimum(b_least, tl.min(b_left, 1))
         store_tile(left, i_ch, o_r, K, o_k, b_left)
@@ -209,7 +242,9 @@ def decay_kernel(
     if first_steep < BT:
         for i_k in range(K // BK):
             o_k = i_k * BK + tl.arange(0, BK)
-            b_g = load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
+            b_g = load_step(g, A_log, dt_bias, erase_logits, content, i_ch, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
+            if log_decay is not None:
+                store_rows(log_decay, start, o_r, m_r, i_h, H, K, o_k, b_g / LOG2_E)
             store_tile(rest, i_ch, o_r, K, o_k, tl.exp2(sum_rows(o_r[None, :] > o_r[:, None], b_g, CT)))
             b_late = late_factor(b_g, o_r, CT)
             b_least = tl.minimum(b_least, tl.min(b_late, 1))
@@ -226,8 +261,13 @@ def decay_kernel(
                 tl.atomic_min(p_first + 1, i_c.to(tl.int32), sem="relaxed")
 
 
-def decay_factors(call: Call, x: Inputs) -> Factors:
-    BK = call.key_block(TUNING)
+def decay_factors(call: Call, x: Inputs, decay: DecayInputs | None = None) -> Factors:
+    """
+    Args:
+        decay: of CARVE's diagonal form. x.g is its log-decay, of which the chunks with steep rows are written here.
+    """
+    tuning = TUNING if decay is None or call.tile_dtype == torch.float32 else ERASING_TUNING
+    BK = call.key_block(tuning)
     left, rest, late = (call.tiles(x.g, call.H, CHUNK_TOKENS, call.K) for _ in range(3))
     steep_from, halved_from = (
         torch.empty(call.chunks.count, call.H, dtype=torch.int32, device=x.g.device) for _ in range(2)
@@ -237,10 +277,13 @@ def decay_factors(call: Call, x: Inputs) -> Factors:
         shape = call.chunks.sequences, call.H, 2
         first_chunks = torch.full(shape, call.chunks.count, dtype=torch.int32, device=x.g.device)
     factors = Factors(left, call.floats(x.g, call.H, call.K), rest, late, steep_from, halved_from, first_chunks)
+    given: tuple[Tensor | None, ...] = x.g, x.A_log, x.dt_bias, None, None, None
+    if decay is not None:
+        given = decay.g, decay.A_log, decay.dt_bias, decay.erase_logits, decay.content, x.g
     launch(
         decay_kernel, (call.chunks.count, call.H),
-        x.g, x.A_log, x.dt_bias, *factors, call.chunks.table, call.H,
-        K=call.K, BK=BK, RAW_DECAY=call.raw_decay, CT=call.arithmetic["CT"],
-        **call.tuning(TUNING).launch(call.tile_dtype, BK),
+        *given, *factors, call.chunks.table, call.H,
+        K=call.K, BK=BK, RAW_DECAY=given[1] is not None, CT=call.arithmetic["CT"],
+        **call.tuning(tuning).launch(call.tile_dtype, BK),
     )  # fmt: skip
     return factors

@@ -75,6 +75,17 @@ class Inputs(NamedTuple):
         return self[:-1]
 
 
+class DecayInputs(NamedTuple):
+    """What the decay of CARVE's diagonal form is made of: g, raw where A_log and dt_bias [H, K] are given, and erase
+    logits, [B, T, H, K]; content [NC, H, K] float32, which is added to the logits of a chunk, or None."""
+
+    g: Tensor
+    erase_logits: Tensor
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    content: Tensor | None
+
+
 class Content(NamedTuple):
     """D [HV or 1, R, V], U [HV or 1, K, R], and the bias [H, K] float32 or None."""
 
@@ -142,7 +153,7 @@ class Call(NamedTuple):
 
     HV heads of V value columns each, at most WIDEST_VALUES: `split` of them make a head of the caller. K and V are
     powers of two. architecture: see HOPPER. before: the erased keys are those before a token's own decay.
-    precise_decay: the gradients of log-decays will be summed up over many tokens. packed: see of_tokens.
+    packed: see of_tokens.
     """
 
     chunks: Chunks
@@ -160,7 +171,6 @@ class Call(NamedTuple):
     dtype: torch.dtype
     architecture: int
     before: bool = False
-    precise_decay: bool = False
     packed: bool = False
 
     @property

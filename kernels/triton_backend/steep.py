@@ -200,7 +200,7 @@ def steep_gradient_kernel(
                 b_dq = matmul(b_dP_late, b_columns, CT, PRECISION)
                 b_dk = matmul(tl.trans(b_dT_late), b_bk_left, CT, PRECISION)
                 b_dk += matmul(tl.trans(b_dP_late), b_q_left, CT, PRECISION)
-                if PRECISE:  # with factors as the products took them: see chunk_key_gradient_kernel
+                if PRECISE:  # with factors as the products took them: see erasing_gradient_kernel
                     b_dg = b_q_left.to(tl.float32) * b_dq + b_bk_left.to(tl.float32) * b_dbk
                     b_dg -= b_columns.to(tl.float32) * b_dk
                 b_dbk *= b_erase_left
@@ -251,14 +251,15 @@ def scores_of_steep_rows(call: Call, x: Inputs, factors: Factors, T: Tensor | No
 
 def steep_gradient(
     call: Call, x: Inputs, factors: Factors, dT: Tensor, dP: Tensor, dq: Tensor, dk: Tensor, d_erased: Tensor,
-    dg: Tensor,
+    dg: Tensor | None,
 ) -> None:  # fmt: skip
-    """Write the parts of steep rows in the gradients of q, k, b k (d_erased) and g, by value head."""
+    """Write the parts of steep rows in the gradients of q, k, b k (d_erased) and, if dg is given, g, by value head. It
+    may be the memory of g."""
     BK = call.key_block(TUNING)
     launch(
         steep_gradient_kernel, (-(-call.chunks.count // GROUP.value), call.HV),
         x.q, x.k, x.g, x.b, x.A_log, x.dt_bias, x.content, *factors.of_steep_rows, dT, dP, dq, dk, d_erased, dg,
         call.chunks.table, call.scale, call.erase_scale, call.chunks.count, call.H, call.HV, call.erase_heads,
-        K=call.K, BK=BK, GATE=call.gate, BEFORE=call.before, PRECISE=call.precise_decay, RAW_DECAY=call.raw_decay,
+        K=call.K, BK=BK, GATE=call.gate, BEFORE=call.before, PRECISE=dg is not None, RAW_DECAY=call.raw_decay,
         **call.launch(TUNING, BK),
     )  # fmt: skip
