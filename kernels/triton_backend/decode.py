@@ -375,15 +375,30 @@ def content_term(
     b_mean = load_keys(mean, o_v, V, VP)
     b_content = tl.zeros([BK], tl.float32)
     for i_r in range((R + BR - 1) // BR):
-        o_r = i_r * BR + tl.arange(0, BR)
-        p_down = content_down + i_map.to(tl.int64) * R * V + o_r[:, None] * V + o_v[None, :]
-        b_down = tl.load(p_down, mask=(o_r[:, None] < R) & (o_v[None, :] < V), other=0.0).to(tl.float32)
-        # as [BR, BK]: a sum over the last axis would have the compiler move all of S to the layout of U
-        p_up = content_up + i_map.to(tl.int64) * K * R + o_k[None, :] * R + o_r[:, None]
-        b_up = tl.load(p_up, mask=(o_k[None, :] < K) & (o_r[:, None] < R), other=0.0).to(tl.float32)
-        b_code = tanh(tl.sum(b_down * b_mean[None, :], 1))
-        b_content += tl.sum(b_up * b_code[:, None], 0)
+        b_down, b_up = load_content_maps(content_down, content_up, i_map, i_r, o_k, o_v, K, V, R, BR)
+        b_content += through_content_maps(b_mean, b_down, b_up)
     return b_content
+
+
+@triton.jit
+def load_content_maps(
+    content_down, content_up, i_map, i_r, o_k, o_v, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, BR: tl.constexpr
+):
+    """Features i_r * BR to (i_r + 1) * BR of the maps D and U, [BR, VP] and [BR, BK], zero beyond."""
+    o_r = i_r * BR + tl.arange(0, BR)
+    p_down = content_down + i_map.to(tl.int64) * R * V + o_r[:, None] * V + o_v[None, :]
+    b_down = tl.load(p_down, mask=(o_r[:, None] < R) & (o_v[None, :] < V), other=0.0)
+    # as [BR, BK]: a sum over the last axis would have the compiler move all of S to the layout of U
+    p_up = content_up + i_map.to(tl.int64) * K * R + o_k[None, :] * R + o_r[:, None]
+    b_up = tl.load(p_up, mask=(o_k[None, :] < K) & (o_r[:, None] < R), other=0.0)
+    return b_down, b_up
+
+
+@triton.jit
+def through_content_maps(b_mean, b_down, b_up):
+    """What these features add to the content term, [BK]."""
+    b_code = tanh(tl.sum(b_down.to(tl.float32) * b_mean[None, :], 1))
+    return tl.sum(b_up.to(tl.float32) * b_code[:, None], 0)
 
 
 @triton.jit

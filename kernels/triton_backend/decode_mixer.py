@@ -21,7 +21,7 @@ from ..state import CarveState
 from ..token_call import FEW_SEQUENCES, TokenCall
 from ..torch_backend.elementwise import L2_EPSILON
 from .decay import LARGEST, softplus
-from .decode import DONE, RANK_BLOCK, TOKEN_BITS, advance, content_term
+from .decode import DONE, TOKEN_BITS, advance, content_term, load_content_maps, load_keys, through_content_maps
 from .overlap import overlaps, wait_for_launch_before
 from .short_convolution import sigmoid
 
@@ -45,6 +45,8 @@ class Tuning(NamedTuple):
 # Of few sequences a program has an SM to itself. What loads no more numbers than there are threads, Triton loads once
 # for every thread that needs it, which is slow: queries and keys are one tile.
 FEW, MANY = Tuning(16384, 16, 1, {}), Tuning(4096, 32, 1, {"maxnreg": 168})
+# Features of the content term's maps that are loaded at once.
+RANK_BLOCK = 32
 
 
 def mix_token(call: TokenCall) -> Tensor:
@@ -103,7 +105,7 @@ def mixer_token_kernel(
     NV: tl.constexpr = V // BV
     i_n, i_h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     D = (2 * K + GROUP * V) * H
-    o_k, o_v, o_f = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BF)
+    o_k, o_v, o_f, o_mean_v = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BF), tl.arange(0, VP)
     m_k, m_v, m_f = o_k < K, o_v < V, o_f < F
     # queries and keys of this head are the rows of a tile
     o_row = tl.arange(0, 2)[:, None]
@@ -137,15 +139,17 @@ def mixer_token_kernel(
         b_decay_up = load_map(decay_up + i_h * K * F, o_k, m_k, o_f, m_f, F)
     if gate_up is not None:
         b_gate_up = load_map(gate_up + i_h * GROUP * V * F, o_v, m_v, o_f, m_f, F)
+        b_gate_bias = tl.load(gate_bias + i_h * GROUP * V + o_v)
+    b_next_factor = tl.load(norm_weight + o_v)
+    if erase_bias is not None:
+        b_erase_bias = tl.load(erase_bias + i_h * K + o_k, mask=m_k, other=0.0)
+    if content_down is not None:
+        b_next_partial = tl.load(partial + o_mean + o_v)
+        b_mean = load_keys(mean + o_mean, o_mean_v, V, VP)
+        b_down, b_up = load_content_maps(content_down, content_up, i_h * 0, 0, o_k, o_mean_v, K, V, R, BR)
     ends = False
     if CARVE:
         ends = ends_content_chunk(count, positions, i_n, row, H, content_chunk)
-    b_content = tl.zeros([BK], tl.float32)
-    if erase_bias is not None:
-        b_content += tl.load(erase_bias + i_h * K + o_k, mask=m_k, other=0.0)
-    b_erase_bias = b_content
-    if content_down is not None:
-        b_content += content_term(mean + o_mean, content_down, content_up, i_h * 0, o_k, K, V, R, BK, BR, VP)
 
     wait_for_launch_before(OVERLAP)
     b_new_qk = tl.load(x + o_qk, mask=m_qk, other=0.0)
@@ -154,50 +158,71 @@ def mixer_token_kernel(
         b_decay_in = tl.load(decay + o_f, mask=m_f, other=0.0)
     else:
         b_decay_in = tl.load(decay + i_h * K + o_k, mask=m_k, other=0.0)
+    o_hv = i_h * GROUP * V
     if gate_up is not None:
         b_gate_in = tl.load(gate + gate_row + o_f, mask=m_f, other=0.0)
+    elif ACTIVATION != "none":
+        b_next_gate = tl.load(gate + gate_row + o_hv + o_v)
+    b_next_write = load_write_logits(write, i_h, i_h * GROUP, o_hv + o_v, WRITE)
     if ERASE:
-        b_erase = tl.load(erase + i_n * x_stride + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_erase = tl.load(erase + i_n * x_stride + i_h * K + o_k, mask=m_k, other=0.0)
 
+    b_content = tl.zeros([BK], tl.float32)
+    if content_down is not None:
+        b_content = through_content_maps(b_mean, b_down, b_up)
+        for i_r in range(1, (R + BR - 1) // BR):
+            b_down, b_up = load_content_maps(content_down, content_up, i_h * 0, i_r, o_k, o_mean_v, K, V, R, BR)
+            b_content += through_content_maps(b_mean, b_down, b_up)
     b_qk = convolved(b_new_qk, b_kept_qk, b_taps_qk, conv_bias, o_qk, m_qk, W)
     b_qk *= tl.rsqrt(tl.sum(b_qk * b_qk, 1) + EPSILON)[:, None]
     b_qk = rounded(b_qk, x)
     b_q, b_k = tl.sum(tl.where(o_row == 0, b_qk, 0.0), 0), tl.sum(tl.where(o_row == 1, b_qk, 0.0), 0)
+    if ERASE:
+        b_erase = b_erase.to(tl.float32)
+        if erase_bias is not None:
+            b_erase += b_erase_bias
     b_decay_in = b_decay_in.to(tl.float32)
     if decay_up is not None:
         b_decay_in = rounded(through_map(b_decay_up, b_decay_in), x)
     b_g = -tl.exp(tl.minimum(b_rate, LARGEST)) * softplus(b_decay_in + b_dt_bias)
     keep(kept, b_kept_qk, b_new_qk, o_qk, m_qk, D, W)
 
-    b_outs, b_gates, squares = (), (), 0.0
+    b_outs, b_factors, squares = (), (), 0.0
     for b in tl.static_range(GROUP * NV):
-        j, i_hv = b // NV, i_h * GROUP + b // NV
-        o_c = b * BV + o_v
+        j, o_c = b // NV, b * BV + o_v
         b_S = b_ahead[0]
         b_ahead = b_ahead[1:]
         if b + AHEAD < GROUP * NV:
             b_ahead += (load_state(S, b + AHEAD, o_k, o_v, m_k, K, V, BV),)
-        b_old_v, b_x_v, b_w_v = b_kept_v, b_new_v, b_taps_v
+        b_old_v, b_x_v, b_w_v, b_write = b_kept_v, b_new_v, b_taps_v, b_next_write
+        if content_down is not None:
+            b_partial = b_next_partial
+        b_factor = b_next_factor.to(tl.float32)
+        if ACTIVATION != "none" and gate_up is None:
+            b_gate = b_next_gate.to(tl.float32)
         if b + 1 < GROUP * NV:
             o_next = first_v + BV + o_c
             b_kept_v, b_taps_v = load_kept(kept, o_next, m_v, D, W), load_taps(taps, o_next, m_v, W)
             b_new_v = tl.load(x + o_next, mask=m_v, other=0.0)
-        if content_down is not None:
-            b_partial = tl.load(partial + o_mean + o_c)
+            b_next_write = load_write_logits(write, i_h, i_h * GROUP + (b + 1) // NV, o_hv + BV + o_c, WRITE)
+            b_next_factor = tl.load(norm_weight + (b + 1) % NV * BV + o_v)
+            if content_down is not None:
+                b_next_partial = tl.load(partial + o_mean + BV + o_c)
+            if ACTIVATION != "none" and gate_up is None:
+                b_next_gate = tl.load(gate + gate_row + o_hv + BV + o_c)
+        if gate_up is not None:
+            if b > 0:
+                b_gate_up = load_map(gate_up + (o_hv + b * BV) * F, o_v, m_v, o_f, m_f, F)
+                b_gate_bias = tl.load(gate_bias + o_hv + o_c)
+            b_gate = rounded(through_map(b_gate_up, b_gate_in.to(tl.float32)) + b_gate_bias.to(tl.float32), x)
         if ACTIVATION != "none":
-            if gate_up is not None:
-                if b > 0:
-                    b_gate_up = load_map(gate_up + (i_h * GROUP * V + b * BV) * F, o_v, m_v, o_f, m_f, F)
-                b_gate = through_map(b_gate_up, b_gate_in.to(tl.float32))
-                b_gate = rounded(b_gate + tl.load(gate_bias + i_h * GROUP * V + o_c).to(tl.float32), x)
-            else:
-                b_gate = tl.load(gate + gate_row + i_h * GROUP * V + o_c).to(tl.float32)
-        else:
-            b_gate = tl.zeros([BV], tl.float32)
-        b_w = load_write_gate(write, i_h, i_hv, i_h * GROUP * V + o_c, WRITE)
+            b_factor *= sigmoid(b_gate)
+        if ACTIVATION == "silu":
+            b_factor *= b_gate
+        b_w = write_gate(b_write)
         if b % NV == 0:
             if content_down is not None and b > 0:
-                b_content = b_erase_bias + content_term(
+                b_content = content_term(
                     mean + o_mean + j * V, content_down, content_up, i_h * 0, o_k, K, V, R, BK, BR, VP
                 )  # fmt: skip
             b_log_decay = b_g
@@ -225,24 +250,18 @@ def mixer_token_kernel(
         b_out = rounded(scale * b_y, x)
         squares += tl.sum(b_out * b_out, 0)
         b_outs += (b_out,)
-        b_gates += (b_gate,)
+        b_factors += (b_factor,)
         if b % NV == NV - 1:
-            store_normed(out + j * V, norm_weight, b_outs, b_gates, squares, eps, o_v, V, BV, ACTIVATION)
-            b_outs, b_gates, squares = (), (), 0.0
+            store_normed(out + j * V, b_outs, b_factors, squares, eps, o_v, V, BV)
+            b_outs, b_factors, squares = (), (), 0.0
 
 
 @triton.jit
-def store_normed(
-    out, norm_weight, b_outs, b_gates, squares, eps, o_v, V: tl.constexpr, BV: tl.constexpr, ACTIVATION: tl.constexpr
-):
-    """Outputs of a value head, tuples of its tiles and their gates, through the gated norm; squares: their sum."""
+def store_normed(out, b_outs, b_factors, squares, eps, o_v, V: tl.constexpr, BV: tl.constexpr):
+    """Outputs of a value head through the norm, times factors; tuples of their tiles. squares: their sum."""
     b_inverse = tl.rsqrt(squares / V + eps)
     for i in tl.static_range(V // BV):
-        b_out = b_outs[i] * b_inverse * tl.load(norm_weight + i * BV + o_v).to(tl.float32)
-        if ACTIVATION != "none":
-            b_out *= sigmoid(b_gates[i])
-        if ACTIVATION == "silu":
-            b_out *= b_gates[i]
+        b_out = b_outs[i] * b_inverse * b_factors[i]
         tl.store(out + i * BV + o_v, b_out.to(out.dtype.element_ty))
 
 
@@ -328,14 +347,14 @@ def keep(kept, b_kept, b_x, o_c, m_c, D, W: tl.constexpr):
 
 
 @triton.jit
-def load_write_gate(write, i_h, i_hv, o_c, WRITE: tl.constexpr):
+def load_write_logits(write, i_h, i_hv, o_c, WRITE: tl.constexpr):
     """Of some channels of a value head, [BV], or one number, of it or of its key head."""
     if WRITE == "value_channels":
-        return write_gate(tl.load(write + o_c))
+        return tl.load(write + o_c)
     elif WRITE == "value_heads":  # noqa: RET505  # Triton compiles what follows a return
-        return write_gate(tl.load(write + i_hv))
+        return tl.load(write + i_hv)
     else:
-        return write_gate(tl.load(write + i_h))
+        return tl.load(write + i_h)
 
 
 @triton.jit

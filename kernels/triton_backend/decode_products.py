@@ -2,8 +2,8 @@
 
 The time of such a product is that of reading its weights. Of few tokens a program forms a few outputs itself, in
 float32 registers: it has its weights on their way before it waits for the launch before (overlap.py), and enough
-programs share an SM to keep loads in flight. More tokens are tensor cores' work, which cuBLAS divides well; there only
-what surrounds the product is ours.
+programs share an SM to keep loads in flight. Of a tile, loads come before sums, whose barriers no load passes.
+More tokens are tensor cores' work, which cuBLAS divides well; there only what surrounds the product is ours.
 
 Values are rounded where separate modules would: after the norm, after the product, after SiLU times its partner.
 """
@@ -30,7 +30,7 @@ class Tuning(NamedTuple):
     """How few tokens are multiplied.
 
     rows: outputs of a program.
-    block: inputs of a tile of weights, of which a program has one or two in registers.
+    block: inputs of a tile of weights, of which a program has two in registers where a row is longer.
     """
 
     rows: int
@@ -38,7 +38,8 @@ class Tuning(NamedTuple):
     num_warps: int
 
 
-PLAIN, GATED = Tuning(4, 1024, 4), Tuning(4, 2048, 4)
+# LONG: of one token with more inputs than LONG_FROM, without a norm. Two tokens take too many registers for it.
+PLAIN, GATED, LONG, LONG_FROM = Tuning(4, 1024, 4), Tuning(4, 2048, 4), Tuning(2, 8192, 4), 2048
 # Inputs whose products a thread sums up at once: as many weights as it loads.
 RUN = tl.constexpr(8)
 # Numbers of a program of swiglu_kernel.
@@ -71,7 +72,8 @@ def _product_of_few(
     x: Tensor, norm: Norm | None, weight: Tensor, residual: Tensor | None, out: Tensor, gated: bool
 ) -> None:
     (M, D), N = x.shape, out.shape[1]
-    tuning, overlap = GATED if gated else PLAIN, overlaps(x.device)
+    is_long = norm is None and M == 1 and D > LONG_FROM
+    tuning, overlap = GATED if gated else LONG if is_long else PLAIN, overlaps(x.device)
     BD = min(tuning.block, max(triton.next_power_of_2(D), RUN.value))
     product_kernel[(triton.cdiv(N, tuning.rows),)](
         x, None if norm is None else norm.weight, weight, residual, out, x.stride(0), out.stride(0), N, D,
@@ -98,29 +100,42 @@ def product_kernel(
     m_n = o_n < N
     p_weight = weight + o_n.to(tl.int64)[:, None] * D + o_d[None, :]
     p_partner = weight + (o_n.to(tl.int64) + N)[:, None] * D + o_d[None, :]
-    b_next = load_weights(p_weight, m_n, o_d, D, WHOLE)
+    b_next, b_next_factor = load_weights(p_weight, m_n, o_d, D, WHOLE), load_vector(norm_weight, o_d, D, WHOLE)
     if GATED:
         b_next_partner = load_weights(p_partner, m_n, o_d, D, WHOLE)
     wait_for_launch_before(OVERLAP)
+    b_next_x, b_residual = (), ()
+    for m in tl.static_range(M):
+        if residual is None:
+            b_residual += (0.0,)
+        else:
+            b_residual += (tl.load(residual + m * out_stride + o_n, mask=m_n, other=0.0),)
+        b_next_x += (load_vector(x + m * x_stride, o_d, D, WHOLE),)
     b_scale, b_sum, b_partner_sum = (), (), ()
     for m in tl.static_range(M):
         b_sum += (tl.zeros([BN, BD // RUN], tl.float32),)
         b_partner_sum += (tl.zeros([BN, BD // RUN], tl.float32),)
         if norm_weight is None:
             b_scale += (1.0,)
+        elif ONE:
+            b_scale += (inverse_rms(b_next_x[m], D, eps),)
         else:
-            b_scale += (inverse_rms(x + m * x_stride, D, eps, BX),)
+            b_scale += (inverse_rms(load_vector(x + m * x_stride, tl.arange(0, BX), D, False), D, eps),)
     for first in range(0, D, BD):
-        b_weight = b_next
+        b_weight, b_factor, b_inputs = b_next, b_next_factor, b_next_x
         if GATED:
             b_partner = b_next_partner
         if not ONE:
-            b_next = load_weights(p_weight + first + BD, m_n, first + BD + o_d, D, False)
+            o_next = first + BD + o_d
+            b_next, b_next_x = load_weights(p_weight + first + BD, m_n, o_next, D, False), ()
+            b_next_factor = load_vector(norm_weight, o_next, D, False)
             if GATED:
-                b_next_partner = load_weights(p_partner + first + BD, m_n, first + BD + o_d, D, False)
+                b_next_partner = load_weights(p_partner + first + BD, m_n, o_next, D, False)
+            for m in tl.static_range(M):
+                b_next_x += (load_vector(x + m * x_stride, o_next, D, False),)
         b_more, b_more_partner = (), ()
         for m in tl.static_range(M):
-            b_x = load_input(x + m * x_stride, norm_weight, first + o_d, D, b_scale[m], WHOLE, ZERO_CENTERED)
+            b_x = normed_input(b_inputs[m], norm_weight, b_scale[m], b_factor, ZERO_CENTERED)
             b_more += (b_sum[m] + sums_of_runs(b_weight, b_x),)
             if GATED:
                 b_more_partner += (b_partner_sum[m] + sums_of_runs(b_partner, b_x),)
@@ -131,18 +146,15 @@ def product_kernel(
         b_out = tl.sum(b_sum[m], 1).to(out.dtype.element_ty)
         if GATED:
             b_out = swiglu(b_out, tl.sum(b_partner_sum[m], 1).to(out.dtype.element_ty))
-        p_out = m * out_stride + o_n
         if residual is not None:
-            b_residual = tl.load(residual + p_out, mask=m_n, other=0.0).to(tl.float32)
-            b_out = b_residual + b_out.to(tl.float32)
-        tl.store(out + p_out, b_out.to(out.dtype.element_ty), mask=m_n)
+            b_out = b_residual[m].to(tl.float32) + b_out.to(tl.float32)
+        tl.store(out + m * out_stride + o_n, b_out.to(out.dtype.element_ty), mask=m_n)
 
 
 @triton.jit
-def inverse_rms(x, D, eps, BX: tl.constexpr):
-    """1 / sqrt(mean of squares + eps) of D numbers."""
-    o_x = tl.arange(0, BX)
-    b_x = tl.load(x + o_x, mask=o_x < D, other=0.0).to(tl.float32)
+def inverse_rms(b_x, D, eps):
+    """1 / sqrt(mean of squares + eps) of D numbers, beyond which there are zeros."""
+    b_x = b_x.to(tl.float32)
     return tl.rsqrt(tl.sum(b_x * b_x, 0) / D + eps)
 
 
@@ -164,15 +176,20 @@ def load_weights(p_weight, m_n, o_d, D, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def load_input(x, norm_weight, o_d, D, scale, WHOLE: tl.constexpr, ZERO_CENTERED: tl.constexpr):
-    """Inputs o_d of a token, normalised if there is a norm, [BD] float32."""
-    mask = None if WHOLE else o_d < D
-    other = None if WHOLE else 0.0
-    b_x = tl.load(x + o_d, mask=mask, other=other)
+def normed_input(b_x, norm_weight, scale, b_factor, ZERO_CENTERED: tl.constexpr):
+    """Inputs of a token, normalised if there is a norm, float32."""
     if norm_weight is not None:
-        b_weight = tl.load(norm_weight + o_d, mask=mask, other=other).to(tl.float32)
-        b_x = normalise(b_x, scale, b_weight, ZERO_CENTERED)
+        b_x = normalise(b_x, scale, b_factor.to(tl.float32), ZERO_CENTERED)
     return b_x.to(tl.float32)
+
+
+@triton.jit
+def load_vector(x, o_d, D, WHOLE: tl.constexpr):
+    """Numbers o_d of D, zero beyond; o_d where there is no x."""
+    b_x = o_d
+    if x is not None:
+        b_x = tl.load(x + o_d, mask=None if WHOLE else o_d < D, other=None if WHOLE else 0.0)
+    return b_x
 
 
 @triton.jit
@@ -207,7 +224,7 @@ def norm_kernel(x, weight, out, x_stride, D, eps, BX: tl.constexpr, ZERO_CENTERE
     b_weight = tl.load(weight + o_x, mask=o_x < D, other=0.0).to(tl.float32)
     wait_for_launch_before(OVERLAP)
     b_x = tl.load(x + i_m * x_stride + o_x, mask=o_x < D, other=0.0)
-    scale = inverse_rms(x + i_m * x_stride, D, eps, BX)
+    scale = inverse_rms(b_x, D, eps)
     tl.store(out + i_m * D + o_x, normalise(b_x, scale, b_weight, ZERO_CENTERED), mask=o_x < D)
 
 

@@ -15,7 +15,7 @@ from megatron_carve.kernels.triton_backend import decode_products
 
 CASES = {
     "previous": TokenSteps("previous", group=2, bias=True),
-    "decayed, in slots": TokenSteps("decayed", in_slots=True, rank=0, activation="sigmoid"),
+    "decayed, in slots": TokenSteps("decayed", in_slots=True, rank=0, content=40, activation="sigmoid"),
     "delta": TokenSteps("delta", K=64, content_chunk=2),
     "without content": TokenSteps("previous", content=0, in_slots=True, counted=True, W=1, activation="none"),
     "gdn2": TokenSteps("gdn2", V=64, rank=40),
@@ -59,5 +59,7 @@ def test_products(tokens: int, block: int, monkeypatch: pytest.MonkeyPatch) -> N
     tuning = decode_products.Tuning(8, block, 4)
     monkeypatch.setattr(decode_products, "PLAIN", tuning)
     monkeypatch.setattr(decode_products, "GATED", tuning)
+    monkeypatch.setattr(decode_products, "LONG", decode_products.Tuning(4, 256, 4))
+    monkeypatch.setattr(decode_products, "LONG_FROM", 64)
     found = products(torch.float32, torch.float32, DEVICE, "triton", tokens)
     assert_close(found, products(torch.float32, torch.float64, "cpu", "torch", tokens), "float32")
