@@ -37,7 +37,7 @@ KEY_TUNING = {HOPPER: Tuning(64, 0, 4)}
 def chunk_value_gradient_kernel(
     v, w, A, do, d_output_rows, residuals, d_residuals,
     dv, dw, d_written, dT, dP, dP_own,
-    table, H, HV, HE,
+    table, HV, HE,
     V: tl.constexpr, SPLIT: tl.constexpr, SCALAR_W: tl.constexpr, LOGITS_W: tl.constexpr,
     TRANSPOSED: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -219,7 +219,7 @@ def value_gradients(
     launch(
         chunk_value_gradient_kernel, (call.chunks.count, call.HV),
         x.v, x.w, A, do, d_output_rows, residuals, d_residuals, *d,
-        call.chunks.table, call.H, call.HV, call.erase_heads,
+        call.chunks.table, call.HV, call.erase_heads,
         V=call.V, SPLIT=call.split, SCALAR_W=call.scalar_w, LOGITS_W=call.logits_w,
         TRANSPOSED=transposed, **call.launch(VALUE_TUNING, call.V),
     )  # fmt: skip
