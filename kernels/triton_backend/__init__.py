@@ -2,17 +2,17 @@
 
 The way of a chunk op's data (C chunks, everything but the loops for all of them at once):
 
-    forward     content                         CARVE with diagonal erase: the erase gates, chunk after chunk
+    forward     content_terms                   CARVE with diagonal erase: the erase gates, chunk after chunk
                 decay                           decays as factors, of that form with the erase in them
                 steep, chunk_operands           scores, inverse, what a chunk does to any state
                 chunk_state                     the state, chunk after chunk
                 chunk_output                    outputs
     backward    decay, gradient_operands        what of the forward is needed again
                 chunk_state                     the state's gradient, from the last chunk to the first
-                content                         CARVE with diagonal erase: instead, with the gates' gradients, what
-                                                waits for no later chunk first, for all chunks at once
-                chunk_gradient, steep           gradients of everything that belongs to tokens; of that form on the key
-                erasing_gradient                axis by a stage of its own
+                content_operands                CARVE with diagonal erase, in the place of chunk_state: first what waits
+                content_gradient                for no later chunk, for all at once, then with the gates' gradients
+                chunk_gradient, steep           gradients of everything that belongs to tokens
+                erasing_gradient                of that form those on the key axis, in the place of chunk_gradient's
 
 CARVE with delta erase has delta_operands and delta_state in the places of chunk_operands and chunk_state. A stage is a
 file: its kernels, their launch, their tuning. chunk_ops puts the stages together; stages has what they share, launching

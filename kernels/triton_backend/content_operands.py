@@ -7,7 +7,7 @@ chunk, dS the gradient of the one after it, and d_row what the mean adds to the 
     dz = A^T (k_to_end dS + P^T do + P_sum d_row^T)
     gradient of S = total dS + q_from_start^T (do + d_row) - E^T dz
 
-Of these the first kernel of the backward gives A^T k_to_end, A^T P^T do and A^T P_sum; here follow q_from_start^T do -
+Of these gradient_operands.py gives A^T k_to_end, A^T P^T do and A^T P_sum; here follow q_from_start^T do -
 E^T A^T P^T do, and the sum of the rows of q_from_start.
 
 The gradient of a content term is minus the sum of b_t da_t over its tokens. With c_r the sum of b up to a row, a decay
@@ -25,12 +25,7 @@ from torch import Tensor
 
 from ..checks import CHUNK_TOKENS
 from .chunks import BT, chunk_rows
-from .content import (
-    halving_mask,
-    load_channels,
-    load_tile_channels,
-    sum_tokens,
-)
+from .content import halving_mask, load_channels, load_tile_channels, sum_tokens
 from .decay import UNSHIFT
 from .launching import launch
 from .products import matmul, pairs_of_halves

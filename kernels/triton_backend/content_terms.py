@@ -442,7 +442,7 @@ def content_chunks(
                     K, V, LOGITS_W, CT, PRECISION,
                 )  # fmt: skip
     if CARRIES:
-        # its own stores are there
+        # what this program stored of it, to which its threads came together before they announced it
         store_columns(final_mean, i_nh, V, o_v, load_columns(running_mean, i_nh, V, o_v))
         store_columns(final_partial, i_nh, V, o_v, b_partial)
 

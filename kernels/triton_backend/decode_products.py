@@ -92,8 +92,7 @@ def product_kernel(
 ):  # fmt: skip
     """One program per BN outputs of all M tokens.
 
-    x: [M, D]; norm_weight: [D] or None; weight: [N, D], GATED [2 N, D]; out: [M, N], as is
-    residual, or None.
+    x: [M, D]; norm_weight: [D] or None; weight: [N, D], GATED [2 N, D]; out: [M, N], as is residual, or None.
     WHOLE: D is made of blocks of BD inputs; ONE: of one.
     """
     o_n, o_d = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BD)

@@ -67,7 +67,7 @@ def erasing_gradient_kernel(
     BEFORE: tl.constexpr, RAW_DECAY: tl.constexpr, LOGITS_W: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per block of key columns, chunk and head.
+    """One program per block of key columns, chunk and head: gradients of everything on the key axis.
 
     They come through the states before and after the chunk, and through the scores. A row of d_output_rows, if there
     are any, is added to do.

@@ -53,7 +53,7 @@ def fast_sigmoid(x):
 
 @triton.jit
 def log2_softplus(x):
-    """log2(1 + exp(x)), to 2^-15 of the result and below 1/64 to 2^-21."""
+    """log2(1 + exp(x)), to 2^-15 of the result, and to 2^-21 where exp(x) is below 2^-7."""
     e = fast_exp2(tl.abs(x) * -LOG2_E)
     # the logarithm loses a small e beside 1
     small = e * (LOG2_E - e * (LOG2_E / 2 - e * (LOG2_E / 3)))

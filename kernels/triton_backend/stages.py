@@ -57,6 +57,9 @@ class Inputs(NamedTuple):
     b and w are gates, or their logits; content, [NC, HV, K] float32, is added to the logits of an erase gate that sees
     it. A_log and dt_bias, [H, K] both, are given where g is the raw decay. Gradients come in the same form, that of
     the content by value head.
+
+    Of CARVE's diagonal form g is memory for the log-decay with the erase in it, float32, which decay_kernel fills for
+    chunks with steep rows alone; what it is made of are DecayInputs.
     """
 
     q: Tensor
