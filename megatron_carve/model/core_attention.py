@@ -4,8 +4,9 @@ By heads: ranks exchange the tokens of their pieces of a sequence for heads, as 
 with its share of the heads, as a rank alone would, and they exchange back. So do local layers, which know no other way,
 and documents, which lie across the pieces anyhow.
 
-By window: Transformer Engine's layers attend each piece of a joined sequence with what the window reaches of the one
-before (attend_by_window), in place of gathering all keys and values. Other joined sequences take its own ways.
+By window: where Transformer Engine's layers would gather all keys and values (cp_comm_type all_gather), they attend
+each piece of a joined sequence with what the window reaches of the one before (attend_by_window), if the window is no
+longer than a piece. Other joined sequences take its own ways.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def default_settings(recipe: Recipe, *, layers: LayerImplementation, device: str
     if recipe.megatron.get("use_megatron_fsdp"):
         settings["ckpt_format"] = "fsdp_dtensor"  # the one that it has
     if recipe.parallel.context > 1 and recipe.model.attention_window is not None:
-        settings["cp_comm_type"] = ["all_gather"]  # Megatron's choice, p2p, knows no windows; attend_by_window
+        settings["cp_comm_type"] = ["all_gather"]  # Megatron's choice, p2p, knows no windows; see attend_by_window
     if recipe.training.lr_schedule == "wsd":
         settings["lr_wsd_decay_style"] = "linear"
     if layers == "local":

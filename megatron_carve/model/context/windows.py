@@ -26,9 +26,9 @@ def attend_by_window(
 
     Args:
         group: the ranks that have the pieces.
-        attend: [T, B, heads, D] and [T, B, groups, D] twice -> [T, B, heads * D], causal, at most `window` tokens back.
+        attend: [T, B, heads, D] and [T, B, groups, D] twice -> [T, B, heads * D], causal, of `window` tokens at most.
         query: [T / size, B, heads, D]; key and value: [T / size, B, groups, D].
-        window: tokens; at most those of a piece, T / (2 * size).
+        window: tokens that a token sees, itself included; at most those of a piece, T / (2 * size).
 
     Returns:
         [T / size, B, heads * D].

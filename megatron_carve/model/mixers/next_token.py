@@ -73,7 +73,7 @@ def mix_next_token(
         context: static or dynamic.
         project: to [N, sections], the norm before included.
     """
-    # Before the projection, while which the kernel may begin to read it: whatever clears it must be done by then.
+    # Before the projection, during which the kernel may begin to read it: whatever clears it must be done by then.
     memory = _memory(mixer, context, hidden)
     projected, sizes = project(hidden), mixer.local_sizes
     convolved = sizes["query"] + sizes["key"] + sizes["value"]
