@@ -69,7 +69,7 @@ def identities(GROUPS: tl.constexpr, P: tl.constexpr, CT: tl.constexpr):
 
 @triton.jit
 def turned(b_x, b_identity, CT: tl.constexpr, PRECISION: tl.constexpr):
-    """A tile of the dtype CT and its groups' transposes."""
+    """The transposes of the groups of a tile of the dtype CT."""
     b_turned = tl.permute(b_x, (0, 2, 1))
     if b_x.dtype == tl.bfloat16:
         b_turned = matmul(b_identity, b_turned, CT, PRECISION).to(CT)
