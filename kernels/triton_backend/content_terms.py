@@ -232,6 +232,7 @@ def prepare_chunk(
     b_up = load_matrix(content_up, i_map, o_k, o_c, K, R, False)
     b_bias = load_bias(bias, i_h, K, o_k)
     if K > BK:
+        tl.static_assert(K == 2 * BK)
         o_k_2 = BK + o_k
         b_g_2 = load_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k_2, RAW_DECAY)
         b_l_2 = load_logits(erase_logits, start, o_r, m_r, i_h, H, K, o_k_2)

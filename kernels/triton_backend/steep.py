@@ -225,6 +225,7 @@ def steep_gradient_kernel(
                         b_dq += b_e * b_dqs
                         b_dk += b_e * b_dks
                 if PRECISE:
+                    tl.debug_barrier()  # all threads have read g, which lies there
                     store_rows(dg, start, o_r, m_r, i_hv, HV, K, o_k, b_dg)
                 store_rows(dq, start, o_r, m_r, i_hv, HV, K, o_k, b_dq)
                 store_rows(dk, start, o_r, m_r, i_hv, HV, K, o_k, b_dk)

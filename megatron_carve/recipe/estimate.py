@@ -207,7 +207,7 @@ def _attention_by_heads(recipe: Recipe) -> bool:
 def _attention_by_window(recipe: Recipe) -> float | None:
     """What the window reaches of the piece before, over a piece, where ranks send each other that; else None."""
     p, window = recipe.parallel, recipe.model.attention_window
-    gathers = recipe.megatron.get("cp_comm_type", "all_gather") == "all_gather"
+    gathers = recipe.megatron.get("cp_comm_type", "all_gather") in ("all_gather", ["all_gather"])
     if p.context == 1 or window is None or not gathers or _attention_by_heads(recipe):
         return None
     reached = window * 2 * p.context / recipe.training.seq_length

@@ -53,8 +53,8 @@ def set_connections(recipe: Recipe) -> None:
         os.environ.setdefault("UB_SKIPMC", "1")  # multicast of NVLink, which not every host lets a program use
         # Seconds after which a kernel goes on without another rank's part. NCCL's calls in between end the run before.
         os.environ.setdefault("UB_TIMEOUT", "86400")
-    # Of each process group that notices, one after another: torch waits as long even where the record is written.
-    os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "5000")
+    # Each process group that notices waits a multiple of it, also where the record is written at once.
+    os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "1250")
 
 
 def world_size() -> int:

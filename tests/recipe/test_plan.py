@@ -383,8 +383,11 @@ def test_saved_numbers_of_attention_whose_window_is_longer_than_a_piece():
     for window, by_window in ((32, True), (33, False)):
         numbers = estimate.saved_numbers(small(*words, f"model.attention_window={window}"), "*")
         assert ("pieces" in numbers) == by_window
-    numbers = estimate.saved_numbers(small(*words, "model.attention_window=32", "megatron.cp_comm_type=a2a"), "*")
-    assert "pieces" not in numbers
+    for way, by_window in (("a2a", False), ("all_gather", True), ("[all_gather]", True)):
+        numbers = estimate.saved_numbers(
+            small(*words, "model.attention_window=32", f"megatron.cp_comm_type={way}"), "*"
+        )
+        assert ("pieces" in numbers) == by_window
 
 
 def test_attention_sees_its_window_in_the_count_of_operations():

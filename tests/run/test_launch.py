@@ -49,7 +49,7 @@ def test_a_process_whose_peer_is_gone_waits_for_seconds(monkeypatch):
     monkeypatch.setenv(RECORD, "to be restored")
     monkeypatch.delenv(RECORD)
     set_connections(load_recipe("debug", []))
-    assert os.environ[RECORD] == "5000"
+    assert os.environ[RECORD] == "1250"
 
 
 def test_what_the_user_says_stays(monkeypatch):
