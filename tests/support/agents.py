@@ -117,7 +117,9 @@ def train_with_a_kill(
     closing = [agents.said(i).rpartition("Root Cause")[2] for i in range(AGENTS)]
     assert "Signal 9 (SIGKILL)" in closing[1], closing[1]
     print("the other agent's closing words:", *closing[0].strip().splitlines()[-3:], sep="\n  ")
-    assert "Error" in closing[0], closing[0]  # its worker's, whose peer is gone
+    # Its worker's, whose peer is gone; over NCCL torch aborts that, after it has said why.
+    aborted = "SIGABRT" in closing[0] and "remote process exited" in agents.said(0)
+    assert aborted or "Error" in closing[0], agents.said(0)
     again = Agents(folder, words, environments)
     statuses = again.wait(start)
     assert statuses == [0, 0], again.said(0) + again.said(1)
