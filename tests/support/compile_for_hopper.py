@@ -2,12 +2,13 @@
 
     python tests/support/compile_for_hopper.py gdn2|previous|decayed|delta|dynamic|heads|token DTYPE WIDTH
 
-calls the chunk op, forward and backward with what a mixer gives it, and a step of decoding, of all of a state and of
-chosen rows (of "gdn2" also attention's; of "dynamic" the dynamic convolution, of "heads" both convolutions of
-attention's heads, forward and backward; of "token" a layer's step of one token, of one and of many sequences), with
-launches replaced by compilation; prints a line of JSON for each kernel: its name, its shared memory in bytes, the
-registers of a thread, the bytes that it spills, and how many of Hopper's instructions multiply tiles and how many wait
-for them. A script of its own: what it changes in Triton stays for the life of a process.
+calls the chunk op, forward and backward with what a mixer gives it (of "decayed" without what may be left out), and a
+step of decoding, of all of a state and of chosen rows (of "gdn2" also attention's; of "dynamic" the dynamic
+convolution, of "heads" both convolutions of attention's heads, forward and backward; of "token" a layer's step of one
+token, of one and of many sequences), with launches replaced by compilation; prints a line of JSON for each kernel: its
+name, its shared memory in bytes, the registers of a thread, the bytes that it spills, and how many of Hopper's
+instructions multiply tiles and how many wait for them. A script of its own: what it changes in Triton stays for the
+life of a process.
 """
 
 import json
@@ -91,6 +92,8 @@ def main(form: str, dtype: torch.dtype, width: int) -> None:
         content = leaf(RANK, width), leaf(width, RANK)
         by_channel = {name: leaf(HEADS, width, dtype=torch.float32) for name in ("A_log", "erase_bias")}
         options |= {"content_chunk": T, **FORMS[form]}
+        if form == "decayed":  # what may be left out, is
+            by_channel, options = {}, {"backend": "triton", "content_chunk": T, **FORMS[form]}
         return [*keys, decay, gate, leaf(1, tokens, HEADS), *content], by_channel | options
 
     op = "gdn2" if form == "gdn2" else "carve"
