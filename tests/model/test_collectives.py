@@ -31,11 +31,8 @@ def documented(
     channels = heads * width // tp
     taps = 3 * options.get("convolution_rank", 0)
     if tp > 1:
-        add(forward, "all-gather", 2, n * 2 * width // tp)
-        add(backward, "reduce-scatter", 2, n * 2 * width)
-        if taps:
-            add(forward, "all-gather", 1, n * taps // tp)
-            add(backward, "reduce-scatter", 1, n * taps)
+        add(forward, "all-gather", 1, n * (2 * width + taps) // tp)
+        add(backward, "reduce-scatter", 1, n * (2 * width + taps))
         if sp:
             add(forward, "all-gather", 1, n * hidden // tp)
             add(forward, "reduce-scatter", 1, n * hidden)

@@ -117,6 +117,8 @@ class LinearAttentionMixer(MegatronModule):
         self.packed_order: PackedOrder = getattr(config, "mixer_packed_order", "document")
         self.sections = self.mixer.projection_sections(self.kind)
         self.local_sizes = {s.name: s.size // self.tp_size for s in self.sections}
+        low_rank = {"decay": self.mixer.decay_projection, "gate": self.mixer.output_gate_projection}
+        self.features = {"taps", *(name for name, made in low_rank.items() if made == "low_rank")}
         shared = {"config": config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
         self.in_proj = build_module(
             submodules.in_proj, config.hidden_size, sum(s.size for s in self.sections), **shared,
@@ -238,18 +240,28 @@ class LinearAttentionMixer(MegatronModule):
         convolved = [self.local_sizes[name] for name in CONVOLVED]
         others = {name: size for name, size in self.local_sizes.items() if name not in CONVOLVED}
         first, *rest = split_sections(projected, [sum(convolved), *others.values()])
-        part = dict(zip(others, rest, strict=True))
-        decay, gate = self._raw_decay_and_gate(part["decay"], part.get("gate"))
+        part = self.whole_features(dict(zip(others, rest, strict=True)))
+        decay, gate = self.raw_decay_and_gate(part["decay"], part.get("gate"))
         erase = [part["erase"]] if "erase" in part else []
         by_token = [(x, [x.shape[-1]]) for x in (decay, *erase, part["write"], *self._features(part.get("taps")))]
         return [(first, convolved), *by_token], gate
+
+    def whole_features(self, part: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sections of the projection, [..., size] by name: of those that every tensor-parallel rank needs whole, the
+        features that maps and taps are made of, the parts of all ranks, from one call."""
+        spread = [name for name in part if name in self.features]
+        if self.tp_size == 1 or not spread:
+            return part
+        mine = [part[name] for name in spread]
+        of_all = all_gather_last_dim_from_tensor_parallel_region(torch.cat(mine, -1), group=self.tp_group)
+        by_rank = of_all.unflatten(-1, (self.tp_size, -1)).split([x.shape[-1] for x in mine], -1)
+        return part | {name: x.flatten(-2) for name, x in zip(spread, by_rank, strict=True)}
 
     def _features(self, features: Tensor | None) -> list[Tensor]:
         """Those that dynamic taps are made of, [T, B, 3 * rank], once for each share of the heads: every one needs
         all."""
         if features is None:
             return []
-        features = all_gather_last_dim_from_tensor_parallel_region(features, group=self.tp_group)
         return [features.repeat(1, 1, self.exchange.shares) if self.exchange.shares > 1 else features]
 
     def _recurrence(self, span: Span, *pieces: Tensor) -> Tensor:
@@ -305,14 +317,13 @@ class LinearAttentionMixer(MegatronModule):
             write=write,
         )
 
-    def _raw_decay_and_gate(self, decay: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Expand the low-rank sections, whose features are spread over the tensor-parallel ranks."""
+    def raw_decay_and_gate(self, decay: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Expand the low-rank sections, from all of their features."""
         if self.mixer.decay_projection == "low_rank":
-            decay = all_gather_last_dim_from_tensor_parallel_region(decay, group=self.tp_group)
             # The op takes batch entry after batch entry: here little has to be brought into that order.
             decay = self.decay_up(contiguous(decay.transpose(0, 1))).transpose(0, 1)
         if gate is not None and self.mixer.output_gate_projection == "low_rank":
-            gate = self.gate_up(all_gather_last_dim_from_tensor_parallel_region(gate, group=self.tp_group))
+            gate = self.gate_up(gate)
         return decay, gate
 
     def mix(self, inputs: MixerInputs, span: Span) -> Tensor:

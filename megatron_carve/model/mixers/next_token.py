@@ -109,7 +109,8 @@ def _decay_and_gate(mixer: LinearAttentionMixer, decay: Tensor, gate: Tensor | N
     A_log, dt_bias = mixer.decay(mixer.exchange).values()
     found: dict[str, Any] = {"A_log": A_log, "dt_bias": dt_bias, "decay": decay, "gate": gate}
     if mixer.tp_size > 1:  # features are spread over the ranks
-        expanded = mixer._raw_decay_and_gate(decay[None], None if gate is None else gate[None])
+        part = mixer.whole_features({"decay": decay[None]} | ({} if gate is None else {"gate": gate[None]}))
+        expanded = mixer.raw_decay_and_gate(part["decay"], part.get("gate"))
         return found | {n: None if x is None else x[0] for n, x in zip(("decay", "gate"), expanded, strict=True)}
     inside = decay.shape[0] <= FEW_SEQUENCES
     if mixer.mixer.decay_projection == "low_rank":
