@@ -16,12 +16,10 @@ Rows that have decayed beyond the range of factors, the steep ones, take halving
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
 from .chunks import BT
-from .cooperation import cooperates
 from .decay import STEEPEST_LOG2_DECAY, load_rate
 from .special import INTERPRETED, LOG2_E, fast_exp2, fast_log2
 from .stages import HOPPER, Call, Content, Tuning, next_power_of_2
@@ -114,8 +112,3 @@ def content_sizes(call: Call, content: Content) -> dict[str, Any]:
         "BEFORE": call.before, "LOGITS_W": call.logits_w,
         **call.launch(TUNINGS[max(call.K, V)], call.K, V),
     }  # fmt: skip
-
-
-def team_of(side_by_side: int, device: torch.device) -> int:
-    """Programs of a head, where that many chunks can be worked on at a time."""
-    return 2 if side_by_side > 1 and cooperates(device) else 1

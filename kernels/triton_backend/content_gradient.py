@@ -16,10 +16,9 @@ from .content import (
     load_channels,
     load_tile_channels,
     sum_tokens,
-    team_of,
 )
 from .content_operands import ContentOperands
-from .cooperation import announce, make_counters, take_place, wait_for
+from .cooperation import announce, cooperates, make_counters, take_place, wait_for
 from .decay import UNSHIFT
 from .gates import load_scalar_gate
 from .launching import launch
@@ -281,6 +280,11 @@ def steep_term_gradient(
         b_sum += tl.sum(b_erase_count * b_ve.to(tl.float32) * matmul(b_ke, b_dT_pairs, CT, PRECISION), 1)
         b_sum += tl.sum(b_count * b_ke * matmul(b_ve, tl.trans(b_dT_pairs), CT, PRECISION), 1)
     return b_sum
+
+
+def team_of(side_by_side: int, device: torch.device) -> int:
+    """Programs of a head, where that many chunks can be worked on at a time."""
+    return 2 if side_by_side > 1 and cooperates(device) else 1
 
 
 def content_gradient(

@@ -14,7 +14,6 @@ tokens are read more than once, and those of other programs come from a cache.
 # mypy: disable-error-code="assignment, misc"
 # Tuples that a kernel builds up change their type.
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +23,9 @@ from torch import Tensor
 
 from ..torch_backend.elementwise import L2_EPSILON
 from .launching import launch
+from .special import LOG2_E
 
 EPSILON = tl.constexpr(L2_EPSILON)
-LOG2_E = tl.constexpr(math.log2(math.e))
 # With more threads than channels in a block, Triton loads taps straight into the layout of the tile.
 NUM_WARPS = 8
 # 16 numbers a thread.
