@@ -124,6 +124,7 @@ class StepTimer:
 
     def __init__(self, plan: Plan, *, warmup: int, steps: int) -> None:
         self.plan = plan
+        self.began = time.perf_counter()
         self.warmup, self.last = warmup, warmup + steps
         self.parameters = 0
         self.console = sys.stdout  # Megatron's output is sent elsewhere while it runs
@@ -151,7 +152,8 @@ class StepTimer:
             self.ends.append(time.perf_counter())
         if self.plan.rank == 0:
             stage = "warm-up" if iteration <= self.warmup else "timed" if iteration <= self.last else "profiled"
-            print(f"step {iteration} of {self.last + 1}: {stage}", file=self.console, flush=True)
+            seconds = time.perf_counter() - self.began
+            print(f"step {iteration} of {self.last + 1}: {stage}, after {seconds:.0f} s", file=self.console, flush=True)
         if LOSS in losses:  # on the last pipeline stage
             self.losses.append(float(losses[LOSS]))
         if iteration == self.warmup and on_gpu:
