@@ -121,7 +121,7 @@ def test_preparing_by_number_of_workers(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.json"]
 
 
-@pytest.mark.parametrize("gpus", [2, 4])
+@pytest.mark.parametrize("gpus", [2, 4, 8])
 def test_measurements_of_layouts_fit_and_have_what_they_are_compared_with(layouts_benchmark, gpus):
     listed = layouts_benchmark.in_order(gpus)
     assert len(set(listed)) == len(listed)
@@ -133,7 +133,8 @@ def test_measurements_of_layouts_fit_and_have_what_they_are_compared_with(layout
         assert where.gpus in (1, gpus)
         expected = 65536 if where.sequences == "short" else 16384
         assert recipe.training.tokens_per_step / where.gpus == expected
-        assert sum(estimate.memory(recipe, 32000, where.gpus).values()) < 66 * 2**30
+        # of an H100's 79 GiB; over several GPUs NCCL has some of it
+        assert sum(estimate.memory(recipe, 32000, where.gpus).values()) < (66 if where.gpus > 1 else 69) * 2**30
         assert recipe.model.pattern.count("|") == (recipe.parallel.pipeline - 1)
         assert where.beside is None or (where.beside, model) in listed
         if model != "moe":

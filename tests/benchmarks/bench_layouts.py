@@ -1,4 +1,4 @@
-"""How much of one GPU's speed each parallel layout keeps, on one host of two or four GPUs: our models beside one of
+"""How much of one GPU's speed each parallel layout keeps, on one host of two, four or eight GPUs: our models beside one of
 Megatron's attention layers alone, of their size.
 
     python tests/benchmarks/bench_layouts.py OUT [section.key=value ...] [--layouts NAME ...] [--models NAME ...]
@@ -103,6 +103,7 @@ MODELS = {
 
 
 OVERLAP = "megatron.tp_comm_overlap=true"
+SHARDED = ["megatron.use_megatron_fsdp=true", "megatron.data_parallel_sharding_strategy=optim_grads_params"]
 
 
 def _of(gpus: int) -> dict[str, Layout]:
@@ -127,14 +128,27 @@ LAYOUTS = {
     "one": Layout(1, [], None),
     **_of(2),
     **_of(4),
+    **_of(8),
     "data2-tensor2": Layout(4, ["parallel.tensor=2"]),
     "data2-tensor2-overlap": Layout(4, ["parallel.tensor=2", OVERLAP]),
     "data4-expert2": Layout(4, ["megatron.expert_model_parallel_size=2"]),
+    "data4-tensor2": Layout(8, ["parallel.tensor=2"]),
+    "data2-tensor4": Layout(8, ["parallel.tensor=4"]),
+    "data2-pipeline2-tensor2": Layout(8, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "data8-sharded-fp8": Layout(8, [*SHARDED, "megatron.fp8=hybrid"]),
 }
 
 
 def in_order(gpus: int) -> list[tuple[str, str]]:
-    """(layout, model) of all that is worth measuring on two or four GPUs, the most valuable first."""
+    """(layout, model) of all that is worth measuring on two, four or eight GPUs, the most valuable first."""
+    if gpus == 8:
+        both = ["carve", "carve-recurrent", ATTENTION]
+        host = [
+            (["one", "data8"], both),
+            (["data8-long", "context8-heads"], ["gdn2", "carve", ATTENTION]),
+            (["data4-tensor2", "data2-tensor4", "data2-pipeline2-tensor2", "data8-sharded-fp8"], both),
+        ]
+        return [(layout, model) for layouts, models in host for layout in layouts for model in models]
     tensor = ["tensor2"] if gpus == 2 else ["data2-tensor2", "tensor4"]
     overlap = [f"{layout}-overlap" for layout in tensor]
     of_18_heads = tensor[:1]  # of attention, as GDN-2's hybrid has them
@@ -349,7 +363,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=4, metavar="N")
     parser.add_argument("--warmup", type=int, default=3, metavar="N")
     parser.add_argument("--steps", type=int, default=8, metavar="N")
-    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), metavar="N", help="2 or 4")
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), metavar="N", help="2, 4 or 8")
     parser.add_argument("--side-by-side", action="store_true")
     chosen = parser.parse_intermixed_args()
     if chosen.gpus < 2:
@@ -357,7 +371,7 @@ def main() -> None:
     if chosen.layouts and chosen.models:
         pairs = [(layout, model) for layout in chosen.layouts for model in chosen.models]
     else:
-        listed = in_order(4 if chosen.gpus >= 4 else 2)
+        listed = in_order(next(n for n in (8, 4, 2) if n <= chosen.gpus))
         pairs = [p for p in listed if p[0] in (chosen.layouts or LAYOUTS) and p[1] in (chosen.models or MODELS)]
     if not pairs:
         parser.error("--layouts, --models: none of the list has these; name both, for each of these in each of those")

@@ -1,4 +1,4 @@
-"""Parallel layouts over two or four GPUs of one machine: the losses and gradient norms of one GPU, from one checkpoint.
+"""Parallel layouts over two, four or eight GPUs of one machine: the losses and gradient norms of one GPU, from one checkpoint.
 
 The processes of one number of GPUs stay for all layouts, so call pytest without -n: each of its workers would start
 processes of its own on the same GPUs. On two GPUs -k "data or tensor or context or pipeline" are the most valuable.
@@ -70,6 +70,11 @@ LAYOUTS = {
     "pipeline 2 x tensor 2, overlapped": (4, (), ["parallel.pipeline=2", "parallel.tensor=2", OVERLAP]),
     "expert 2 x tensor 2": (4, EXPERTS, ["megatron.expert_model_parallel_size=2", "parallel.tensor=2"]),
     "expert 4": (4, EXPERTS, ["megatron.expert_model_parallel_size=4", "training.micro_batch_size=2"]),
+    "data 8": (8, (), ["training.micro_batch_size=1"]),
+    "tensor 2 x data 4": (8, (), ["parallel.tensor=2", "training.micro_batch_size=2"]),
+    "tensor 4 x data 2": (8, (), ["parallel.tensor=4"]),
+    "context 8": (8, (), ["parallel.context=8"]),
+    "tensor 2 x pipeline 2 x data 2": (8, (), ["parallel.tensor=2", "parallel.pipeline=2"]),
 }
 
 
