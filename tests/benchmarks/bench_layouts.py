@@ -1,4 +1,4 @@
-"""How much of one GPU's speed each parallel layout keeps, on one host of two, four or eight GPUs: our models beside one of
+"""How much of one GPU's speed each parallel layout keeps, on one host of up to eight GPUs: our models beside one of
 Megatron's attention layers alone, of their size.
 
     python tests/benchmarks/bench_layouts.py OUT [section.key=value ...] [--layouts NAME ...] [--models NAME ...]
