@@ -1,4 +1,4 @@
-"""Parallel layouts over the GPUs of one machine, up to eight: the losses and gradient norms of one GPU, from one checkpoint.
+"""Parallel layouts over up to eight GPUs of one machine: losses and gradient norms of one GPU, from one checkpoint.
 
 The processes of one number of GPUs stay for all layouts, so call pytest without -n: each of its workers would start
 processes of its own on the same GPUs. On two GPUs -k "data or tensor or context or pipeline" are the most valuable.
