@@ -116,8 +116,7 @@ def mixer_token_kernel(
         row = tl.load(rows + i_n).to(tl.int64)
         if row < 0:
             wait_for_launch_before(OVERLAP)
-            for b in tl.static_range(GROUP * NV):
-                tl.store(out + b * BV + o_v, tl.zeros([BV], out.dtype.element_ty))
+            store_zeros(out, o_v, GROUP * NV, BV)
             return
     x += i_n * x_stride
     write += i_n * write_stride
@@ -154,16 +153,14 @@ def mixer_token_kernel(
     wait_for_launch_before(OVERLAP)
     b_new_qk = tl.load(x + o_qk, mask=m_qk, other=0.0)
     b_new_v = tl.load(x + first_v + o_v, mask=m_v, other=0.0)
-    if decay_up is not None:
-        b_decay_in = tl.load(decay + o_f, mask=m_f, other=0.0)
-    else:
-        b_decay_in = tl.load(decay + i_h * K + o_k, mask=m_k, other=0.0)
+    b_decay_in = load_decay_input(decay, i_h, o_f, m_f, o_k, m_k, K, decay_up is not None)
     o_hv = i_h * GROUP * V
     if gate_up is not None:
         b_gate_in = tl.load(gate + gate_row + o_f, mask=m_f, other=0.0)
     elif ACTIVATION != "none":
         b_next_gate = tl.load(gate + gate_row + o_hv + o_v)
     b_next_write = load_write_logits(write, i_h, i_h * GROUP, o_hv + o_v, WRITE)
+    b_erase = tl.zeros([BK], tl.float32)
     if ERASE:
         b_erase = tl.load(erase + i_n * x_stride + i_h * K + o_k, mask=m_k, other=0.0)
 
@@ -173,14 +170,10 @@ def mixer_token_kernel(
         for i_r in range(1, (R + BR - 1) // BR):
             b_down, b_up = load_content_maps(content_down, content_up, i_h * 0, i_r, o_k, o_mean_v, K, V, R, BR)
             b_content += through_content_maps(b_mean, b_down, b_up)
-    b_qk = convolved(b_new_qk, b_kept_qk, b_taps_qk, conv_bias, o_qk, m_qk, W)
-    b_qk *= tl.rsqrt(tl.sum(b_qk * b_qk, 1) + EPSILON)[:, None]
-    b_qk = rounded(b_qk, x)
-    b_q, b_k = tl.sum(tl.where(o_row == 0, b_qk, 0.0), 0), tl.sum(tl.where(o_row == 1, b_qk, 0.0), 0)
-    if ERASE:
-        b_erase = b_erase.to(tl.float32)
-        if erase_bias is not None:
-            b_erase += b_erase_bias
+    b_q, b_k = normed_rows(convolved(b_new_qk, b_kept_qk, b_taps_qk, conv_bias, o_qk, m_qk, W), o_row, x)
+    b_erase = b_erase.to(tl.float32)
+    if erase_bias is not None:
+        b_erase += b_erase_bias
     b_decay_in = b_decay_in.to(tl.float32)
     if decay_up is not None:
         b_decay_in = rounded(through_map(b_decay_up, b_decay_in), x)
@@ -216,25 +209,16 @@ def mixer_token_kernel(
                 b_gate_bias = tl.load(gate_bias + o_hv + o_c)
             b_gate = rounded(through_map(b_gate_up, b_gate_in.to(tl.float32)) + b_gate_bias.to(tl.float32), x)
         if ACTIVATION != "none":
-            b_factor *= sigmoid(b_gate)
-        if ACTIVATION == "silu":
-            b_factor *= b_gate
+            b_factor = through_gate(b_factor, b_gate, ACTIVATION == "silu")
         b_w = write_gate(b_write)
         if b % NV == 0:
             if content_down is not None and b > 0:
                 b_content = content_term(
                     mean + o_mean + j * V, content_down, content_up, i_h * 0, o_k, K, V, R, BK, BR, VP
                 )  # fmt: skip
-            b_log_decay = b_g
-            if CARVE and DIAGONAL:  # log(1 - sigmoid(x)) is -softplus(x)
-                b_log_decay -= softplus(b_erase + b_content)
-            b_decay = tl.exp(b_log_decay)
-            if CARVE and DIAGONAL:
-                b_b = b_w
-            elif ERASE:
-                b_b = erase_scale * tl.sigmoid(b_erase + b_content)
-            else:  # one gate of a key head erases and writes
-                b_b = erase_scale * tl.sigmoid(tl.load(write + i_h).to(tl.float32))
+            b_decay, b_b = decay_and_erase_gate(
+                b_g, b_erase, b_content, b_w, write + i_h, erase_scale, CARVE and DIAGONAL, ERASE
+            )
         b_v = rounded(convolved(b_x_v, b_old_v, b_w_v, conv_bias, first_v + o_c, m_v, W), x)
         if WRITE == "key_heads":
             b_v = rounded(erase_scale * b_v, x)
@@ -244,9 +228,7 @@ def mixer_token_kernel(
         store_state(S, b, b_S, o_k, o_v, m_k, K, V, BV)
         keep(kept, b_old_v, b_x_v, first_v + o_c, m_v, D, W)
         if content_down is not None:
-            b_partial += b_y
-            tl.store(mean + o_mean + o_c, b_partial / content_chunk, mask=m_v & ends)
-            tl.store(partial + o_mean + o_c, tl.where(ends, 0.0, b_partial))
+            store_content(mean + o_mean + o_c, partial + o_mean + o_c, b_partial + b_y, m_v, ends, content_chunk)
         b_out = rounded(scale * b_y, x)
         squares += tl.sum(b_out * b_out, 0)
         b_outs += (b_out,)
@@ -254,6 +236,63 @@ def mixer_token_kernel(
         if b % NV == NV - 1:
             store_normed(out + j * V, b_outs, b_factors, squares, eps, o_v, V, BV)
             b_outs, b_factors, squares = (), (), 0.0
+
+
+@triton.jit
+def store_zeros(out, o_v, BLOCKS: tl.constexpr, BV: tl.constexpr):
+    """The outputs of a sequence that has no row of the state."""
+    for b in tl.static_range(BLOCKS):
+        tl.store(out + b * BV + o_v, tl.zeros([BV], out.dtype.element_ty))
+
+
+@triton.jit
+def load_decay_input(decay, i_h, o_f, m_f, o_k, m_k, K: tl.constexpr, FEATURES: tl.constexpr):
+    """The features that the raw decay is made of, or that of a key head itself."""
+    if FEATURES:
+        b_decay = tl.load(decay + o_f, mask=m_f, other=0.0)
+    else:
+        b_decay = tl.load(decay + i_h * K + o_k, mask=m_k, other=0.0)
+    return b_decay
+
+
+@triton.jit
+def normed_rows(b_qk, o_row, x):
+    """Both rows of a tile through their norm, [BK] each, rounded to the dtype of x."""
+    b_qk *= tl.rsqrt(tl.sum(b_qk * b_qk, 1) + EPSILON)[:, None]
+    b_qk = rounded(b_qk, x)
+    return tl.sum(tl.where(o_row == 0, b_qk, 0.0), 0), tl.sum(tl.where(o_row == 1, b_qk, 0.0), 0)
+
+
+@triton.jit
+def decay_and_erase_gate(
+    b_g, b_erase, b_content, b_w, shared_gate, erase_scale, DIAGONAL: tl.constexpr, ERASE: tl.constexpr
+):
+    """Of a value head: DIAGONAL has the erase in its decays, and the write gate b_w erases; without ERASE, logits of
+    its own, one gate of a key head erases and writes, whose logit is at shared_gate."""
+    b_log_decay = b_g
+    if DIAGONAL:  # log(1 - sigmoid(x)) is -softplus(x)
+        b_log_decay -= softplus(b_erase + b_content)
+        b_b = b_w
+    elif ERASE:
+        b_b = erase_scale * tl.sigmoid(b_erase + b_content)
+    else:
+        b_b = erase_scale * tl.sigmoid(tl.load(shared_gate).to(tl.float32))
+    return tl.exp(b_log_decay), b_b
+
+
+@triton.jit
+def through_gate(b_factor, b_gate, SILU: tl.constexpr):
+    b_factor *= sigmoid(b_gate)
+    if SILU:
+        b_factor *= b_gate
+    return b_factor
+
+
+@triton.jit
+def store_content(mean, partial, b_partial, m_v, ends, content_chunk):
+    """The sum of a content chunk's outputs so far or, where it ends, its mean and an empty sum."""
+    tl.store(mean, b_partial / content_chunk, mask=m_v & ends)
+    tl.store(partial, tl.where(ends, 0.0, b_partial))
 
 
 @triton.jit
