@@ -210,6 +210,20 @@ def prepare_steep_chunk(
 
 
 @triton.jit
+def load_key_side(
+    q, k, g, erase_logits, A_log, dt_bias, content_up, bias, start, o_r, m_r, i_h, H, i_map,
+    K: tl.constexpr, o_k, R: tl.constexpr, o_c, RAW_DECAY: tl.constexpr,
+):  # fmt: skip
+    """Of some key channels, transposed: log-decays, erase logits, keys, queries; their map of the code, and bias."""
+    b_g = load_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
+    b_l = load_logits(erase_logits, start, o_r, m_r, i_h, H, K, o_k)
+    b_k = load_channels(k, start, o_r, m_r, i_h, H, K, o_k)
+    b_q = load_channels(q, start, o_r, m_r, i_h, H, K, o_k)
+    b_up = load_matrix(content_up, i_map, o_k, o_c, K, R, False)
+    return b_g, b_l, b_k, b_q, b_up, load_bias(bias, i_h, K, o_k)
+
+
+@triton.jit
 def prepare_chunk(
     q, k, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
     terms, codes, means, running_mean, p_finished, least_finished,
@@ -225,21 +239,34 @@ def prepare_chunk(
     o_r, o_k, o_v, o_c = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, V), tl.arange(0, RP)
     i_map = i_h * content_heads
     # asked for before the wait
-    b_g = load_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
-    b_l = load_logits(erase_logits, start, o_r, m_r, i_h, H, K, o_k)
-    b_k = load_channels(k, start, o_r, m_r, i_h, H, K, o_k)
-    b_q = load_channels(q, start, o_r, m_r, i_h, H, K, o_k)
-    b_up = load_matrix(content_up, i_map, o_k, o_c, K, R, False)
-    b_bias = load_bias(bias, i_h, K, o_k)
+    b_g, b_l, b_k, b_q, b_up, b_bias = load_key_side(
+        q,
+        k,
+        g,
+        erase_logits,
+        A_log,
+        dt_bias,
+        content_up,
+        bias,
+        start,
+        o_r,
+        m_r,
+        i_h,
+        H,
+        i_map,
+        K,
+        o_k,
+        R,
+        o_c,
+        RAW_DECAY,
+    )
     if K > BK:
         tl.static_assert(K == 2 * BK)
         o_k_2 = BK + o_k
-        b_g_2 = load_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k_2, RAW_DECAY)
-        b_l_2 = load_logits(erase_logits, start, o_r, m_r, i_h, H, K, o_k_2)
-        b_k_2 = load_channels(k, start, o_r, m_r, i_h, H, K, o_k_2)
-        b_q_2 = load_channels(q, start, o_r, m_r, i_h, H, K, o_k_2)
-        b_up_2 = load_matrix(content_up, i_map, o_k_2, o_c, K, R, False)
-        b_bias_2 = load_bias(bias, i_h, K, o_k_2)
+        b_g_2, b_l_2, b_k_2, b_q_2, b_up_2, b_bias_2 = load_key_side(
+            q, k, g, erase_logits, A_log, dt_bias, content_up, bias,
+            start, o_r, m_r, i_h, H, i_map, K, o_k_2, R, o_c, RAW_DECAY,
+        )  # fmt: skip
     b_w = load_scalar_gate(w, start, o_r, m_r, i_h, H, LOGITS_W)[None, :]
     b_down = load_matrix(content_down, i_map, o_c, o_v, R, V, False)
     b_through = load_tile(token_masks, HALF_THROUGH, o_r, BT, o_r)
