@@ -6,10 +6,10 @@ Channels go in blocks: one head of q or k, or as many channels of v. A block nee
 tokens are read more than once, and those of other programs come from a cache.
 
 - token_age_kernel: how far each token of packed sequences is into its own; a tap reaches no further back.
-- forward_kernel: a tile of tokens and channels, read once per tap.
-- backward_kernel: rows of a tile are runs of tokens, and a loop takes one token of each run at a time. The tokens that
-  the taps see, and the gradients of x that later tokens still add to, move along in registers: what the forward
-  computed is computed once more and then needed by W tokens, without a trip to memory in between.
+- forward_kernel: rows of a tile are runs of tokens, and a loop takes one token of each run at a time. The tokens that
+  the taps see move along in registers.
+- backward_kernel: the same once more, with the gradients of x that later tokens still add to, which move along in
+  registers too: what the forward computed is needed by W tokens, without a trip to memory in between.
 """
 # mypy: disable-error-code="assignment, misc"
 # Tuples that a kernel builds up change their type.
@@ -26,31 +26,28 @@ from .launching import launch
 from .special import LOG2_E
 
 EPSILON = tl.constexpr(L2_EPSILON)
-# With more threads than channels in a block, Triton loads taps straight into the layout of the tile.
-NUM_WARPS = 8
-# 16 numbers a thread.
-TILE_NUMBERS = 4096
-# Tokens of a run; W - 1 before it and after it are read and computed besides.
-RUN = 64
 AGE_BLOCK = 256
 
 
-class Backward(NamedTuple):
-    """How the backward is launched.
+class Launch(NamedTuple):
+    """How a kernel is launched.
 
-    numbers: in each of the 3 * W tiles that its loop carries, 4 a thread.
+    numbers: of a tile, a token of each of its runs. The backward's loop carries 3 * W such tiles, the forward's W.
+    run: tokens of a run; W - 1 before it, and backward as many after it, are read and computed besides.
     ahead: tokens of a run whose loads are in flight. The loop is unrolled as many times, so that each has registers of
         its own: moving a value along would wait for its load.
     """
 
     numbers: int
+    run: int
     ahead: int
     options: dict[str, int]
 
 
+FORWARD = Launch(1024, 32, 4, {"num_warps": 4})
 # Measured with blocks of 128 channels in bfloat16; other blocks take what was there before.
-BACKWARD_128 = Backward(512, 4, {"num_warps": 4, "maxnreg": 128})
-BACKWARD = Backward(1024, 2, {"num_warps": 8})
+BACKWARD_128 = Launch(512, 64, 4, {"num_warps": 4, "maxnreg": 128})
+BACKWARD = Launch(1024, 64, 2, {"num_warps": 8})
 
 
 class ConvolveQKV(torch.autograd.Function):
@@ -66,14 +63,15 @@ class ConvolveQKV(torch.autograd.Function):
         q, k = (x.new_empty(B, T, key_channels) for _ in range(2))
         v = x.new_empty(B, T, value_channels)
         BD = triton.next_power_of_2(key_head_dim)
-        BT = TILE_NUMBERS // BD
+        BT = FORWARD.numbers // BD
         blocks = channel_blocks(key_channels, key_head_dim, value_channels, BD)
         with torch.cuda.device_of(x):
             launch(
-                forward_kernel, (blocks * triton.cdiv(T, BT) * B,),
+                forward_kernel, (blocks * triton.cdiv(T, BT * FORWARD.run) * B,),
                 x, weight.t().contiguous(), bias, token_age(cu_seqlens, T), q, k, v,
                 x.stride(0), x.stride(1), T, key_channels, value_channels, blocks,
-                K=key_head_dim, W=weight.shape[1], BT=BT, BD=BD, ACT=activate, num_warps=NUM_WARPS,
+                K=key_head_dim, W=weight.shape[1], RUN=FORWARD.run, AHEAD=FORWARD.ahead, BT=BT, BD=BD, ACT=activate,
+                **FORWARD.options,
             )  # fmt: skip
         ctx.sizes = key_channels, key_head_dim, activate
         ctx.save_for_backward(x, weight, bias, cu_seqlens)
@@ -90,7 +88,7 @@ class ConvolveQKV(torch.autograd.Function):
         tuned = BACKWARD_128 if x.dtype == torch.bfloat16 and BD == 128 else BACKWARD
         BT = tuned.numbers // BD
         blocks = channel_blocks(key_channels, key_head_dim, value_channels, BD)
-        token_blocks = triton.cdiv(T, BT * RUN) * B
+        token_blocks = triton.cdiv(T, BT * tuned.run) * B
         dx = x.new_empty(B, T, D)
         d_parameters = x.new_empty(token_blocks, W + (bias is not None), D, dtype=torch.float32)
         with torch.cuda.device_of(x):
@@ -99,7 +97,7 @@ class ConvolveQKV(torch.autograd.Function):
                 x, weight.t().contiguous(), bias, token_age(cu_seqlens, T),
                 dq.contiguous(), dk.contiguous(), dv.contiguous(), dx, d_parameters,
                 x.stride(0), x.stride(1), T, key_channels, value_channels, blocks,
-                K=key_head_dim, W=W, RUN=RUN, AHEAD=tuned.ahead, BT=BT, BD=BD, ACT=activate, **tuned.options,
+                K=key_head_dim, W=W, RUN=tuned.run, AHEAD=tuned.ahead, BT=BT, BD=BD, ACT=activate, **tuned.options,
             )  # fmt: skip
         d_parameters = d_parameters.sum(0)
         d_weight = d_parameters[:W].t().contiguous().to(weight.dtype)
@@ -145,46 +143,65 @@ def token_age_kernel(cu_seqlens, age, T, N, steps, BLOCK: tl.constexpr):
 @triton.jit
 def forward_kernel(
     x, taps, bias, age, q, k, v, x_batch, x_token, T, key_channels, value_channels, blocks,
-    K: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ACT: tl.constexpr,
+    K: tl.constexpr, W: tl.constexpr, RUN: tl.constexpr, AHEAD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    ACT: tl.constexpr,
 ):  # fmt: skip
-    """One program per BT tokens of a batch entry and block of channels.
+    """One program per BT runs of RUN tokens of a batch entry and block of channels.
 
     x: [B, T, D] with strides x_batch and x_token; taps: [W, D]; bias: [D]; age: [T]; q, k: [B, T, key_channels];
     v: [B, T, value_channels]. Neighbouring programs take neighbouring channels.
     """
     i_d, i_bt = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    i_b, i_t = (i_bt // tl.cdiv(T, BT)).to(tl.int64), i_bt % tl.cdiv(T, BT)
+    token_blocks = tl.cdiv(T, BT * RUN)
+    i_b, i_t = (i_bt // token_blocks).to(tl.int64), i_bt % token_blocks
     x += i_b * x_batch
     D = 2 * key_channels + value_channels
     heads = key_channels // K
-    o_t = i_t * BT + tl.arange(0, BT)
+    o_run = (i_t * BT + tl.arange(0, BT)) * RUN
     if i_d < 2 * heads:
         out = tl.where(i_d < heads, q, k) + i_b * T * key_channels + i_d % heads * K
-        convolve(x, taps, bias, age, out, x_token, D, key_channels, T, i_d * K, K, o_t, W, BT, BD, ACT, True)
+        convolve(
+            x, taps, bias, age, out, x_token, D, key_channels, T, i_d * K, K, o_run,
+            W, RUN, AHEAD, BT, BD, ACT, True,
+        )  # fmt: skip
     else:
         i_v = (i_d - 2 * heads) * BD
         out = v + i_b * T * value_channels + i_v
         convolve(
-            x, taps, bias, age, out, x_token, D, value_channels, T, 2 * key_channels + i_v, value_channels - i_v, o_t,
-            W, BT, BD, ACT, False,
+            x, taps, bias, age, out, x_token, D, value_channels, T, 2 * key_channels + i_v, value_channels - i_v, o_run,
+            W, RUN, AHEAD, BT, BD, ACT, False,
         )  # fmt: skip
 
 
 @triton.jit
 def convolve(
-    x, taps, bias, age, out, x_token, D, out_token, T, first, channels, o_t,
-    W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
+    x, taps, bias, age, out, x_token, D, out_token, T, first, channels, o_run,
+    W: tl.constexpr, RUN: tl.constexpr, AHEAD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ACT: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
-    """Channels `first` to `first + channels` of tokens o_t, written to `out`, whose tokens lie out_token apart."""
+    """Channels `first` to `first + channels` of the RUN tokens from each of o_run on, written to `out`, whose tokens
+    lie out_token apart."""
     o_d = tl.arange(0, BD)
-    m_t, m_d = o_t < T, o_d < channels
-    b_age = load_age(age, o_t, m_t)
-    b_y = load_bias(bias, first, o_d, m_d, BT, BD)
+    m_d = o_d < channels
+    b_bias = load_bias(bias, first, o_d, m_d, BT, BD)
+    b_taps, b_x, b_next_x = (), (), ()
     for j in tl.static_range(W):
-        m_x = m_t & (b_age >= W - 1 - j)
-        b_x = load_tokens(x + first, x_token, o_t - (W - 1) + j, m_x, o_d, m_d)
-        b_y += b_x.to(tl.float32) * load_channels(taps + j * D + first, o_d, m_d)
-    store_tokens(out, out_token, o_t, m_t, o_d, m_d, activated(b_y, ACT, NORM))
+        b_taps += (load_channels(taps + j * D + first, o_d, m_d),)
+    for j in tl.static_range(W - 1):
+        o_t = o_run - (W - 1) + j
+        b_x += (load_tokens(x + first, x_token, o_t, (o_t >= 0) & (o_t < T), o_d, m_d).to(tl.float32),)
+    for j in tl.static_range(AHEAD):
+        b_next_x += (load_tokens(x + first, x_token, o_run + j, o_run + j < T, o_d, m_d),)
+    for i in tl.range(RUN, loop_unroll_factor=AHEAD):
+        o_t = o_run + i
+        b_age = load_age(age, o_t, o_t < T)
+        b_next_x += (load_tokens(x + first, x_token, o_t + AHEAD, o_t + AHEAD < T, o_d, m_d),)
+        b_x += (b_next_x[0].to(tl.float32),)
+        b_y = b_bias
+        for j in tl.static_range(W):
+            b_y += b_taps[j] * within_reach(b_x[j], age, b_age, W - 1 - j)
+        store_tokens(out, out_token, o_t, o_t < T, o_d, m_d, activated(b_y, ACT, NORM))
+        b_x, b_next_x = b_x[1:], b_next_x[1:]
 
 
 @triton.jit
