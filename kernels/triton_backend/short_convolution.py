@@ -44,7 +44,7 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
 
-FORWARD = Launch(1024, 32, 4, {"num_warps": 4})
+FORWARD = Launch(1024, 16, 4, {"num_warps": 4})
 # Measured with blocks of 128 channels in bfloat16; other blocks take what was there before.
 BACKWARD_128 = Launch(512, 64, 4, {"num_warps": 4, "maxnreg": 128})
 BACKWARD = Launch(1024, 64, 2, {"num_warps": 8})
