@@ -58,19 +58,19 @@ class ChunkGDN2(torch.autograd.Function):
         if x.A_log is not None and x.dt_bias is not None and x.A_log.ndim == 1:
             A_log = x.A_log.unsqueeze(1).expand_as(x.dt_bias).contiguous()
             x, ctx.A_log_by_head = x._replace(A_log=A_log), True
-        o, final_state, A, states = forward_stages(call, x, initial_state, want_final)
+        o, final_state, *kept = forward_stages(call, x, initial_state, want_final)
         ctx.call = call
         ctx.has_initial = initial_state is not None
-        ctx.save_for_backward(*x.of_tokens, A, states)
+        ctx.save_for_backward(*x.of_tokens, *kept)
         return o, final_state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
-        *given, A, states = ctx.saved_tensors
+        *given, A, states, transitions = ctx.saved_tensors
         d_final_state = None if d_final_state is None else d_final_state.contiguous()
         d, d_initial = backward_stages(
-            ctx.call, Inputs(*given), A, states, do.contiguous(), d_final_state, ctx.has_initial
+            ctx.call, Inputs(*given), A, states, transitions, do.contiguous(), d_final_state, ctx.has_initial
         )  # fmt: skip
         if ctx.A_log_by_head and d.A_log is not None:
             d = d._replace(A_log=d.A_log.sum(1))
@@ -79,22 +79,25 @@ class ChunkGDN2(torch.autograd.Function):
 
 def forward_stages(
     call: Call, x: Inputs, initial_state: Tensor | None, want_final: bool, decay: DecayInputs | None = None
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """o, final state, and what the backward needs: A and states. decay: see decay_factors."""
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+    """o, final state, and what the backward needs: A, states, transitions. decay: see decay_factors."""
     factors = decay_factors(call, x, decay)
     A, P, erasure, update, k_to_end, q_from_start = chunk_operands(call, x, factors)
-    states, residuals, final_state = chunk_state(call, factors, erasure, update, k_to_end, initial_state, want_final)
-    return chunk_output(call, x, q_from_start, P, states, residuals), final_state, A, states
+    found = chunk_state(call, factors, erasure, update, k_to_end, initial_state, want_final)
+    o = chunk_output(call, x, q_from_start, P, found.states, found.residuals)
+    return o, found.final, A, found.states, found.transitions
 
 
 def backward_stages(
-    call: Call, x: Inputs, A: Tensor, states: Tensor, do: Tensor, d_final_state: Tensor | None, has_initial: bool,
-    decay: DecayInputs | None = None,
+    call: Call, x: Inputs, A: Tensor, states: Tensor, transitions: Tensor | None, do: Tensor,
+    d_final_state: Tensor | None, has_initial: bool, decay: DecayInputs | None = None,
 ) -> tuple[Inputs, Tensor | None]:  # fmt: skip
     """Gradients of the inputs, or of those of erasing_gradient, and of the initial state. decay: see decay_factors."""
     factors = decay_factors(call, x, decay)
     operands = gradient_operands(call, x, factors, A, states, do)
-    d_states, d_residuals, d_initial = chunk_state_gradient(call, factors, operands, do, d_final_state, has_initial)
+    d_states, d_residuals, d_initial = chunk_state_gradient(
+        call, factors, operands, do, d_final_state, has_initial, transitions
+    )
     residuals = operands.residuals
     if decay is None:
         d = chunk_gradient(call, x, factors, residuals, A, states, do, None, d_residuals, d_states, None)
@@ -130,9 +133,9 @@ class ChunkDiagonal(torch.autograd.Function):
             )
         elif bias is not None:
             terms = bias.expand(call.chunks.count, *bias.shape).contiguous()
-        o, S, A, states = forward_stages(call, x, initial_S, want_final, decay._replace(content=terms))
+        o, S, *kept = forward_stages(call, x, initial_S, want_final, decay._replace(content=terms))
         ctx.call, ctx.options, ctx.has_initial = call, options, initial_S is not None
-        ctx.save_for_backward(*given, count, A, states, terms, code, mean)
+        ctx.save_for_backward(*given, count, *kept, terms, code, mean)
         ctx.set_materialize_grads(False)
         if S is not None and down is None:
             final_mean, final_partial = (S.new_zeros(*S.shape[:2], call.V) for _ in range(2))
@@ -143,7 +146,7 @@ class ChunkDiagonal(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor | None, *d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         call, (content_chunk, detached), has_initial = ctx.call, ctx.options, ctx.has_initial
         # asked for once: under activation recomputation each asking would compute the op again
-        *given, count, A, states, terms, code, mean = ctx.saved_tensors
+        *given, count, A, states, transitions, terms, code, mean = ctx.saved_tensors
         q, k, v, g, logits, w, A_log, dt_bias, down, up, bias = given
         decay = DecayInputs(g, logits, A_log, dt_bias, terms)
         x = Inputs(q, k, v, torch.empty_like(g, dtype=torch.float32), w, w, None, None)
@@ -167,7 +170,7 @@ class ChunkDiagonal(torch.autograd.Function):
             )  # fmt: skip
         else:
             d_S = None if d_final[0] is None else d_final[0].contiguous()
-            d, d_initial[0] = backward_stages(call, x, A, states, do, d_S, has_initial, decay)
+            d, d_initial[0] = backward_stages(call, x, A, states, transitions, do, d_S, has_initial, decay)
         of_maps = content_map_gradients(d.content, code, mean, down, up)
         d_bias = None if bias is None or d.content is None else d.content.sum(0)
         return None, None, None, *d.of_tokens, *of_maps, d_bias, *d_initial, None
@@ -211,7 +214,7 @@ class ChunkDelta(torch.autograd.Function):
         d_initial: list[Tensor | None] = [None, None, None]
         if parallel:
             d_S = None if d_final[0] is None else split_values(d_final[0], call.split)
-            d_states, d_residuals, _ = chunk_state_gradient(call, factors, operands, do, d_S, False)
+            d_states, d_residuals, _ = chunk_state_gradient(call, factors, operands, do, d_S, False, None)
         else:
             d_states, d_residuals, d_rows, d_content, d_initial = delta_state_gradient(
                 call, x, _content(down, up, bias), codes, factors, operands, A, states, do,

@@ -28,7 +28,13 @@ from megatron_carve.kernels import backends
 from megatron_carve.kernels.decoding import add_product, normed_product
 from megatron_carve.kernels.surroundings import convolve_heads, dynamic_convolve_heads, dynamic_convolve_qkv
 from megatron_carve.kernels.token_call import FEW_SEQUENCES, Norm
-from megatron_carve.kernels.triton_backend import content_gradient, content_terms, decode_mixer, decode_products
+from megatron_carve.kernels.triton_backend import (
+    content_gradient,
+    content_terms,
+    decode_mixer,
+    decode_products,
+    segments,
+)
 from megatron_carve.kernels.triton_backend.compiling import compiling
 from megatron_carve.kernels.triton_backend.paged_attention import attend_to_blocks
 
@@ -76,7 +82,8 @@ def main(form: str, dtype: torch.dtype, width: int) -> None:
     backends._interpreted = lambda: True  # tensors of a CPU pass
     decode_mixer.overlaps = decode_products.overlaps = lambda device: True
     content_gradient.cooperates = content_terms.cooperates = lambda device: True
-    content_terms.multiprocessors = lambda device: 132
+    content_terms.multiprocessors = segments.multiprocessors = lambda device: 132
+    segments.FEWEST, segments.SHORTEST = 2, 1  # so that the chain is cut here too
 
     def leaf(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype, requires_grad=True)
