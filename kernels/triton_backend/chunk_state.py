@@ -17,6 +17,8 @@ from .stages import HOPPER, Call, Factors, GradientOperands, Tuning
 from .tiles import load_rows, load_tile, store_tile
 
 TUNING = {HOPPER: Tuning(0, 64, 4, 3)}
+# With columns of transitions there are twice as many programs, two on a multiprocessor.
+EFFECT_TUNING = {HOPPER: Tuning(0, 64, 4, 2)}
 GRADIENT_TUNING = {HOPPER: Tuning(0, 64, 8, 2)}
 
 
@@ -152,7 +154,8 @@ def chunk_state(
             states, residuals, final, transitions,
             first, call.H, call.HV,
             K=call.K, V=call.V, BV=BV, HAS_INITIAL=initial is not None, STORE_CHUNKS=transitions is None,
-            STORE_FINAL=final is not None, **call.launch(TUNING, call.K, BV),
+            STORE_FINAL=final is not None,
+            **call.launch(TUNING if transitions is None else EFFECT_TUNING, call.K, BV),
         )  # fmt: skip
 
     def floats(chains: int, heads: int, columns: int) -> Tensor:
