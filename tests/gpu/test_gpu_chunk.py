@@ -44,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one token": {"B": 2, "T": 1, "H": 2, "K": 128, "V": 128},
     "256": {"B": 1, "T": 130, "H": 1, "K": 256, "V": 256, "initial_state": True},
     "64x256": {"B": 1, "T": 130, "H": 1, "HV": 2, "K": 64, "V": 256, "initial_state": True},
+    "segments": {"B": 1, "T": 2100, "H": 1, "HV": 2, "K": 128, "V": 128, "decay": "none"},
 }
 GDN2_CASES = CASES | {
     "vector gate": {"B": 2, "T": 150, "H": 1, "HV": 2, "K": 128, "V": 128, "short_w": False},
@@ -55,6 +56,7 @@ CARVE_CASES = CASES | {
     "content of every head": {"B": 2, "T": 300, "H": 2, "K": 64, "V": 64, "content_heads": True},
     "strong erase": {"B": 2, "T": 300, "H": 2, "K": 128, "V": 128, "content_chunk": 128, "erase": "strong"},
     "detached": {"B": 2, "T": 300, "H": 2, "K": 128, "V": 128, "content_grad": "detached"},
+    "segments detached": CASES["segments"] | {"content_grad": "detached"},
 }
 ALL = [(form, name) for form in FORMS for name in (GDN2_CASES if form == "gdn2" else CARVE_CASES)]
 
