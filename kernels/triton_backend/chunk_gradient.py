@@ -24,7 +24,7 @@ from .decay import (
 from .gates import GATE_SCALAR, GATE_SCALAR_LOGITS, GATE_VALUES, load_erase_gate, load_write_gate
 from .launching import launch
 from .products import matmul
-from .special import LOG2_E
+from .special import LOG2_E, fast_sigmoid
 from .stages import HOPPER, Call, Factors, Inputs, Tuning
 from .steep import steep_gradient
 from .tiles import load_columns, load_matrix, load_rows, load_tile, store_rows, store_tile
@@ -180,7 +180,7 @@ def chunk_key_gradient_kernel(
         tl.store(dA_log + i_chv * K + o_k, tl.sum(b_dg * b_g, 0) / LOG2_E)
         b_x = load_rows(g, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
         b_x += tl.load(dt_bias + i_h * K + o_k)[None, :]
-        b_dg *= -load_rate(A_log, i_h, K, o_k)[None, :] * tl.sigmoid(b_x)
+        b_dg *= -load_rate(A_log, i_h, K, o_k)[None, :] * fast_sigmoid(b_x)
         tl.store(d_dt_bias + i_chv * K + o_k, tl.sum(b_dg, 0))
     store_rows(dg, start, o_r, m_r, i_hv, HV, K, o_k, b_dg)
 

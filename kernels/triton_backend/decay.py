@@ -26,7 +26,7 @@ from torch import Tensor
 from ..checks import CHUNK_TOKENS, LARGEST_A_LOG
 from .chunks import BT, chunk_rows, chunk_sequence
 from .launching import launch
-from .special import LOG2_E, log2_softplus
+from .special import LOG2_E, fast_exp2, log2_softplus, reciprocal
 from .stages import HOPPER, Call, DecayInputs, Factors, Inputs, Tuning
 from .tiles import load_columns, load_rows, load_tile, store_rows, store_tile
 
@@ -65,9 +65,11 @@ def load_log2_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K: tl.constexpr,
     b_g = load_rows(g, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
     if RAW:
         b_g += load_columns(dt_bias, i_h, K, o_k)[None, :]
-        b_g = -load_rate(A_log, i_h, K, o_k)[None, :] * softplus(b_g)
+        b_g = -load_rate(A_log, i_h, K, o_k)[None, :] * log2_softplus(b_g)
         b_g = tl.where(m_r[:, None], b_g, 0.0)
-    return tl.maximum(b_g * LOG2_E, STEEPEST_LOG2_DECAY)
+    else:
+        b_g *= LOG2_E
+    return tl.maximum(b_g, STEEPEST_LOG2_DECAY)
 
 
 @triton.jit
@@ -117,11 +119,11 @@ def sum_rows(m_pairs, b_x, CT: tl.constexpr):
 def shifted_decay(m_pairs, b_g, shift, CT: tl.constexpr):
     """Row r: 2^shift times the decay over the rows s where m_pairs is true, [BT, BK]."""
     if tl.bfloat16 == CT:
-        b_decay = tl.exp2(sum_rows(m_pairs, b_g, CT) + shift)
+        b_decay = fast_exp2(sum_rows(m_pairs, b_g, CT) + shift)
     else:
         # a float32 sum near -100 is coarser than the factor; the small parts of the steps, summed apart, are not
         b_whole = tl.floor(b_g + 0.5)
-        b_decay = tl.exp2(sum_rows(m_pairs, b_g - b_whole, CT)) * tl.exp2(sum_rows(m_pairs, b_whole, CT) + shift)
+        b_decay = fast_exp2(sum_rows(m_pairs, b_g - b_whole, CT)) * fast_exp2(sum_rows(m_pairs, b_whole, CT) + shift)
     return b_decay
 
 
@@ -136,8 +138,8 @@ def late_factor(b_g, o_r, CT: tl.constexpr):
 
 @triton.jit
 def right_factor(b_left):
-    """1 / left; something finite where left is below UNSHIFT."""
-    return 1.0 / tl.maximum(b_left, UNSHIFT)
+    """1 / left, to 23 bits; something finite where left is below UNSHIFT."""
+    return reciprocal(tl.maximum(b_left, UNSHIFT))
 
 
 @triton.jit
@@ -245,7 +247,7 @@ def decay_kernel(
             b_g = load_step(g, A_log, dt_bias, erase_logits, content, i_ch, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
             if log_decay is not None:
                 store_rows(log_decay, start, o_r, m_r, i_h, H, K, o_k, b_g / LOG2_E)
-            store_tile(rest, i_ch, o_r, K, o_k, tl.exp2(sum_rows(o_r[None, :] > o_r[:, None], b_g, CT)))
+            store_tile(rest, i_ch, o_r, K, o_k, fast_exp2(sum_rows(o_r[None, :] > o_r[:, None], b_g, CT)))
             b_late = late_factor(b_g, o_r, CT)
             b_least = tl.minimum(b_least, tl.min(b_late, 1))
             store_tile(late, i_ch, o_r, K, o_k, b_late)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .special import fast_sigmoid
 from .tiles import load_rows
 
 # How the erase gate is given: its values, its logits, or logits to which a content term is added; or one value, or one
@@ -27,7 +28,7 @@ def load_erase_gate(
     if (GATE != GATE_VALUES) & (GATE != GATE_SCALAR):
         if GATE == GATE_CONTENT:
             b_b += tl.load(content + i_content * K + o_k)[None, :]
-        b_b = erase_scale * tl.sigmoid(b_b)
+        b_b = erase_scale * fast_sigmoid(b_b)
     return b_b
 
 
@@ -42,7 +43,7 @@ def load_write_gate(
     else:
         b_w = load_rows(w, start, o_r, m_r, i_hv, HV, V, o_v).to(tl.float32)
     if LOGITS:
-        b_w = tl.sigmoid(b_w)
+        b_w = fast_sigmoid(b_w)
     return b_w
 
 
@@ -50,4 +51,4 @@ def load_write_gate(
 def load_scalar_gate(x, start, o_r, m_r, i_h, H, LOGITS: tl.constexpr):
     """A gate of one number per head and token, [rows] float32; 0 in empty rows, or half where LOGITS are given."""
     b_x = tl.load(x + start * H + (o_r * H + i_h), mask=m_r, other=0.0).to(tl.float32)
-    return tl.sigmoid(b_x) if LOGITS else b_x
+    return fast_sigmoid(b_x) if LOGITS else b_x

@@ -18,6 +18,7 @@ from .decay import erase_left, halved_rows, has_halved_rows, load_late_factors, 
 from .gates import load_erase_gate
 from .launching import launch
 from .products import matmul, pairs_of_halves
+from .special import fast_exp2
 from .stages import HOPPER, Call, Factors, Inputs, Tuning
 from .tiles import load_key_and_query, load_rows, store_rows, store_tile
 
@@ -38,7 +39,7 @@ def halving_factor(b_g, o_r, step, CT: tl.constexpr, BEFORE: tl.constexpr = Fals
     in_lower = (half & 1) == 1
     after = tl.where(in_lower, half << step, o_r + 1)
     until = tl.where(in_lower, o_r + (0 if BEFORE else 1), (half + 1) << step)
-    return tl.exp2(sum_rows((o_r[None, :] >= after[:, None]) & (o_r[None, :] < until[:, None]), b_g, CT))
+    return fast_exp2(sum_rows((o_r[None, :] >= after[:, None]) & (o_r[None, :] < until[:, None]), b_g, CT))
 
 
 @triton.jit
@@ -105,10 +106,10 @@ def steep_scores(
 @triton.jit
 def merge_scores(b_mild, p_steep, first_steep, o_r):
     """Scores of a chunk, strictly lower [BT, BT] float32: rows from first_steep on are those at p_steep."""
-    m_lower = o_r[None, :] < o_r[:, None]
-    m_steep = m_lower & (o_r >= first_steep)[:, None]
-    b_mild = tl.where(m_lower & (o_r < first_steep)[:, None], b_mild, 0.0)
-    return b_mild + tl.load(p_steep, mask=m_steep, other=0.0).to(tl.float32)
+    m_steep = (o_r >= first_steep)[:, None]
+    # a mask of whole rows: one that differs between columns loads number by number
+    b_steep = tl.load(p_steep, mask=m_steep, other=0.0).to(tl.float32)
+    return tl.where(o_r[None, :] < o_r[:, None], tl.where(m_steep, b_steep, b_mild), 0.0)
 
 
 @triton.jit
