@@ -14,7 +14,7 @@ from .stages import HOPPER, Call, Factors, Inputs, Tuning
 from .steep import merge_scores, scores_of_steep_rows
 from .tiles import load_key_and_query, load_rows, store_tile
 
-TUNING = {HOPPER: Tuning(64, 64, 4, 2)}
+TUNING = {HOPPER: Tuning(64, 64, 4, 3)}
 
 
 @triton.jit

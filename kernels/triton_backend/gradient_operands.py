@@ -14,7 +14,7 @@ from .stages import HOPPER, Call, Factors, GradientOperands, Inputs, Tuning
 from .steep import merge_scores, scores_of_steep_rows
 from .tiles import load_key_and_query, load_matrix, load_rows, load_tile, store_matrix, store_tile
 
-TUNING = {HOPPER: Tuning(64, 0, 4)}
+TUNING = {HOPPER: Tuning(64, 0, 4, 2)}
 
 
 @triton.jit
@@ -54,6 +54,7 @@ def gradient_operands_kernel(
     first_steep = tl.load(steep_from + i_ch)
     wants_k_to_end = takes_loop_for_steep_rows(first_chunks, table, i_c, i_h, H) if FOR_DELTA_LOOP else True
 
+    b_A = load_tile(A, i_e, o_r, BT, o_r)
     b_P = tl.zeros([BT, BT], tl.float32)
     b_own = tl.zeros([BT], tl.float32)
     for i_k in range(K // BK):
@@ -72,8 +73,12 @@ def gradient_operands_kernel(
                 b_to_end = load_decay_to_end(b_left, last, rest, first_steep, i_ch, o_r, K, o_k)
                 b_k_to_end = b_k * b_to_end
                 if FOR_CONTENT:
-                    b_k_to_end = matmul(tl.trans(load_tile(A, i_e, o_r, BT, o_r)), b_k_to_end, CT, PRECISION)
+                    b_k_to_end = matmul(tl.trans(b_A), b_k_to_end, CT, PRECISION)
                 store_tile(k_to_end, i_ch, o_r, K, o_k, b_k_to_end)
+    # asked for before the waits that follow
+    b_do = None if FOR_DELTA_LOOP else load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v)
+    b_z = load_rows(v, start, o_r, m_r, i_hv, HV, V, o_v).to(tl.float32)
+    b_z *= load_write_gate(w, start, o_r, m_r, i_hv, HV, V, o_v, SPLIT, SCALAR_W, LOGITS_W)
     o_square = i_ch * BT * BT + (o_r[:, None] * BT + o_r[None, :])
     b_P = merge_scores(b_P, P + o_square, first_steep, o_r)
     b_P = tl.where(o_r[:, None] == o_r[None, :], b_own[:, None], b_P).to(CT)
@@ -81,18 +86,13 @@ def gradient_operands_kernel(
         if leads_keys:
             tl.store(P + o_square, b_P)
     else:
-        b_do = load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v)
         b_dR = matmul(tl.trans(b_P), b_do, CT, PRECISION)
         if FOR_CONTENT:
-            b_A = load_tile(A, i_e, o_r, BT, o_r)
-            b_P_sum = tl.sum(b_P.to(tl.float32), 0)
-            tl.store(P_sum + i_chv * BT + o_r, tl.sum(b_A.to(tl.float32) * b_P_sum[:, None], 0))
+            b_P_sum = tl.sum(b_P.to(tl.float32), 0)[:, None] * load_tile(A, i_e, o_r, BT, o_r).to(tl.float32)
+            tl.store(P_sum + i_chv * BT + o_r, tl.sum(b_P_sum, 0))
             b_dR = matmul(tl.trans(b_A), b_dR, CT, PRECISION)
         store_tile(d_residuals_here, i_chv, o_r, V, o_v, b_dR)
 
-    b_A = load_tile(A, i_e, o_r, BT, o_r)
-    b_z = load_write_gate(w, start, o_r, m_r, i_hv, HV, V, o_v, SPLIT, SCALAR_W, LOGITS_W)
-    b_z = b_z * load_rows(v, start, o_r, m_r, i_hv, HV, V, o_v).to(tl.float32)
     for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         b_left = erase_left(load_left(left, i_ch, o_r, K, o_k), left, i_ch, o_r, K, o_k, BEFORE)
