@@ -46,14 +46,6 @@ SHIFTED = tl.constexpr(2.0**90)
 
 
 @triton.jit
-def softplus(x):
-    e = tl.exp(tl.minimum(x, 20.0))
-    # the logarithm loses a small e beside 1
-    small = e * (1.0 - 0.5 * e)
-    return tl.where(x > 20.0, x, tl.where(x < -7.0, small, tl.log(1.0 + e)))
-
-
-@triton.jit
 def load_rate(A_log, i_h, K: tl.constexpr, o_k):
     """exp(A_log) of channels, [BK] float32."""
     return tl.exp(tl.minimum(load_columns(A_log, i_h, K, o_k), LARGEST))

@@ -25,8 +25,8 @@ from torch import Tensor
 from ..call import OpCall
 from ..state import CarveState
 from ..torch_backend.gates import plain_decay, plain_erase_gate, plain_write_gate
-from .decay import softplus
 from .products import tanh
+from .special import softplus
 
 # Numbers in a tile of S, and warps of its program: of 2048 to 16384 numbers and 2 to 8 warps these moved the most bytes
 # on an H200 at 64 and 512 sequences (K = V = 128; carve_sequences was not timed). Four warps hold 32 to 64 registers of

@@ -20,10 +20,11 @@ from torch import Tensor
 from ..state import CarveState
 from ..token_call import FEW_SEQUENCES, TokenCall
 from ..torch_backend.elementwise import L2_EPSILON
-from .decay import LARGEST, softplus
+from .decay import LARGEST
 from .decode import DONE, TOKEN_BITS, advance, content_term, load_content_maps, load_keys, through_content_maps
 from .overlap import overlaps, wait_for_launch_before
 from .short_convolution import sigmoid
+from .special import softplus
 
 EPSILON = tl.constexpr(L2_EPSILON)
 

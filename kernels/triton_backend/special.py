@@ -58,3 +58,11 @@ def log2_softplus(x):
     # the logarithm loses a small e beside 1
     small = e * (LOG2_E - e * (LOG2_E / 2 - e * (LOG2_E / 3)))
     return tl.maximum(x, 0.0) * LOG2_E + tl.where(e < 2.0**-7, small, fast_log2(1.0 + e))
+
+
+@triton.jit
+def softplus(x):
+    e = tl.exp(tl.minimum(x, 20.0))
+    # the logarithm loses a small e beside 1
+    small = e * (1.0 - 0.5 * e)
+    return tl.where(x > 20.0, x, tl.where(x < -7.0, small, tl.log(1.0 + e)))
