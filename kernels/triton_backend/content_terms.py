@@ -28,12 +28,12 @@ from .products import matmul, pairs_of_halves, tanh, unit_triangular_inverse
 from .special import LOG2_E, fast_exp2, reciprocal
 from .stages import HOPPER, Call, Content, DecayInputs, Inputs, Tuning
 from .steep import HALVINGS
-from .tiles import load_columns, load_matrix, load_tile, store_columns, store_matrix
+from .tiles import load_columns, load_matrix, store_columns, store_matrix
 
 # Warps are few so that two programs share an SM, and each does something while the other waits.
 TUNING = {HOPPER: Tuning(64, 64, 4)}
-# Masks of tokens [s, r]: s in the half of the chunk that r is in, and not after r; before r; not before r.
-HALF_THROUGH, HALF_BEFORE, HALF_FROM = (tl.constexpr(i) for i in range(3))
+# Tokens of half a chunk.
+HALF = tl.constexpr(CHUNK_TOKENS // 2)
 
 
 class ContentTerms(NamedTuple):
@@ -66,26 +66,25 @@ class ChunkEffects(NamedTuple):
 
     With z the rows that it writes, before the inverse A, its residuals are R = A (z - E S), the next state is
     total S + k_to_end^T R, and the sum of its outputs, without their scale, q_sum S + P_sum R. erased keys E, times
-    2^SHIFT, and k_to_end [K, C], inverse [C, C], A, all transposed; float32 total, q_sum [K], P_sum [C].
+    2^SHIFT, and k_to_end [K, C], inverse [C, C], A, all transposed; float32 of_channels [2, K], total and q_sum, and
+    P_sum [C].
     """
 
     erased: Tensor
     inverse: Tensor
     k_to_end: Tensor
-    total: Tensor
-    q_sum: Tensor
+    of_channels: Tensor
     P_sum: Tensor
 
 
-@triton.jit
-def shifted_decays(b_a, b_ones, CT: tl.constexpr):
-    """2^SHIFT times the decay over the tokens of each column of b_ones, [BK, BT]."""
-    if tl.bfloat16 == CT:
-        b_decay = fast_exp2(sum_tokens(b_a, b_ones, CT) + SHIFT)
-    else:  # a float32 sum near -100 is coarser than the factor; the small parts of the steps, summed apart, are not
-        b_whole = tl.floor(b_a + 0.5)
-        b_decay = tl.exp2(sum_tokens(b_a - b_whole, b_ones, CT)) * tl.exp2(sum_tokens(b_whole, b_ones, CT) + SHIFT)
-    return b_decay
+class Turned(NamedTuple):
+    """The key side of the chunk that a worker prepares, [N H workers, K, C], tokens side by side: 1 / the decay of a
+    step without the erase, float32; erase logits, of empty columns such that erase nothing; keys; queries."""
+
+    growth: Tensor
+    logits: Tensor
+    keys: Tensor
+    queries: Tensor
 
 
 @triton.jit
@@ -121,73 +120,124 @@ def load_bias(bias, i_h, K: tl.constexpr, o_k):
 
 
 @triton.jit
-def content_term(b_up, b_code, b_bias, CT: tl.constexpr, PRECISION: tl.constexpr):
-    """U code and the bias, [BK] float32; a product, so that all that follows has its layout."""
-    b_term = b_bias + product_with_vector(b_up, b_code, CT, PRECISION)
-    if b_up.dtype != CT:
-        b_low = b_up.to(tl.float32) - b_up.to(CT).to(tl.float32)
-        b_term += product_with_vector(b_low, b_code, CT, PRECISION)
-    return b_term
+def content_term(b_up, b_code, b_bias):
+    """U code and the bias, [BK] float32."""
+    return b_bias + tl.sum(b_up.to(tl.float32) * b_code[None, :], 1)
+
+
+@triton.jit
+def by_halves(x, i, o_k, K: tl.constexpr):
+    """Where the numbers of some channels are in tile i of a tensor of [K, BT] tiles, [BK, 2, HALF]."""
+    o_half, o_t = tl.arange(0, 2)[None, :, None], tl.arange(0, HALF)[None, None, :]
+    return x + i * K * BT + (o_k[:, None, None] * BT + o_half * HALF + o_t)
+
+
+@triton.jit
+def load_key_side(
+    q, k, g, erase_logits, A_log, dt_bias, start, o_r, m_r, i_h, H, K: tl.constexpr, o_k, RAW_DECAY: tl.constexpr
+):
+    """Of some key channels, transposed, what Turned has."""
+    b_g = load_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
+    # Finite: what a step of 2^-127 leaves is as little as what one of less does.
+    b_growth = fast_exp2(tl.minimum(-b_g, 127.0))
+    b_l = tl.where(m_r[None, :], load_channels(erase_logits, start, o_r, m_r, i_h, H, K, o_k), float("-inf"))
+    b_k = load_channels(k, start, o_r, m_r, i_h, H, K, o_k)
+    return b_growth, b_l, b_k, load_channels(q, start, o_r, m_r, i_h, H, K, o_k)
+
+
+@triton.jit
+def store_turned(b_growth, b_l, b_k, b_q, growth, logits, keys, queries, i_slot, o_r, K: tl.constexpr, o_k):
+    """What follows from them goes along the tokens of a channel, which here become neighbours in memory, hence in a
+    thread."""
+    store_matrix(growth, i_slot, o_k, o_r, K, BT, False, b_growth)
+    store_matrix(logits, i_slot, o_k, o_r, K, BT, False, b_l)
+    store_matrix(keys, i_slot, o_k, o_r, K, BT, False, b_k)
+    store_matrix(queries, i_slot, o_k, o_r, K, BT, False, b_q)
+
+
+@triton.jit
+def load_turned(growth, logits, keys, queries, i_slot, K: tl.constexpr, o_k):
+    return (
+        tl.load(by_halves(growth, i_slot, o_k, K)), tl.load(by_halves(logits, i_slot, o_k, K)),
+        tl.load(by_halves(keys, i_slot, o_k, K)), tl.load(by_halves(queries, i_slot, o_k, K)),
+    )  # fmt: skip
 
 
 @triton.jit
 def prepare_channels(
-    b_g, b_l, b_k, b_q, b_w, b_up, b_bias, b_code, terms, erased, k_to_end, total, q_sum,
-    b_through, b_before, b_from, i_ch, i_tile, o_r, o_k,
-    K: tl.constexpr, BEFORE: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+    b_growth, b_l, b_k, b_q, b_w, b_term, erased, k_to_end, of_channels, i_tile, o_k,
+    K: tl.constexpr, BEFORE: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
-    """What a block of channels adds to T transposed and to sums over the queries of their scores with a key, the latter
-    by channel, [BK, BT]; and the least decay over half the chunk, shifted. If that is below UNSHIFT, steep, what is
-    returned and stored here is not to be used, but for terms and total.
+    """Operands of scores of a block of channels, [BK, BT] in the dtype CT: keys, erased keys of the same half of the
+    chunk, those from across its middle, queries; and by channel whether no half decays beyond the range of factors. If
+    one does, what is returned and stored here is not to be used, but for the total decay.
 
     Decays between tokens of a half are factors that count from its start; where they meet over the middle the later
-    ones count from the chunk's start.
+    ones count from the chunk's start. They are products of the steps' own: there is no sum of logarithms.
     """
-    m_half = (o_r[:, None] >> 5) == (o_r[None, :] >> 5)
-    m_first = (o_r < 32)[None, :]
-    b_term = content_term(b_up, b_code, b_bias, CT, PRECISION)
-    store_columns(terms, i_ch, K, o_k, b_term)
-    b_a = with_erase(b_g, b_l, b_term * LOG2_E)
-    b_left = shifted_decays(b_a, b_through, CT)
-    b_left_E = shifted_decays(b_a, b_before, CT) if BEFORE else b_left
-    b_first = tl.sum(tl.where((o_r == 31)[None, :], b_left, 0.0), 1)
-    b_second = tl.sum(tl.where((o_r == 63)[None, :], b_left, 0.0), 1)
-    store_columns(total, i_tile, K, o_k, (b_first * UNSHIFT) * (b_second * UNSHIFT))
-    b_k = b_k.to(tl.float32)
-    b_E = b_k * b_w * b_left_E
-    b_erased = tl.where(m_first, b_E, b_E * UNSHIFT * b_first[:, None]).to(CT)
-    store_matrix(erased, i_tile, o_k, o_r, K, BT, False, b_erased)
-    b_k_right = b_k * reciprocal(b_left)
-    b_columns = tl.trans(b_k_right.to(CT))
-    b_T = tl.where(m_half, matmul(b_columns, b_E, CT, PRECISION), matmul(b_columns, b_erased, CT, PRECISION))
-    b_to_end = b_k_right * tl.where(m_first, b_first[:, None], b_second[:, None])
-    b_to_end = tl.where(m_first, b_to_end * (b_second * UNSHIFT)[:, None], b_to_end)
-    store_matrix(k_to_end, i_tile, o_k, o_r, K, BT, False, b_to_end)
+    BK: tl.constexpr = o_k.shape[0]
+    o_half, o_t = tl.arange(0, 2)[None, :], tl.arange(0, HALF)[None, None, :]
+    m_first = o_half == 0
+    b_step = b_growth + b_growth * fast_exp2(b_l.to(tl.float32) * LOG2_E + (b_term * LOG2_E)[:, None, None])
+    b_right = tl.cumprod(tl.where(o_t == 0, b_step * UNSHIFT, b_step), 2)
+    b_left = reciprocal(b_right)
+    b_halves = tl.sum(tl.where(o_t == HALF - 1, b_left, 0.0), 2)  # decays over them, shifted
+    b_first = tl.sum(tl.where(m_first, b_halves, 0.0), 1)
+    b_second = tl.sum(tl.where(m_first, 0.0, b_halves), 1)
     b_q = b_q.to(tl.float32) * b_left
-    b_q_first = tl.sum(tl.where(m_first, b_q, 0.0), 1) * UNSHIFT
-    b_q_second = tl.sum(tl.where(m_first, 0.0, b_q), 1) * UNSHIFT
-    store_columns(q_sum, i_tile, K, o_k, b_q_first + b_first * UNSHIFT * b_q_second)
-    b_P = matmul(b_q, b_from, CT, PRECISION) + tl.where(m_first, (b_first * b_q_second)[:, None], 0.0)
-    return b_T, b_k_right * b_P, tl.min(tl.minimum(b_first, b_second), 0)
+    b_q_halves = tl.sum(b_q, 2) * UNSHIFT
+    b_q_first = tl.sum(tl.where(m_first, b_q_halves, 0.0), 1)
+    b_q_second = tl.sum(tl.where(m_first, 0.0, b_q_halves), 1)
+    b_of_channels = tl.join((b_first * UNSHIFT) * (b_second * UNSHIFT), b_q_first + b_first * UNSHIFT * b_q_second)
+    tl.store(of_channels + i_tile * 2 * K + (o_k[:, None] + K * o_half), b_of_channels)
+    b_k = b_k.to(tl.float32)
+    b_k_right = b_k * b_right
+    b_to_end = b_k_right * (b_halves * tl.where(m_first, (b_second * UNSHIFT)[:, None], 1.0))[:, :, None]
+    tl.store(by_halves(k_to_end, i_tile, o_k, K), b_to_end.to(CT))
+    b_E = b_k * b_w * b_left
+    if BEFORE:
+        b_E *= b_step
+    b_erased = b_E * tl.where(m_first, 1.0, UNSHIFT)[:, :, None] * tl.where(m_first, 1.0, b_first[:, None])[:, :, None]
+    tl.store(by_halves(erased, i_tile, o_k, K), b_erased.to(CT))
+    # Scores over the middle are asked of the second half's columns alone; the first of the others is free for the sum
+    # of the second half's queries.
+    b_across = tl.where(m_first[:, :, None] & (o_t == 0), (b_first * b_q_second)[:, None, None], b_erased)
+    return (
+        tl.reshape(b_k_right.to(CT), (BK, BT)), tl.reshape(b_E.to(CT), (BK, BT)),
+        tl.reshape(b_across.to(CT), (BK, BT)), tl.reshape(b_q.to(CT), (BK, BT)),
+        (b_first >= UNSHIFT) & (b_second >= UNSHIFT),  # which no NaN is
+    )  # fmt: skip
+
+
+@triton.jit
+def scores_of_channels(b_k, b_E, b_across, b_q, o_r, CT: tl.constexpr, PRECISION: tl.constexpr):
+    """What they add to T transposed, [BT, BT], and to sums over the queries of their scores with a key, [BT]."""
+    o_s = o_r[:, None]
+    m_half = (o_s // HALF) == (o_r[None, :] // HALF)
+    b_k = tl.trans(b_k)
+    b_across = matmul(b_k, b_across, CT, PRECISION)
+    b_P = tl.where((o_s < HALF) & (o_r[None, :] == 0), b_across, 0.0)
+    b_P += tl.where(m_half & (o_s <= o_r[None, :]), matmul(b_k, b_q, CT, PRECISION), 0.0)
+    return tl.where(m_half, matmul(b_k, b_E, CT, PRECISION), b_across), tl.sum(b_P, 1)
 
 
 @triton.jit
 def prepare_steep_chunk(
-    q, k, g, erase_logits, b_w, A_log, dt_bias, content_up, b_code, bias, erased, k_to_end, q_sum,
-    start, o_r, m_r, i_h, H, i_map, i_tile, K: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, o_c,
-    BEFORE: tl.constexpr, RAW_DECAY: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, g, erase_logits, w, A_log, dt_bias, terms, erased, k_to_end, of_channels,
+    start, o_r, m_r, i_h, H, i_ch, i_tile, K: tl.constexpr, BK: tl.constexpr,
+    BEFORE: tl.constexpr, RAW_DECAY: tl.constexpr, LOGITS_W: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same of all channels of a chunk with any decay, by halving; returns T transposed and P_sum."""
     b_T = tl.zeros([BT, BT], tl.float32)
     b_P_sum = tl.zeros([BT], tl.float32)
     o_s = o_r[:, None]
+    b_w = load_scalar_gate(w, start, o_r, m_r, i_h, H, LOGITS_W)[None, :]
     for i_k in tl.range(K // BK, disable_licm=True):
         o_k = i_k * BK + tl.arange(0, BK)
-        b_up = load_matrix(content_up, i_map, o_k, o_c, K, R, False)
         b_a = with_erase(
             load_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY),
             load_logits(erase_logits, start, o_r, m_r, i_h, H, K, o_k),
-            content_term(b_up, b_code, load_bias(bias, i_h, K, o_k), CT, PRECISION) * LOG2_E,
+            load_columns(terms, i_ch, K, o_k) * LOG2_E,
         )  # fmt: skip
         b_k = load_channels(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
         b_q = load_channels(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
@@ -205,30 +255,16 @@ def prepare_steep_chunk(
         b_to_end = b_k * tl.exp2(sum_tokens(b_a, o_s > o_r[None, :], CT))
         store_matrix(k_to_end, i_tile, o_k, o_r, K, BT, False, b_to_end)
         b_q *= tl.exp2(sum_tokens(b_a, o_s <= o_r[None, :], CT))
-        store_columns(q_sum, i_tile, K, o_k, tl.sum(b_q, 1))
+        store_columns(of_channels, i_tile * 2 + 1, K, o_k, tl.sum(b_q, 1))
     return b_T, b_P_sum
-
-
-@triton.jit
-def load_key_side(
-    q, k, g, erase_logits, A_log, dt_bias, content_up, bias, start, o_r, m_r, i_h, H, i_map,
-    K: tl.constexpr, o_k, R: tl.constexpr, o_c, RAW_DECAY: tl.constexpr,
-):  # fmt: skip
-    """Of some key channels, transposed: log-decays, erase logits, keys, queries; their map of the code, and bias."""
-    b_g = load_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
-    b_l = load_logits(erase_logits, start, o_r, m_r, i_h, H, K, o_k)
-    b_k = load_channels(k, start, o_r, m_r, i_h, H, K, o_k)
-    b_q = load_channels(q, start, o_r, m_r, i_h, H, K, o_k)
-    b_up = load_matrix(content_up, i_map, o_k, o_c, K, R, False)
-    return b_g, b_l, b_k, b_q, b_up, load_bias(bias, i_h, K, o_k)
 
 
 @triton.jit
 def prepare_chunk(
     q, k, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
     terms, codes, means, running_mean, p_finished, least_finished,
-    erased, inverse, k_to_end, total, q_sum, P_sum, token_masks, p_prepared, number,
-    i_nh, i_h, i_ch, i_tile, start, m_r, H, content_heads,
+    erased, inverse, k_to_end, of_channels, P_sum, growth, logits, keys, queries, p_prepared, number,
+    i_nh, i_h, i_ch, i_tile, i_slot, start, tokens_from, tokens_to, H, content_heads,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     BEFORE: tl.constexpr, RAW_DECAY: tl.constexpr, LOGITS_W: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
@@ -236,67 +272,61 @@ def prepare_chunk(
     """What a chunk does to the state and adds to the mean, once the counter at p_finished tells that the mean is known
     which its content term takes. Outputs as in ChunkEffects, at i_tile; the counter at p_prepared tells twice the
     chunk's number and 1 when all but the inverse are there, and one more when that is."""
+    tl.static_assert((K == BK) | (K == 2 * BK))
     o_r, o_k, o_v, o_c = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, V), tl.arange(0, RP)
+    o_k_2 = o_k + (K - BK)
     i_map = i_h * content_heads
-    # asked for before the wait
-    b_g, b_l, b_k, b_q, b_up, b_bias = load_key_side(
-        q,
-        k,
-        g,
-        erase_logits,
-        A_log,
-        dt_bias,
-        content_up,
-        bias,
-        start,
-        o_r,
-        m_r,
-        i_h,
-        H,
-        i_map,
-        K,
-        o_k,
-        R,
-        o_c,
-        RAW_DECAY,
+    # before the wait, what does not depend on the mean
+    m_r = (start + o_r >= tokens_from) & (start + o_r < tokens_to)
+    b_growth, b_l, b_k, b_q = load_key_side(
+        q, k, g, erase_logits, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY
     )
     if K > BK:
-        tl.static_assert(K == 2 * BK)
-        o_k_2 = BK + o_k
-        b_g_2, b_l_2, b_k_2, b_q_2, b_up_2, b_bias_2 = load_key_side(
-            q, k, g, erase_logits, A_log, dt_bias, content_up, bias,
-            start, o_r, m_r, i_h, H, i_map, K, o_k_2, R, o_c, RAW_DECAY,
-        )  # fmt: skip
-    b_w = load_scalar_gate(w, start, o_r, m_r, i_h, H, LOGITS_W)[None, :]
+        b_growth_2, b_l_2, b_k_2, b_q_2 = load_key_side(
+            q, k, g, erase_logits, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k_2, RAW_DECAY
+        )
+        store_turned(b_growth_2, b_l_2, b_k_2, b_q_2, growth, logits, keys, queries, i_slot, o_r, K, o_k_2)
+    store_turned(b_growth, b_l, b_k, b_q, growth, logits, keys, queries, i_slot, o_r, K, o_k)
+    o_h = tl.arange(0, 2)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    m_h = (start + o_h >= tokens_from) & (start + o_h < tokens_to)
+    b_w = load_scalar_gate(w, start, o_h, m_h, i_h, H, LOGITS_W)[None, :, :]
     b_down = load_matrix(content_down, i_map, o_c, o_v, R, V, False)
-    b_through = load_tile(token_masks, HALF_THROUGH, o_r, BT, o_r)
-    b_before = load_tile(token_masks, HALF_BEFORE, o_r, BT, o_r)
-    b_from = load_tile(token_masks, HALF_FROM, o_r, BT, o_r)
-    b_g, b_l, b_w = here(b_g), here(b_l), here(b_w)
+    b_up = load_matrix(content_up, i_map, o_k, o_c, K, R, False)
+    b_bias = load_bias(bias, i_h, K, o_k)
     if K > BK:
-        b_g_2, b_l_2 = here(b_g_2), here(b_l_2)
+        b_up_2 = load_matrix(content_up, i_map, o_k_2, o_c, K, R, False)
+        b_bias_2 = load_bias(bias, i_h, K, o_k_2)
+    tl.debug_barrier()  # all threads have stored their part
+    b_growth, b_l, b_k, b_q = load_turned(growth, logits, keys, queries, i_slot, K, o_k)
+    b_growth, b_w = here(b_growth), here(b_w)
     wait_for(p_finished, least_finished)
     b_mean = load_columns(running_mean, i_nh, V, o_v)
-    b_code = tanh(tl.sum(b_down.to(tl.float32) * b_mean[None, :], 1))
-    store_columns(means, i_ch, V, o_v, b_mean)
-    store_columns(codes, i_ch, R, o_c, b_code)
-    b_T, b_P, least = prepare_channels(
-        b_g, b_l, b_k, b_q, b_w, b_up, b_bias, b_code, terms, erased, k_to_end, total, q_sum,
-        b_through, b_before, b_from, i_ch, i_tile, o_r, o_k, K, BEFORE, CT, PRECISION,
+    b_rows = tl.load(running_mean + i_nh * V + (o_v[None, :] + 0 * o_c[:, None]))  # the same beside each row of D
+    b_code = tanh(tl.sum(b_down.to(tl.float32) * b_rows, 1))
+    b_term = content_term(b_up, b_code, b_bias)
+    b_k_right, b_E, b_across, b_q_left, m_mild = prepare_channels(
+        b_growth, b_l, b_k, b_q, b_w, b_term, erased, k_to_end, of_channels, i_tile, o_k, K, BEFORE, CT
     )  # fmt: skip
     if K > BK:
-        b_T_2, b_P_2, least_2 = prepare_channels(
-            b_g_2, b_l_2, b_k_2, b_q_2, b_w, b_up_2, b_bias_2, b_code, terms, erased, k_to_end, total, q_sum,
-            b_through, b_before, b_from, i_ch, i_tile, o_r, o_k_2, K, BEFORE, CT, PRECISION,
+        b_term_2 = content_term(b_up_2, b_code, b_bias_2)
+        b_growth_2, b_l_2, b_k_2, b_q_2 = load_turned(growth, logits, keys, queries, i_slot, K, o_k_2)
+    b_T, b_P_sum = scores_of_channels(b_k_right, b_E, b_across, b_q_left, o_r, CT, PRECISION)
+    if K > BK:
+        b_k_right, b_E, b_across, b_q_left, m_mild_2 = prepare_channels(
+            b_growth_2, b_l_2, b_k_2, b_q_2, b_w, b_term_2, erased, k_to_end, of_channels, i_tile, o_k_2, K, BEFORE, CT
         )  # fmt: skip
+        b_T_2, b_P_sum_2 = scores_of_channels(b_k_right, b_E, b_across, b_q_left, o_r, CT, PRECISION)
         b_T += b_T_2
-        b_P += b_P_2
-        least = tl.minimum(least, least_2)
-    b_P_sum = tl.sum(b_P, 0)
-    if least < UNSHIFT:
+        b_P_sum += b_P_sum_2
+        m_mild &= m_mild_2
+    if tl.min(m_mild.to(tl.int32), 0) == 0:
+        store_columns(terms, i_ch, K, o_k, b_term)
+        if K > BK:
+            store_columns(terms, i_ch, K, o_k_2, b_term_2)
+        tl.debug_barrier()  # all threads have stored their part
         b_T, b_P_sum = prepare_steep_chunk(
-            q, k, g, erase_logits, b_w, A_log, dt_bias, content_up, b_code, bias, erased, k_to_end, q_sum,
-            start, o_r, m_r, i_h, H, i_map, i_tile, K, BK, R, o_c, BEFORE, RAW_DECAY, CT, PRECISION,
+            q, k, g, erase_logits, w, A_log, dt_bias, terms, erased, k_to_end, of_channels,
+            start, o_r, m_r, i_h, H, i_ch, i_tile, K, BK, BEFORE, RAW_DECAY, LOGITS_W, CT, PRECISION,
         )  # fmt: skip
     store_columns(P_sum, i_tile, BT, o_r, b_P_sum)
     announce(p_prepared, 2 * number + 1)
@@ -304,6 +334,12 @@ def prepare_chunk(
     b_T = tl.where(o_r[:, None] < o_r[None, :], b_T, 0.0)
     store_matrix(inverse, i_tile, o_r, o_r, BT, BT, False, unit_triangular_inverse(b_T, o_r, True, CT, PRECISION))
     announce(p_prepared, 2 * number + 2)
+    # nobody waits for these
+    store_columns(means, i_ch, V, o_v, b_mean)
+    store_columns(codes, i_ch, R, o_c, b_code)
+    store_columns(terms, i_ch, K, o_k, b_term)
+    if K > BK:
+        store_columns(terms, i_ch, K, o_k_2, b_term_2)
 
 
 @triton.jit
@@ -319,7 +355,7 @@ def load_written(
 @triton.jit
 def carry_state(
     v, w, b_S, b_z, b_partial, p_prepared, number, p_finished,
-    erased, inverse, k_to_end, total, q_sum, P_sum, running_mean, i_nh, i_h, i_tile, next_start, tokens_from, tokens_to,
+    erased, inverse, k_to_end, of_channels, P_sum, running_mean, i_nh, i_h, i_tile, next_start, tokens_from, tokens_to,
     H, ends, content_chunk, o_v, K: tl.constexpr, V: tl.constexpr, LOGITS_W: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -334,10 +370,10 @@ def carry_state(
     if not ready:
         wait_for(p_prepared, 2 * number + 1)
     b_E = load_matrix(erased, i_tile, o_k, o_r, K, BT, False)
-    b_weights = load_columns(q_sum, i_tile, K, o_k)
+    b_weights = load_columns(of_channels, i_tile * 2 + 1, K, o_k)
     b_P_sum = load_columns(P_sum, i_tile, BT, o_r)[None, :]
     b_k_end = load_matrix(k_to_end, i_tile, o_k, o_r, K, BT, False)
-    b_total = load_columns(total, i_tile, K, o_k)[None, :]
+    b_total = load_columns(of_channels, i_tile * 2, K, o_k)[None, :]
     b_S_CT = b_S.to(CT)
     b_R = b_z - matmul(b_S_CT, b_E, CT, PRECISION) * UNSHIFT
     b_partial += product_with_vector(b_S_CT, b_weights, CT, PRECISION)
@@ -363,8 +399,8 @@ def content_terms_kernel(
     q, k, v, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
     initial_S, initial_mean, initial_partial, initial_count,
     terms, codes, means, final_mean, final_partial,
-    erased, inverse, k_to_end, total, q_sum, P_sum, running_mean, finished, prepared, tickets, token_masks,
-    table, first, content_chunk, ring, H, content_heads, multiprocessors,
+    erased, inverse, k_to_end, of_channels, P_sum, growth, logits, keys, queries,
+    running_mean, finished, prepared, tickets, table, first, content_chunk, ring, H, content_heads, multiprocessors,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     WORKERS: tl.constexpr, STATES: tl.constexpr, ALONE: tl.constexpr,
     BEFORE: tl.constexpr, RAW_DECAY: tl.constexpr, LOGITS_W: tl.constexpr,
@@ -387,7 +423,8 @@ def content_terms_kernel(
         content_chunks(
             q, k, v, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
             initial_S, initial_mean, initial_partial, initial_count, terms, codes, means, final_mean, final_partial,
-            erased, inverse, k_to_end, total, q_sum, P_sum, running_mean, finished, prepared, token_masks,
+            erased, inverse, k_to_end, of_channels, P_sum, growth, logits, keys, queries,
+            running_mean, finished, prepared,
             table, first, content_chunk, ring, H, content_heads, i_nh, 0, 0,
             K, BK, V, R, RP, 1, 1, True, True, BEFORE, RAW_DECAY, LOGITS_W, CT, PRECISION,
         )  # fmt: skip
@@ -395,7 +432,8 @@ def content_terms_kernel(
         content_chunks(
             q, k, v, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
             initial_S, initial_mean, initial_partial, initial_count, terms, codes, means, final_mean, final_partial,
-            erased, inverse, k_to_end, total, q_sum, P_sum, running_mean, finished, prepared, token_masks,
+            erased, inverse, k_to_end, of_channels, P_sum, growth, logits, keys, queries,
+            running_mean, finished, prepared,
             table, first, content_chunk, ring, H, content_heads, i_nh, 0, role,
             K, BK, V, R, RP, WORKERS, STATES, False, True, BEFORE, RAW_DECAY, LOGITS_W, CT, PRECISION,
         )  # fmt: skip
@@ -403,7 +441,8 @@ def content_terms_kernel(
         content_chunks(
             q, k, v, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
             initial_S, initial_mean, initial_partial, initial_count, terms, codes, means, final_mean, final_partial,
-            erased, inverse, k_to_end, total, q_sum, P_sum, running_mean, finished, prepared, token_masks,
+            erased, inverse, k_to_end, of_channels, P_sum, growth, logits, keys, queries,
+            running_mean, finished, prepared,
             table, first, content_chunk, ring, H, content_heads, i_nh, role - STATES, 0,
             K, BK, V, R, RP, WORKERS, STATES, True, False, BEFORE, RAW_DECAY, LOGITS_W, CT, PRECISION,
         )  # fmt: skip
@@ -413,8 +452,8 @@ def content_terms_kernel(
 def content_chunks(
     q, k, v, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
     initial_S, initial_mean, initial_partial, initial_count, terms, codes, means, final_mean, final_partial,
-    erased, inverse, k_to_end, total, q_sum, P_sum, running_mean, finished, prepared, token_masks,
-    table, first, content_chunk, ring, H, content_heads, i_nh, worker, part,
+    erased, inverse, k_to_end, of_channels, P_sum, growth, logits, keys, queries,
+    running_mean, finished, prepared, table, first, content_chunk, ring, H, content_heads, i_nh, worker, part,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     WORKERS: tl.constexpr, STATES: tl.constexpr, PREPARES: tl.constexpr, CARRIES: tl.constexpr,
     BEFORE: tl.constexpr, RAW_DECAY: tl.constexpr, LOGITS_W: tl.constexpr,
@@ -451,20 +490,19 @@ def content_chunks(
         if PREPARES:
             i_own = i_since + (worker + (i_since + filled) * (WORKERS - 1)) % WORKERS
             for i in tl.range(i_own, i_to, WORKERS, disable_licm=True):
-                start = row_0 + i * BT
                 prepare_chunk(
                     q, k, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
                     terms, codes, means, running_mean, finished, STATES * (i_from + filled) // slots + STATES,
-                    erased, inverse, k_to_end, total, q_sum, P_sum, token_masks, prepared + worker, i,
-                    i_nh, i_h, (begin + i) * H + i_h, i_nh * ring + i % ring, start,
-                    (start + o_r >= tokens_from) & (start + o_r < tokens_to), H, content_heads,
+                    erased, inverse, k_to_end, of_channels, P_sum, growth, logits, keys, queries, prepared + worker, i,
+                    i_nh, i_h, (begin + i) * H + i_h, i_nh * ring + i % ring, i_nh * WORKERS + worker, row_0 + i * BT,
+                    tokens_from, tokens_to, H, content_heads,
                     K, BK, V, R, RP, BEFORE, RAW_DECAY, LOGITS_W, CT, PRECISION,
                 )  # fmt: skip
         if CARRIES:
             for i in tl.range(i_since, i_to, disable_licm=True):
                 b_S, b_z, b_partial = carry_state(
                     v, w, b_S, b_z, b_partial, prepared + (i + filled) % WORKERS, i, finished,
-                    erased, inverse, k_to_end, total, q_sum, P_sum, running_mean,
+                    erased, inverse, k_to_end, of_channels, P_sum, running_mean,
                     i_nh, i_h, i_nh * ring + i % ring, row_0 + (i + 1) * BT, tokens_from, tokens_to, H,
                     (i == i_from + slots - 1) & (row_0 + (i + 1) * BT <= tokens_to), content_chunk, o_v,
                     K, V, LOGITS_W, CT, PRECISION,
@@ -488,15 +526,6 @@ def team_of_terms(heads: int, side_by_side: int, V: int, device: torch.device) -
     return Team() if team.programs == 2 and heads > team.multiprocessors else team
 
 
-@functools.cache
-def token_masks(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[3, C, C] of the names above."""
-    r = torch.arange(CHUNK_TOKENS, device=device)
-    s = r[:, None]
-    half = s // 32 == r // 32
-    return torch.stack([half & (s <= r), half & (s < r), half & (s >= r)]).to(dtype)
-
-
 def content_terms(
     call: Call, x: Inputs, decay: DecayInputs, content: Content, initial: tuple[Tensor | None, ...], content_chunk: int
 ) -> ContentTerms:
@@ -512,23 +541,26 @@ def content_terms(
         *(call.floats(x.v, call.H, V).new_empty(chunks.sequences, call.H, V) for _ in range(2)),
     )
     heads, slots = chunks.sequences * call.H, content_chunk // CHUNK_TOKENS
+    team = team_of_terms(heads, slots, V, device)
     # The tiles of a content chunk stay while the next one's are prepared.
     ring = min(2 * slots, chunks.count)
     tile = functools.partial(torch.empty, device=device, dtype=call.tile_dtype)
     floats = functools.partial(torch.empty, device=device, dtype=torch.float32)
     effects = ChunkEffects(
         *(tile((heads, ring, rows, CHUNK_TOKENS)) for rows in (call.K, CHUNK_TOKENS, call.K)),
-        *(floats((heads, ring, size)) for size in (call.K, call.K, CHUNK_TOKENS)),
+        *(floats((heads, ring, size)) for size in (2 * call.K, CHUNK_TOKENS)),
+    )
+    slots_of_workers = functools.partial(torch.empty, (heads * team.workers, call.K, CHUNK_TOKENS), device=device)
+    turned = Turned(
+        *(slots_of_workers(dtype=dtype) for dtype in (torch.float32, decay.erase_logits.dtype, x.k.dtype, x.q.dtype))
     )
     BK, sizes = call.key_block(TUNING), content_sizes(call, content)
     sizes["RP"] = max(sizes["RP"], 16)  # of a product
-    team = team_of_terms(heads, slots, V, device)
     launch(
         content_terms_kernel, (heads * team.programs,),
         x.q, x.k, x.v, decay.g, decay.erase_logits, x.w, decay.A_log, decay.dt_bias, *content, *initial, *found,
-        *effects, floats((heads, V)), *make_counters(device, heads, heads * team.workers, 1),
-        token_masks(device, call.tile_dtype), chunks.table, chunks.first, content_chunk, ring, call.H, content.by_head,
-        team.multiprocessors,
+        *effects, *turned, floats((heads, V)), *make_counters(device, heads, heads * team.workers, 1),
+        chunks.table, chunks.first, content_chunk, ring, call.H, content.by_head, team.multiprocessors,
         BK=BK, WORKERS=team.workers, STATES=team.states, ALONE=team.alone, RAW_DECAY=decay.A_log is not None,
         **sizes | call.launch(TUNING, BK, V // team.states),
     )  # fmt: skip

@@ -43,7 +43,7 @@ OTHERS = [
 # Bytes that a thread of a sequential loop may spill: beside so much shared memory an SM's cache has room for little.
 # The forward's content stage forms the decays and scores of a chunk of 128 channels in one program of four warps, of
 # which an SM takes two. A mixer's step of many sequences spills a few for three programs on an SM.
-SPILLED = {"gdn2": 0, "diagonal": 1664, "delta": 700, "dynamic": 0, "heads": 0, "token": 64}
+SPILLED = {"gdn2": 0, "diagonal": 1024, "delta": 700, "dynamic": 0, "heads": 0, "token": 64}
 # Of CARVE's last stage of the backward, which has most to hold of those for all chunks at once.
 ERASING_GRADIENT_SPILLED = 256
 
