@@ -133,23 +133,18 @@ def by_halves(x, i, o_k, K: tl.constexpr):
 
 
 @triton.jit
-def load_key_side(
-    q, k, g, erase_logits, A_log, dt_bias, start, o_r, m_r, i_h, H, K: tl.constexpr, o_k, RAW_DECAY: tl.constexpr
-):
-    """Of some key channels, transposed, what Turned has."""
-    b_g = load_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
-    # Finite: what a step of 2^-127 leaves is as little as what one of less does.
-    b_growth = fast_exp2(tl.minimum(-b_g, 127.0))
+def turn_key_side(
+    q, k, g, erase_logits, A_log, dt_bias, growth, logits, keys, queries,
+    start, o_r, m_r, i_h, H, i_slot, K: tl.constexpr, o_k, RAW_DECAY: tl.constexpr,
+):  # fmt: skip
+    """Store what Turned has: what follows from it goes along the tokens of a channel, which here become neighbours in
+    memory, hence in a thread. (All channels at once: they come from far.)"""
     b_l = tl.where(m_r[None, :], load_channels(erase_logits, start, o_r, m_r, i_h, H, K, o_k), float("-inf"))
     b_k = load_channels(k, start, o_r, m_r, i_h, H, K, o_k)
-    return b_growth, b_l, b_k, load_channels(q, start, o_r, m_r, i_h, H, K, o_k)
-
-
-@triton.jit
-def store_turned(b_growth, b_l, b_k, b_q, growth, logits, keys, queries, i_slot, o_r, K: tl.constexpr, o_k):
-    """What follows from them goes along the tokens of a channel, which here become neighbours in memory, hence in a
-    thread."""
-    store_matrix(growth, i_slot, o_k, o_r, K, BT, False, b_growth)
+    b_q = load_channels(q, start, o_r, m_r, i_h, H, K, o_k)
+    b_g = load_decay(g, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
+    # Finite: what a step of 2^-127 leaves is as little as what one of less does.
+    store_matrix(growth, i_slot, o_k, o_r, K, BT, False, fast_exp2(tl.minimum(-b_g, 127.0)))
     store_matrix(logits, i_slot, o_k, o_r, K, BT, False, b_l)
     store_matrix(keys, i_slot, o_k, o_r, K, BT, False, b_k)
     store_matrix(queries, i_slot, o_k, o_r, K, BT, False, b_q)
@@ -278,15 +273,10 @@ def prepare_chunk(
     i_map = i_h * content_heads
     # before the wait, what does not depend on the mean
     m_r = (start + o_r >= tokens_from) & (start + o_r < tokens_to)
-    b_growth, b_l, b_k, b_q = load_key_side(
-        q, k, g, erase_logits, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY
-    )
-    if K > BK:
-        b_growth_2, b_l_2, b_k_2, b_q_2 = load_key_side(
-            q, k, g, erase_logits, A_log, dt_bias, start, o_r, m_r, i_h, H, K, o_k_2, RAW_DECAY
-        )
-        store_turned(b_growth_2, b_l_2, b_k_2, b_q_2, growth, logits, keys, queries, i_slot, o_r, K, o_k_2)
-    store_turned(b_growth, b_l, b_k, b_q, growth, logits, keys, queries, i_slot, o_r, K, o_k)
+    turn_key_side(
+        q, k, g, erase_logits, A_log, dt_bias, growth, logits, keys, queries,
+        start, o_r, m_r, i_h, H, i_slot, K, tl.arange(0, K), RAW_DECAY,
+    )  # fmt: skip
     o_h = tl.arange(0, 2)[:, None] * HALF + tl.arange(0, HALF)[None, :]
     m_h = (start + o_h >= tokens_from) & (start + o_h < tokens_to)
     b_w = load_scalar_gate(w, start, o_h, m_h, i_h, H, LOGITS_W)[None, :, :]
