@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .products import matmul
+from .special import INTERPRETED
 
 
 @triton.jit
@@ -74,6 +75,29 @@ def turned(b_x, b_identity, CT: tl.constexpr, PRECISION: tl.constexpr):
     if b_x.dtype == tl.bfloat16:
         b_turned = matmul(b_identity, b_turned, CT, PRECISION).to(CT)
     return b_turned
+
+
+@triton.jit
+def paired(b_x):
+    """A tile of bfloat16 as a loop is to move it along: two numbers a register, where Triton gives each its own."""
+    if b_x.dtype == tl.bfloat16 and not INTERPRETED:
+        b_low, b_high = tl.split(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1], b_x.shape[2] // 2, 2]))
+        b_x = tl.inline_asm_elementwise(
+            "mov.b32 $0, {$1, $2};", "=r,h,h", [b_low, b_high], dtype=tl.int32, is_pure=True, pack=1
+        )  # fmt: skip
+    return b_x
+
+
+@triton.jit
+def unpaired(b_x):
+    """The tile that `paired` was given. Triton would take products of what tl.join makes in another layout."""
+    if b_x.dtype == tl.int32:
+        GROUPS: tl.constexpr = b_x.shape[0]
+        ROWS: tl.constexpr = b_x.shape[1]
+        PAIRS: tl.constexpr = b_x.shape[2]
+        b_x = tl.reshape(tl.broadcast_to(b_x[:, :, :, None], [GROUPS, ROWS, PAIRS, 2]), [GROUPS, ROWS, 2 * PAIRS])
+        b_x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [b_x], dtype=tl.bfloat16, is_pure=True, pack=2)
+    return b_x
 
 
 @triton.jit
