@@ -41,7 +41,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 HEAD_WIDTHS = (32, 64, 96, 128, 256)
 WIDEST_CONVOLUTION = 8
-# Bytes. In the gradient's kernel its operands take six times as much of shared memory.
+# Bytes. In a kernel of the gradient its operands, and what is loaded ahead, take three times as much of shared memory.
 LARGEST_TAPS_TABLE = 32 * 1024
 
 

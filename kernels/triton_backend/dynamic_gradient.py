@@ -31,11 +31,12 @@ from .product_tiles import (
     columns_of_product_tile,
     identities,
     load_product_tile,
-    paired,
+    moved_along,
+    packed,
     store_product_tile,
     sum_of_groups,
     turned,
-    unpaired,
+    unpacked,
 )
 from .products import matmul
 from .short_convolution import EPSILON, sigmoid, silu_gradient
@@ -70,15 +71,16 @@ def dynamic_token_gradient_kernel(
     b_zero = tl.zeros([GROUPS, ROWS, P], tl.float32)
     b_x, b_dx = (), ()
     for j in tl.static_range(W - 1):
-        b_x += (paired(load_product_tile(x, x_token, start - (W - 1) + j, T, run, channels, ROWS, GROUPS, P)),)
+        b_x += (packed(load_product_tile(x, x_token, start - (W - 1) + j, T, run, channels, ROWS, GROUPS, P)),)
         b_dx += (b_zero,)
     # the last tokens of a run get parts of their dx from the first tokens of the next run
     for i in tl.range(run + W - 1, num_stages=AHEAD + 1):
         i_t = start + i
         b_age = age_of_runs(age, i_t, T, run, ROWS)
-        b_x += (paired(load_product_tile(x, x_token, i_t, T, run, channels, ROWS, GROUPS, P)),)
+        b_x += (packed(load_product_tile(x, x_token, i_t, T, run, channels, ROWS, GROUPS, P)),)
         b_z = load_product_tile(features, z_token, i_t, T, run, R, ROWS, GROUPS, RP, True)
-        b_d_out = load_product_tile(d_out, out_token, i_t, T, run, channels, ROWS, GROUPS, P).to(tl.float32)
+        b_d_out = load_product_tile(d_out, out_token, i_t, T, run, channels, ROWS, GROUPS, P)
+        b_d_out = unpacked(packed(b_d_out), tl.float32)
         b_x, b_mixing, b_y = mixed(b_x, b_z, b_taps, b_up, b_bias, age, b_age, W, CT, PRECISION)
         b_dy = activation_gradient(b_y, b_d_out, GROUP == 0, of_keys)
         # no token before the run's first is the program's, nor one after its last
@@ -89,7 +91,7 @@ def dynamic_token_gradient_kernel(
         for j in tl.static_range(W):
             b_more_dx += (b_dx[j] + within_reach(b_mixing[j] * b_dy, age, b_age[None, :, None], W - 1 - j),)
         store_product_tile(dx, D, i_t - (W - 1), tl.where(i >= W - 1, T, 0), run, channels, b_more_dx[0])
-        b_x, b_dx = b_x[1:], b_more_dx[1:]
+        b_x, b_dx = moved_along(b_x), b_more_dx[1:]
 
 
 @triton.jit(do_not_specialize=["run"])
@@ -118,13 +120,13 @@ def dynamic_tap_gradient_kernel(
     dy += i_b * T * D + first
     d_features += ((i_in_section.to(tl.int64) * B + i_b) * T * 3 + i_section) * R
     b_up = load_table(up, first, channels, R, GROUPS, P, RP, W, CT)
-    b_identity, b_feature_identity = identities(GROUPS, P, CT), identities(GROUPS, RP, CT)
+    b_identity, b_feature_identity = identities(BD, CT), identities(GROUPS * RP, CT)
     b_d_sums = tl.zeros([GROUPS, P, SUMS], tl.float32)
     b_x, b_turned_x, b_d_up, b_into_sum = (), (), (), ()
     for j in tl.static_range(W - 1):
         b_token = load_product_tile(x, x_token, start - (W - 1) + j, T, run, channels, ROWS, GROUPS, P).to(CT)
-        b_x += (paired(b_token),)
-        b_turned_x += (paired(turned(b_token, b_identity, CT, PRECISION)),)
+        b_x += (packed(b_token),)
+        b_turned_x += (packed(turned(b_token, b_identity, CT, PRECISION)),)
     for j in tl.static_range(W):
         b_d_up += (tl.zeros([GROUPS, P, RP], tl.float32),)
         b_into_sum += (ones_in_column(j, GROUPS, ROWS, SUMS, CT),)
@@ -136,24 +138,25 @@ def dynamic_tap_gradient_kernel(
         b_dy = load_product_tile(dy, D, i_t, T, run, channels, ROWS, GROUPS, P).to(CT)
         b_z = load_product_tile(features, z_token, i_t, T, run, R, ROWS, GROUPS, RP, True).to(CT)
         b_turned_z = tl.permute(turned(b_z, b_feature_identity, CT, PRECISION), (0, 2, 1))
-        b_x += (paired(b_token),)
-        b_turned_x += (paired(turned(b_token, b_identity, CT, PRECISION)),)
+        b_x += (packed(b_token),)
+        b_turned_x += (packed(turned(b_token, b_identity, CT, PRECISION)),)
         b_turned_dy = turned(b_dy, b_identity, CT, PRECISION)
         b_dz = tl.zeros([GROUPS, RP, ROWS], tl.float32)
         b_seen, b_turned_seen, b_more_d_up = (), (), ()
         for j in tl.static_range(W):
-            b_token = within_reach(unpaired(b_x[j]), age, b_age[None, :, None], W - 1 - j)
-            b_turned_token = within_reach(unpaired(b_turned_x[j]), age, b_age[None, None, :], W - 1 - j)
-            b_dz += matmul(b_up[j], tl.permute(b_dy * b_token, (0, 2, 1)), CT, PRECISION)
+            b_seen += (within_reach(b_x[j], age, b_age[None, :, None], W - 1 - j),)
+            b_d_tap = b_dy * unpacked(b_seen[j], CT)
+            b_dz += matmul(b_up[j], tl.permute(b_d_tap, (0, 2, 1)), CT, PRECISION)
+            # of a turned tile a pair is of two tokens
+            b_turned_token = within_reach(unpacked(b_turned_x[j], CT), age, b_age[None, None, :], W - 1 - j)
+            b_turned_seen += (packed(b_turned_token),)
             b_d_tap = b_turned_dy * b_turned_token
-            b_seen += (paired(b_token),)
-            b_turned_seen += (paired(b_turned_token),)
             b_more_d_up += (b_d_up[j] + matmul(b_d_tap, b_turned_z, CT, PRECISION),)
             b_d_sums += matmul(b_d_tap, b_into_sum[j], CT, PRECISION)
         if BIAS:
             b_d_sums += matmul(b_turned_dy, b_into_last_sum, CT, PRECISION)
         store_product_tile(d_features, 3 * R, i_t, T, run, R, sum_of_groups(b_dz)[None])
-        b_x, b_turned_x, b_d_up = b_seen[1:], b_turned_seen[1:], b_more_d_up
+        b_x, b_turned_x, b_d_up = moved_along(b_seen), moved_along(b_turned_seen), b_more_d_up
     o_d, m_d = columns_of_groups(channels, GROUPS, P)
     o_r, o_sum = columns_of_product_tile(RP), tl.arange(0, SUMS)
     width = W * (R + 1) + 1 if BIAS else W * (R + 1)

@@ -7,7 +7,7 @@ lie, and the taps of tokens.
 import triton
 import triton.language as tl
 
-from .product_tiles import columns_of_product_tile, paired, unpaired
+from .product_tiles import columns_of_product_tile, unpacked
 from .products import matmul
 from .short_convolution import load_age
 
@@ -103,10 +103,9 @@ def mixed(b_x, b_z, b_taps, b_up, b_bias, age, b_age, W: tl.constexpr, CT: tl.co
     b_seen, b_mixing = (), ()
     b_y = tl.zeros([b_bias.shape[0], b_z.shape[1], b_bias.shape[2]], tl.float32) + b_bias
     for j in tl.static_range(W):
-        b_token = within_reach(unpaired(b_x[j]), age, b_age[None, :, None], W - 1 - j)
-        b_seen += (paired(b_token),)
+        b_seen += (within_reach(b_x[j], age, b_age[None, :, None], W - 1 - j),)
         b_mixing += (matmul(b_z, b_up[j], CT, PRECISION) + b_taps[j],)
-        b_y += b_mixing[j] * b_token.to(tl.float32)
+        b_y += b_mixing[j] * unpacked(b_seen[j], tl.float32)
     return b_seen, b_mixing, b_y
 
 
@@ -116,4 +115,4 @@ def within_reach(b_tile, age, b_age, back: tl.constexpr):
     if age is None or back == 0:
         # without packed sequences nothing was loaded from before the first token
         return b_tile
-    return tl.where(b_age >= back, b_tile, 0.0)
+    return tl.where(b_age >= back, b_tile, 0)

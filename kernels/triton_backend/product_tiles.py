@@ -62,42 +62,80 @@ def columns_of_product_tile(P: tl.constexpr):
 
 
 @triton.jit
-def identities(GROUPS: tl.constexpr, P: tl.constexpr, CT: tl.constexpr):
-    """An identity for each group, [GROUPS, P, P]."""
-    o_p = tl.arange(0, P)
-    return tl.broadcast_to(tl.where(o_p[:, None] == o_p[None, :], 1.0, 0.0)[None], [GROUPS, P, P]).to(CT)
+def identities(COLUMNS: tl.constexpr, CT: tl.constexpr):
+    """An identity for every 16 of so many columns, [COLUMNS / 16, 16, 16]."""
+    o_p = tl.arange(0, 16)
+    return tl.broadcast_to(tl.where(o_p[:, None] == o_p[None, :], 1.0, 0.0)[None], [COLUMNS // 16, 16, 16]).to(CT)
 
 
 @triton.jit
 def turned(b_x, b_identity, CT: tl.constexpr, PRECISION: tl.constexpr):
-    """The transposes of the groups of a tile of the dtype CT."""
-    b_turned = tl.permute(b_x, (0, 2, 1))
+    """The transposes of the groups of a tile of the dtype CT; the identities are for 16 columns each."""
     if b_x.dtype == tl.bfloat16:
-        b_turned = matmul(b_identity, b_turned, CT, PRECISION).to(CT)
-    return b_turned
+        GROUPS: tl.constexpr = b_x.shape[0]
+        ROWS: tl.constexpr = b_x.shape[1]
+        PARTS: tl.constexpr = b_x.shape[2] // 16
+        b_x = tl.permute(tl.reshape(b_x, [GROUPS, ROWS, PARTS, 16]), (2, 0, 3, 1))
+        b_x = matmul(b_identity, tl.reshape(b_x, [PARTS * GROUPS, 16, ROWS]), CT, PRECISION).to(CT)
+        b_x = tl.permute(tl.reshape(b_x, [PARTS, GROUPS, 16, ROWS]), (1, 0, 2, 3))
+        b_x = tl.reshape(b_x, [GROUPS, PARTS * 16, ROWS])
+    else:
+        b_x = tl.permute(b_x, (0, 2, 1))
+    return b_x
 
 
 @triton.jit
-def paired(b_x):
-    """A tile of bfloat16 as a loop is to move it along: two numbers a register, where Triton gives each its own."""
+def packed(b_x):
+    """A tile as a loop is to move it along: of bfloat16 two numbers a register, where Triton would give each its own;
+    of other dtypes in float32.
+    """
     if b_x.dtype == tl.bfloat16 and not INTERPRETED:
         b_low, b_high = tl.split(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1], b_x.shape[2] // 2, 2]))
         b_x = tl.inline_asm_elementwise(
             "mov.b32 $0, {$1, $2};", "=r,h,h", [b_low, b_high], dtype=tl.int32, is_pure=True, pack=1
         )  # fmt: skip
+    else:
+        b_x = b_x.to(tl.float32)
     return b_x
 
 
 @triton.jit
-def unpaired(b_x):
-    """The tile that `paired` was given. Triton would take products of what tl.join makes in another layout."""
+def unpacked(b_x, dtype: tl.constexpr):
+    """The tile that `packed` was given, in a dtype that holds its numbers.
+
+    Of tl.join, Triton would take products in another layout; of halves of a register it makes float32 in two steps.
+    """
     if b_x.dtype == tl.int32:
         GROUPS: tl.constexpr = b_x.shape[0]
         ROWS: tl.constexpr = b_x.shape[1]
         PAIRS: tl.constexpr = b_x.shape[2]
         b_x = tl.reshape(tl.broadcast_to(b_x[:, :, :, None], [GROUPS, ROWS, PAIRS, 2]), [GROUPS, ROWS, 2 * PAIRS])
-        b_x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [b_x], dtype=tl.bfloat16, is_pure=True, pack=2)
-    return b_x
+        if dtype == tl.bfloat16:
+            b_x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [b_x], dtype=tl.bfloat16, is_pure=True, pack=2)
+        else:
+            b_x = tl.inline_asm_elementwise(
+                "shl.b32 $0, $2, 16; and.b32 $1, $3, 0xffff0000;", "=r,=r,r,r", [b_x], dtype=tl.int32, is_pure=True,
+                pack=2,
+            ).to(tl.float32, bitcast=True)  # fmt: skip
+    return b_x.to(dtype)
+
+
+@triton.jit
+def moved_along(b_tiles):
+    """Of a tuple of packed tiles, those that the next step of a loop takes: all but the first.
+
+    Anew, for Triton loads nothing ahead in a loop that hands on as it is what it got.
+    """
+    b_moved = ()
+    for j in tl.static_range(1, len(b_tiles)):
+        b_x = b_tiles[j]
+        if not INTERPRETED:
+            if b_x.dtype == tl.int32:
+                b_x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [b_x], tl.int32, is_pure=True, pack=1)
+            else:
+                b_x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [b_x], tl.float32, is_pure=True, pack=1)
+        b_moved += (b_x,)
+    return b_moved
 
 
 @triton.jit
