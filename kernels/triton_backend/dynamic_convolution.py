@@ -32,9 +32,10 @@ from .dynamic_taps import (
     place,
 )
 from .launching import launch
-from .product_tiles import load_product_tile, store_product_tile
+from .product_tiles import anew, load_product_tile, packed, store_product_tile
 from .products import arithmetic_of
-from .short_convolution import EPSILON, sigmoid, token_age
+from .short_convolution import EPSILON, token_age
+from .special import fast_sigmoid
 
 
 class Tuning(NamedTuple):
@@ -42,21 +43,22 @@ class Tuning(NamedTuple):
 
     columns: of a group of a tile.
     warps: at most so many; those beyond the groups would do the same again.
-    ahead: tokens of a run whose loads are in flight. In the forward each has registers of its own, for which its loop
-        is unrolled as many times: moving a value along would wait for its load. In the backward, which has none left,
-        they lie in shared memory.
+    step: tokens of a run that a loop takes at a time, one or two; the sums across warps are of all of them.
+    ahead: steps whose loads are in flight in the backward, in shared memory. In the forward one step's are, in
+        registers of their own: moving a value along would wait for its load.
     options: further ones of Triton's.
     """
 
     columns: int
     warps: int
+    step: int
     ahead: int
     options: dict[str, int]
 
 
-FORWARD = Tuning(32, 8, 2, {})
-TOKEN_GRADIENT = Tuning(32, 8, 2, {})
-TAP_GRADIENT = Tuning(32, 8, 3, {})
+FORWARD = Tuning(32, 8, 2, 1, {})
+TOKEN_GRADIENT = Tuning(32, 8, 1, 3, {})
+TAP_GRADIENT = Tuning(32, 8, 2, 2, {})
 # Rows of a tile: the fewest that a product has.
 RUNS = tl.constexpr(16)
 # Tokens of a run; beside them W - 1 are read before it, and computed once more after it.
@@ -165,7 +167,7 @@ class _Call(NamedTuple):
             triton.cdiv(T, rows * LONGEST_RUN),
             min(triton.cdiv(T, rows * SHORTEST_RUN), triton.cdiv(PROGRAMS, blocks * B)),
         )
-        run = triton.cdiv(T, rows * spans)
+        run = 2 * triton.cdiv(T, 2 * rows * spans)  # loops take up to two tokens at a time
         options = {
             "K": key_head_dim, "VD": VD, "GROUP": group, "W": W, "RP": max(16, triton.next_power_of_2(R)), "BD": BD,
             "ROWS": rows, **arithmetic_of(x.dtype),
@@ -180,11 +182,11 @@ class _Call(NamedTuple):
     def tuned(self, tuning: Tuning) -> dict[str, int]:
         """Launch options of one kernel: fewer columns and tokens in flight where there are more or wider numbers."""
         large = self.options["W"] * self.options["RP"] > TABLE_ROWS or self.options["CT"] != tl.bfloat16
-        columns, ahead = (16, 1) if large else (tuning.columns, tuning.ahead)
+        columns, step, ahead = (16, 1, 1) if large else (tuning.columns, tuning.step, tuning.ahead)
         warps = min(tuning.warps, self.options["BD"] // columns)
         # given no bound, the assembler at times leaves most registers unused and spills instead
         registers = min(255, REGISTERS // (32 * warps))
-        options = {"P": columns, "AHEAD": ahead, "num_warps": warps, "num_stages": 1, "maxnreg": registers}
+        options = {"P": columns, "STEP": step, "AHEAD": ahead, "num_warps": warps, "num_stages": 1, "maxnreg": registers}
         return options | tuning.options
 
 
@@ -192,7 +194,7 @@ class _Call(NamedTuple):
 def dynamic_forward_kernel(
     x, features, weight, up, bias, age, q, k, v, x_batch, x_token, z_batch, z_token, T, R, run, key_channels,
     value_channels, blocks, K: tl.constexpr, VD: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, RP: tl.constexpr,
-    BD: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, AHEAD: tl.constexpr, CT: tl.constexpr,
+    BD: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, STEP: tl.constexpr, AHEAD: tl.constexpr, CT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per ROWS runs of `run` tokens of a batch entry and block of channels.
@@ -211,23 +213,37 @@ def dynamic_forward_kernel(
     b_x, b_next_x, b_next_z = (), (), ()
     for j in tl.static_range(W - 1):
         b_token = load_product_tile(x, x_token, start - (W - 1) + j, T, run, channels, ROWS, GROUPS, P)
-        b_x += (b_token.to(tl.float32),)
-    for j in tl.static_range(AHEAD):
+        b_x += (packed(b_token),)
+    # AHEAD is 0: one step ahead in registers
+    for j in tl.static_range(STEP if AHEAD == 0 else 0):
         b_next_x += (load_product_tile(x, x_token, start + j, T, run, channels, ROWS, GROUPS, P),)
         b_next_z += (load_product_tile(features, z_token, start + j, T, run, R, ROWS, GROUPS, RP, True),)
-    for i in tl.range(run, loop_unroll_factor=AHEAD):
-        i_t = start + i
-        b_age = age_of_runs(age, i_t, T, run, ROWS)
-        b_x += (b_next_x[0].to(tl.float32),)
-        b_x, _b_mixing, b_out = mixed(b_x, b_next_z[0], b_taps, b_up, b_bias, age, b_age, W, CT, PRECISION)
-        i_next = i_t + AHEAD
-        b_next_x += (load_product_tile(x, x_token, i_next, T, run, channels, ROWS, GROUPS, P),)
-        b_next_z += (load_product_tile(features, z_token, i_next, T, run, R, ROWS, GROUPS, RP, True),)
+    for i in tl.range(0, run, STEP, num_stages=AHEAD + 1):
+        b_outs = ()
+        for step in tl.static_range(STEP):
+            i_t = start + i + step
+            b_age = age_of_runs(age, i_t, T, run, ROWS)
+            i_next = i_t + STEP if AHEAD == 0 else i_t
+            b_next_x += (load_product_tile(x, x_token, i_next, T, run, channels, ROWS, GROUPS, P),)
+            b_next_z += (load_product_tile(features, z_token, i_next, T, run, R, ROWS, GROUPS, RP, True),)
+            b_x += (packed(b_next_x[0]),)
+            b_x, _b_mixing, b_out = mixed(b_x, b_next_z[0], b_taps, b_up, b_bias, age, b_age, W, CT, PRECISION)
+            b_outs += (b_out * fast_sigmoid(b_out) if GROUP == 0 else b_out,)
+            b_x, b_next_x, b_next_z = b_x[1:], b_next_x[1:], b_next_z[1:]
         if GROUP == 0:
-            b_out *= sigmoid(b_out)
-            b_inverse = tl.full([ROWS], 1.0, tl.float32)
-            if of_keys:
-                b_inverse = tl.rsqrt(tl.sum(tl.sum(b_out * b_out, 2), 0) + EPSILON)
-            b_out *= b_inverse[None, :, None]
-        store_product_tile(out, out_token, i_t, T, run, channels, b_out)
-        b_x, b_next_x, b_next_z = b_x[1:], b_next_x[1:], b_next_z[1:]
+            b_outs = normed(b_outs, of_keys)
+        for step in tl.static_range(STEP):
+            store_product_tile(out, out_token, start + i + step, T, run, channels, b_outs[step])
+        b_x = anew(b_x)
+
+
+@triton.jit
+def normed(b_tiles, norm):
+    """One or two tiles with the L2 norm of each row, if `norm`."""
+    b_all = b_tiles[0][:, :, :, None] if len(b_tiles) == 1 else tl.join(b_tiles[0], b_tiles[1])
+    b_inverse = tl.full([b_all.shape[1], b_all.shape[3]], 1.0, tl.float32)
+    if norm:
+        b_inverse = tl.rsqrt(tl.sum(tl.sum(b_all * b_all, 2), 0) + EPSILON)
+    b_all *= b_inverse[None, :, None, :]
+    b_normed = tl.split(b_all) if len(b_tiles) == 2 else (tl.reshape(b_all, b_tiles[0].shape),)
+    return b_normed

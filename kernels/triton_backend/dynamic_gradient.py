@@ -28,26 +28,28 @@ from .dynamic_taps import (
     within_reach,
 )
 from .product_tiles import (
+    anew,
     columns_of_product_tile,
     identities,
     load_product_tile,
-    moved_along,
     packed,
+    side_by_side,
     store_product_tile,
     sum_of_groups,
     turned,
     unpacked,
 )
 from .products import matmul
-from .short_convolution import EPSILON, sigmoid, silu_gradient
+from .short_convolution import EPSILON, silu_gradient
+from .special import fast_sigmoid
 
 
 @triton.jit(do_not_specialize=["run"])
 def dynamic_token_gradient_kernel(
     x, features, weight, up, bias, age, dq, dk, dv, dx, dy, x_batch, x_token, z_batch, z_token, T, R, run,
     key_channels, value_channels, blocks, K: tl.constexpr, VD: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr,
-    RP: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, AHEAD: tl.constexpr,
-    CT: tl.constexpr, PRECISION: tl.constexpr,
+    RP: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, STEP: tl.constexpr,
+    AHEAD: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per ROWS runs of `run` tokens of a batch entry and block of channels.
 
@@ -91,15 +93,15 @@ def dynamic_token_gradient_kernel(
         for j in tl.static_range(W):
             b_more_dx += (b_dx[j] + within_reach(b_mixing[j] * b_dy, age, b_age[None, :, None], W - 1 - j),)
         store_product_tile(dx, D, i_t - (W - 1), tl.where(i >= W - 1, T, 0), run, channels, b_more_dx[0])
-        b_x, b_dx = moved_along(b_x), b_more_dx[1:]
+        b_x, b_dx = anew(b_x[1:]), b_more_dx[1:]
 
 
 @triton.jit(do_not_specialize=["run"])
 def dynamic_tap_gradient_kernel(
     x, features, up, age, dy, d_features, d_parameters, x_batch, x_token, z_batch, z_token, B, T, R, run, key_channels,
     value_channels, blocks, BIAS: tl.constexpr, K: tl.constexpr, VD: tl.constexpr, GROUP: tl.constexpr,
-    W: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, AHEAD: tl.constexpr,
-    SUMS: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+    W: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, STEP: tl.constexpr,
+    AHEAD: tl.constexpr, SUMS: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per ROWS runs of `run` tokens of a batch entry and block of channels.
 
@@ -131,32 +133,37 @@ def dynamic_tap_gradient_kernel(
         b_d_up += (tl.zeros([GROUPS, P, RP], tl.float32),)
         b_into_sum += (ones_in_column(j, GROUPS, ROWS, SUMS, CT),)
     b_into_last_sum = ones_in_column(W, GROUPS, ROWS, SUMS, CT)
-    for i in tl.range(run, num_stages=AHEAD + 1):
-        i_t = start + i
-        b_age = age_of_runs(age, i_t, T, run, ROWS)
-        b_token = load_product_tile(x, x_token, i_t, T, run, channels, ROWS, GROUPS, P).to(CT)
-        b_dy = load_product_tile(dy, D, i_t, T, run, channels, ROWS, GROUPS, P).to(CT)
-        b_z = load_product_tile(features, z_token, i_t, T, run, R, ROWS, GROUPS, RP, True).to(CT)
-        b_turned_z = tl.permute(turned(b_z, b_feature_identity, CT, PRECISION), (0, 2, 1))
-        b_x += (packed(b_token),)
-        b_turned_x += (packed(turned(b_token, b_identity, CT, PRECISION)),)
-        b_turned_dy = turned(b_dy, b_identity, CT, PRECISION)
-        b_dz = tl.zeros([GROUPS, RP, ROWS], tl.float32)
-        b_seen, b_turned_seen, b_more_d_up = (), (), ()
-        for j in tl.static_range(W):
-            b_seen += (within_reach(b_x[j], age, b_age[None, :, None], W - 1 - j),)
-            b_d_tap = b_dy * unpacked(b_seen[j], CT)
-            b_dz += matmul(b_up[j], tl.permute(b_d_tap, (0, 2, 1)), CT, PRECISION)
-            # of a turned tile a pair is of two tokens
-            b_turned_token = within_reach(unpacked(b_turned_x[j], CT), age, b_age[None, None, :], W - 1 - j)
-            b_turned_seen += (packed(b_turned_token),)
-            b_d_tap = b_turned_dy * b_turned_token
-            b_more_d_up += (b_d_up[j] + matmul(b_d_tap, b_turned_z, CT, PRECISION),)
-            b_d_sums += matmul(b_d_tap, b_into_sum[j], CT, PRECISION)
-        if BIAS:
-            b_d_sums += matmul(b_turned_dy, b_into_last_sum, CT, PRECISION)
-        store_product_tile(d_features, 3 * R, i_t, T, run, R, sum_of_groups(b_dz)[None])
-        b_x, b_turned_x, b_d_up = moved_along(b_seen), moved_along(b_turned_seen), b_more_d_up
+    for i in tl.range(0, run, STEP, num_stages=AHEAD + 1):
+        b_dzs = ()
+        for step in tl.static_range(STEP):
+            i_t = start + i + step
+            b_age = age_of_runs(age, i_t, T, run, ROWS)
+            b_token = load_product_tile(x, x_token, i_t, T, run, channels, ROWS, GROUPS, P).to(CT)
+            b_dy = load_product_tile(dy, D, i_t, T, run, channels, ROWS, GROUPS, P).to(CT)
+            b_z = load_product_tile(features, z_token, i_t, T, run, R, ROWS, GROUPS, RP, True).to(CT)
+            b_turned_z = tl.permute(turned(b_z, b_feature_identity, CT, PRECISION), (0, 2, 1))
+            b_x += (packed(b_token),)
+            b_turned_x += (packed(turned(b_token, b_identity, CT, PRECISION)),)
+            b_turned_dy = turned(b_dy, b_identity, CT, PRECISION)
+            b_dz = tl.zeros([GROUPS, RP, ROWS], tl.float32)
+            b_seen, b_turned_seen, b_more_d_up = (), (), ()
+            for j in tl.static_range(W):
+                b_seen += (within_reach(b_x[j], age, b_age[None, :, None], W - 1 - j),)
+                b_d_tap = b_dy * unpacked(b_seen[j], CT)
+                b_dz += matmul(b_up[j], tl.permute(b_d_tap, (0, 2, 1)), CT, PRECISION)
+                # of a turned tile a pair is of two tokens
+                b_turned_token = within_reach(unpacked(b_turned_x[j], CT), age, b_age[None, None, :], W - 1 - j)
+                b_turned_seen += (packed(b_turned_token),)
+                b_d_tap = b_turned_dy * b_turned_token
+                b_more_d_up += (b_d_up[j] + matmul(b_d_tap, b_turned_z, CT, PRECISION),)
+                b_d_sums += matmul(b_d_tap, b_into_sum[j], CT, PRECISION)
+            if BIAS:
+                b_d_sums += matmul(b_turned_dy, b_into_last_sum, CT, PRECISION)
+            b_x, b_turned_x, b_d_up = b_seen[1:], b_turned_seen[1:], b_more_d_up
+            b_dzs += (b_dz,)
+        b_sum = sum_of_groups(side_by_side(b_dzs))[None]
+        store_product_tile(d_features, 3 * R, start + i, T, run, R, b_sum, STEP)
+        b_x, b_turned_x = anew(b_x), anew(b_turned_x)
     o_d, m_d = columns_of_groups(channels, GROUPS, P)
     o_r, o_sum = columns_of_product_tile(RP), tl.arange(0, SUMS)
     width = W * (R + 1) + 1 if BIAS else W * (R + 1)
@@ -171,7 +178,7 @@ def dynamic_tap_gradient_kernel(
 def activation_gradient(b_y, b_d_out, ACT: tl.constexpr, norm):
     """The gradient of y, a tile, from that of SiLU, of the L2 norm of each token too if `norm`; without ACT b_d_out."""
     if ACT:
-        b_sigmoid = sigmoid(b_y)
+        b_sigmoid = fast_sigmoid(b_y)
         b_a = b_y * b_sigmoid
         b_inverse = tl.full([b_y.shape[1]], 1.0, tl.float32)
         b_along = tl.zeros([b_y.shape[1]], tl.float32)

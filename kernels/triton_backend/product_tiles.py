@@ -30,13 +30,13 @@ def load_product_tile(x, row_stride, first, last, rows_apart, channels, ROWS: tl
 
 
 @triton.jit
-def store_product_tile(x, row_stride, first, last, rows_apart, channels, b_x):
-    """The counterpart of load_product_tile."""
+def store_product_tile(x, row_stride, first, last, rows_apart, channels, b_x, STEP: tl.constexpr = 1):
+    """The counterpart of load_product_tile; of STEP neighbouring rows each, if a tile has so many."""
     GROUPS: tl.constexpr = b_x.shape[0]
     ROWS: tl.constexpr = b_x.shape[1]
     P: tl.constexpr = b_x.shape[2]
     o_row, o_column = places_of_product_tile(ROWS, GROUPS, P, False)
-    o_row *= rows_apart
+    o_row = o_row // STEP * rows_apart + o_row % STEP
     m_x = (first + o_row >= 0) & (first + o_row < last) & (o_column < channels)
     p_x = x + first.to(tl.int64) * row_stride + (o_row.to(tl.int64) * row_stride + o_column)
     b_x = tl.permute(tl.reshape(b_x.to(x.dtype.element_ty), [GROUPS, ROWS // 8, 8, P // 8, 4, 2]), (1, 0, 2, 4, 3, 5))
@@ -121,13 +121,12 @@ def unpacked(b_x, dtype: tl.constexpr):
 
 
 @triton.jit
-def moved_along(b_tiles):
-    """Of a tuple of packed tiles, those that the next step of a loop takes: all but the first.
-
-    Anew, for Triton loads nothing ahead in a loop that hands on as it is what it got.
+def anew(b_tiles):
+    """A tuple of packed tiles for the next step of a loop; Triton loads nothing ahead in one that hands on as it is
+    what it got.
     """
     b_moved = ()
-    for j in tl.static_range(1, len(b_tiles)):
+    for j in tl.static_range(len(b_tiles)):
         b_x = b_tiles[j]
         if not INTERPRETED:
             if b_x.dtype == tl.int32:
@@ -136,6 +135,18 @@ def moved_along(b_tiles):
                 b_x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [b_x], tl.float32, is_pure=True, pack=1)
         b_moved += (b_x,)
     return b_moved
+
+
+@triton.jit
+def side_by_side(b_tiles):
+    """One tile of one or two [GROUPS, A, B], whose columns alternate."""
+    if len(b_tiles) == 1:
+        return b_tiles[0]
+    else:  # noqa: RET505  # Triton compiles what follows a return
+        GROUPS: tl.constexpr = b_tiles[0].shape[0]
+        A: tl.constexpr = b_tiles[0].shape[1]
+        B: tl.constexpr = b_tiles[0].shape[2]
+        return tl.reshape(tl.join(b_tiles[0], b_tiles[1]), [GROUPS, A, 2 * B])
 
 
 @triton.jit
