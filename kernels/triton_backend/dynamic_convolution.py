@@ -44,8 +44,7 @@ class Tuning(NamedTuple):
     columns: of a group of a tile.
     warps: at most so many; those beyond the groups would do the same again.
     step: tokens of a run that a loop takes at a time, one or two; the sums across warps are of all of them.
-    ahead: steps whose loads are in flight in the backward, in shared memory. In the forward one step's are, in
-        registers of their own: moving a value along would wait for its load.
+    ahead: steps whose loads are in flight throughout, in shared memory; those of one more are begun at a step's end.
     options: further ones of Triton's.
     """
 
@@ -57,8 +56,8 @@ class Tuning(NamedTuple):
 
 
 FORWARD = Tuning(32, 8, 2, 1, {})
-TOKEN_GRADIENT = Tuning(32, 8, 1, 3, {})
-TAP_GRADIENT = Tuning(32, 8, 2, 2, {})
+TOKEN_GRADIENT = Tuning(32, 8, 1, 2, {})
+TAP_GRADIENT = Tuning(32, 8, 2, 1, {})
 # Rows of a tile: the fewest that a product has.
 RUNS = tl.constexpr(16)
 # Tokens of a run; beside them W - 1 are read before it, and computed once more after it.
@@ -168,9 +167,11 @@ class _Call(NamedTuple):
             min(triton.cdiv(T, rows * SHORTEST_RUN), triton.cdiv(PROGRAMS, blocks * B)),
         )
         run = 2 * triton.cdiv(T, 2 * rows * spans)  # loops take up to two tokens at a time
+        RP = max(16, triton.next_power_of_2(R))
+        whole = rows * run * spans == T and key_head_dim == BD == VD and value_channels % BD == 0 and R == RP
         options = {
-            "K": key_head_dim, "VD": VD, "GROUP": group, "W": W, "RP": max(16, triton.next_power_of_2(R)), "BD": BD,
-            "ROWS": rows, **arithmetic_of(x.dtype),
+            "K": key_head_dim, "VD": VD, "GROUP": group, "W": W, "RP": RP, "BD": BD,
+            "ROWS": rows, "WHOLE": whole, **arithmetic_of(x.dtype),
         }  # fmt: skip
         sizes = T, R, run, key_channels, value_channels, blocks
         return cls(blocks * triton.cdiv(T, rows * run) * B, sections, sizes, options)
@@ -182,20 +183,20 @@ class _Call(NamedTuple):
     def tuned(self, tuning: Tuning) -> dict[str, int]:
         """Launch options of one kernel: fewer columns and tokens in flight where there are more or wider numbers."""
         large = self.options["W"] * self.options["RP"] > TABLE_ROWS or self.options["CT"] != tl.bfloat16
-        columns, step, ahead = (16, 1, 1) if large else (tuning.columns, tuning.step, tuning.ahead)
+        columns, step, ahead = (16, 1, 0) if large else (tuning.columns, tuning.step, tuning.ahead)
         warps = min(tuning.warps, self.options["BD"] // columns)
         # given no bound, the assembler at times leaves most registers unused and spills instead
         registers = min(255, REGISTERS // (32 * warps))
-        options = {"P": columns, "STEP": step, "AHEAD": ahead, "num_warps": warps, "num_stages": 1, "maxnreg": registers}
-        return options | tuning.options
+        options = {"P": columns, "STEP": step, "AHEAD": ahead, "num_warps": warps, "maxnreg": registers}
+        return {"num_stages": 1} | options | tuning.options
 
 
 @triton.jit(do_not_specialize=["run"])
 def dynamic_forward_kernel(
     x, features, weight, up, bias, age, q, k, v, x_batch, x_token, z_batch, z_token, T, R, run, key_channels,
     value_channels, blocks, K: tl.constexpr, VD: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, RP: tl.constexpr,
-    BD: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, STEP: tl.constexpr, AHEAD: tl.constexpr, CT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BD: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, WHOLE: tl.constexpr, STEP: tl.constexpr,
+    AHEAD: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per ROWS runs of `run` tokens of a batch entry and block of channels.
 
@@ -205,45 +206,45 @@ def dynamic_forward_kernel(
     GROUPS: tl.constexpr = BD // P
     i_d, _, i_b, start = place(blocks, T, ROWS * run)
     first, channels = channels_of_block(i_d, key_channels, value_channels, K, VD)
+    # None: no bound
+    last, width, features_width = None if WHOLE else T, None if WHOLE else channels, None if WHOLE else R
     of_keys, out, out_token = outputs_of_block(q, k, v, i_d, i_b, T, key_channels, value_channels, K, VD)
     x += i_b * x_batch + first
     features += i_b * z_batch + part_of_block(i_d, key_channels // K, GROUP)[0] * R
     b_taps, b_bias = load_taps(weight, bias, first, channels, GROUPS, P, W)
     b_up = load_table(up, first, channels, R, GROUPS, P, RP, W, CT)
-    b_x, b_next_x, b_next_z = (), (), ()
+    b_x = ()
     for j in tl.static_range(W - 1):
-        b_token = load_product_tile(x, x_token, start - (W - 1) + j, T, run, channels, ROWS, GROUPS, P)
-        b_x += (packed(b_token),)
-    # AHEAD is 0: one step ahead in registers
-    for j in tl.static_range(STEP if AHEAD == 0 else 0):
-        b_next_x += (load_product_tile(x, x_token, start + j, T, run, channels, ROWS, GROUPS, P),)
-        b_next_z += (load_product_tile(features, z_token, start + j, T, run, R, ROWS, GROUPS, RP, True),)
-    for i in tl.range(0, run, STEP, num_stages=AHEAD + 1):
+        i_t = start - (W - 1) + j
+        b_x += (packed(load_product_tile(x, x_token, i_t, T, run, channels, ROWS, GROUPS, P, False, True)),)
+    for i in tl.range(0, run, STEP, num_stages=AHEAD + 2):
         b_outs = ()
         for step in tl.static_range(STEP):
             i_t = start + i + step
             b_age = age_of_runs(age, i_t, T, run, ROWS)
-            i_next = i_t + STEP if AHEAD == 0 else i_t
-            b_next_x += (load_product_tile(x, x_token, i_next, T, run, channels, ROWS, GROUPS, P),)
-            b_next_z += (load_product_tile(features, z_token, i_next, T, run, R, ROWS, GROUPS, RP, True),)
-            b_x += (packed(b_next_x[0]),)
-            b_x, _b_mixing, b_out = mixed(b_x, b_next_z[0], b_taps, b_up, b_bias, age, b_age, W, CT, PRECISION)
+            b_x += (packed(load_product_tile(x, x_token, i_t, last, run, width, ROWS, GROUPS, P)),)
+            b_z = load_product_tile(features, z_token, i_t, last, run, features_width, ROWS, GROUPS, RP, True)
+            b_x, _b_mixing, b_out = mixed(b_x, b_z, b_taps, b_up, b_bias, age, b_age, W, CT, PRECISION)
             b_outs += (b_out * fast_sigmoid(b_out) if GROUP == 0 else b_out,)
-            b_x, b_next_x, b_next_z = b_x[1:], b_next_x[1:], b_next_z[1:]
+            b_x = b_x[1:]
         if GROUP == 0:
             b_outs = normed(b_outs, of_keys)
         for step in tl.static_range(STEP):
-            store_product_tile(out, out_token, start + i + step, T, run, channels, b_outs[step])
+            store_product_tile(out, out_token, start + i + step, last, run, width, b_outs[step])
         b_x = anew(b_x)
 
 
 @triton.jit
 def normed(b_tiles, norm):
-    """One or two tiles with the L2 norm of each row, if `norm`."""
-    b_all = b_tiles[0][:, :, :, None] if len(b_tiles) == 1 else tl.join(b_tiles[0], b_tiles[1])
-    b_inverse = tl.full([b_all.shape[1], b_all.shape[3]], 1.0, tl.float32)
-    if norm:
-        b_inverse = tl.rsqrt(tl.sum(tl.sum(b_all * b_all, 2), 0) + EPSILON)
-    b_all *= b_inverse[None, :, None, :]
-    b_normed = tl.split(b_all) if len(b_tiles) == 2 else (tl.reshape(b_all, b_tiles[0].shape),)
-    return b_normed
+    """One or two tiles whose rows have the L2 norm 1, if `norm`; two with one sum across warps."""
+    if len(b_tiles) == 1:
+        b_inverse = tl.full([b_tiles[0].shape[1]], 1.0, tl.float32)
+        if norm:
+            b_inverse = tl.rsqrt(tl.sum(tl.sum(b_tiles[0] * b_tiles[0], 2), 0) + EPSILON)
+        return (b_tiles[0] * b_inverse[None, :, None],)
+    else:  # noqa: RET505  # Triton compiles what follows a return
+        b_both = tl.join(b_tiles[0], b_tiles[1])
+        b_inverse = tl.full([b_both.shape[1], 2], 1.0, tl.float32)
+        if norm:
+            b_inverse = tl.rsqrt(tl.sum(tl.sum(b_both * b_both, 2), 0) + EPSILON)
+        return tl.split(b_both * b_inverse[None, :, None, :])

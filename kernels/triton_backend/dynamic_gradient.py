@@ -48,8 +48,8 @@ from .special import fast_sigmoid
 def dynamic_token_gradient_kernel(
     x, features, weight, up, bias, age, dq, dk, dv, dx, dy, x_batch, x_token, z_batch, z_token, T, R, run,
     key_channels, value_channels, blocks, K: tl.constexpr, VD: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr,
-    RP: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, STEP: tl.constexpr,
-    AHEAD: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+    RP: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, WHOLE: tl.constexpr,
+    STEP: tl.constexpr, AHEAD: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per ROWS runs of `run` tokens of a batch entry and block of channels.
 
@@ -63,6 +63,8 @@ def dynamic_token_gradient_kernel(
     i_d, _, i_b, start = place(blocks, T, ROWS * run)
     D = 2 * key_channels + value_channels
     first, channels = channels_of_block(i_d, key_channels, value_channels, K, VD)
+    # None: no bound
+    last, width, features_width = None if WHOLE else T, None if WHOLE else channels, None if WHOLE else R
     of_keys, d_out, out_token = outputs_of_block(dq, dk, dv, i_d, i_b, T, key_channels, value_channels, K, VD)
     x += i_b * x_batch + first
     features += i_b * z_batch + part_of_block(i_d, key_channels // K, GROUP)[0] * R
@@ -73,26 +75,27 @@ def dynamic_token_gradient_kernel(
     b_zero = tl.zeros([GROUPS, ROWS, P], tl.float32)
     b_x, b_dx = (), ()
     for j in tl.static_range(W - 1):
-        b_x += (packed(load_product_tile(x, x_token, start - (W - 1) + j, T, run, channels, ROWS, GROUPS, P)),)
+        i_t = start - (W - 1) + j
+        b_x += (packed(load_product_tile(x, x_token, i_t, T, run, channels, ROWS, GROUPS, P, False, True)),)
         b_dx += (b_zero,)
     # the last tokens of a run get parts of their dx from the first tokens of the next run
-    for i in tl.range(run + W - 1, num_stages=AHEAD + 1):
+    for i in tl.range(run + W - 1, num_stages=AHEAD + 2):
         i_t = start + i
         b_age = age_of_runs(age, i_t, T, run, ROWS)
-        b_x += (packed(load_product_tile(x, x_token, i_t, T, run, channels, ROWS, GROUPS, P)),)
-        b_z = load_product_tile(features, z_token, i_t, T, run, R, ROWS, GROUPS, RP, True)
-        b_d_out = load_product_tile(d_out, out_token, i_t, T, run, channels, ROWS, GROUPS, P)
+        b_x += (packed(load_product_tile(x, x_token, i_t, T, run, width, ROWS, GROUPS, P)),)
+        b_z = load_product_tile(features, z_token, i_t, T, run, features_width, ROWS, GROUPS, RP, True)
+        b_d_out = load_product_tile(d_out, out_token, i_t, T, run, width, ROWS, GROUPS, P)
         b_d_out = unpacked(packed(b_d_out), tl.float32)
         b_x, b_mixing, b_y = mixed(b_x, b_z, b_taps, b_up, b_bias, age, b_age, W, CT, PRECISION)
         b_dy = activation_gradient(b_y, b_d_out, GROUP == 0, of_keys)
         # no token before the run's first is the program's, nor one after its last
         if GROUP == 0:
-            store_product_tile(dy, D, i_t, tl.where(i < run, T, 0), run, channels, b_dy)
+            store_product_tile(dy, D, i_t, last, run, width, b_dy, i < run)
         b_dx += (b_zero,)
         b_more_dx = ()
         for j in tl.static_range(W):
             b_more_dx += (b_dx[j] + within_reach(b_mixing[j] * b_dy, age, b_age[None, :, None], W - 1 - j),)
-        store_product_tile(dx, D, i_t - (W - 1), tl.where(i >= W - 1, T, 0), run, channels, b_more_dx[0])
+        store_product_tile(dx, D, i_t - (W - 1), last, run, width, b_more_dx[0], i >= W - 1)
         b_x, b_dx = anew(b_x[1:]), b_more_dx[1:]
 
 
@@ -100,8 +103,8 @@ def dynamic_token_gradient_kernel(
 def dynamic_tap_gradient_kernel(
     x, features, up, age, dy, d_features, d_parameters, x_batch, x_token, z_batch, z_token, B, T, R, run, key_channels,
     value_channels, blocks, BIAS: tl.constexpr, K: tl.constexpr, VD: tl.constexpr, GROUP: tl.constexpr,
-    W: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, STEP: tl.constexpr,
-    AHEAD: tl.constexpr, SUMS: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+    W: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, WHOLE: tl.constexpr,
+    STEP: tl.constexpr, AHEAD: tl.constexpr, SUMS: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per ROWS runs of `run` tokens of a batch entry and block of channels.
 
@@ -116,6 +119,8 @@ def dynamic_tap_gradient_kernel(
     i_d, i_bt, i_b, start = place(blocks, T, ROWS * run)
     D = 2 * key_channels + value_channels
     first, channels = channels_of_block(i_d, key_channels, value_channels, K, VD)
+    # None: no bound
+    last, width, features_width = None if WHOLE else T, None if WHOLE else channels, None if WHOLE else R
     i_section, i_in_section = part_of_block(i_d, key_channels // K, GROUP)
     x += i_b * x_batch + first
     features += i_b * z_batch + i_section * R
@@ -126,21 +131,22 @@ def dynamic_tap_gradient_kernel(
     b_d_sums = tl.zeros([GROUPS, P, SUMS], tl.float32)
     b_x, b_turned_x, b_d_up, b_into_sum = (), (), (), ()
     for j in tl.static_range(W - 1):
-        b_token = load_product_tile(x, x_token, start - (W - 1) + j, T, run, channels, ROWS, GROUPS, P).to(CT)
+        i_t = start - (W - 1) + j
+        b_token = load_product_tile(x, x_token, i_t, T, run, channels, ROWS, GROUPS, P, False, True).to(CT)
         b_x += (packed(b_token),)
         b_turned_x += (packed(turned(b_token, b_identity, CT, PRECISION)),)
     for j in tl.static_range(W):
         b_d_up += (tl.zeros([GROUPS, P, RP], tl.float32),)
         b_into_sum += (ones_in_column(j, GROUPS, ROWS, SUMS, CT),)
     b_into_last_sum = ones_in_column(W, GROUPS, ROWS, SUMS, CT)
-    for i in tl.range(0, run, STEP, num_stages=AHEAD + 1):
+    for i in tl.range(0, run, STEP, num_stages=AHEAD + 2):
         b_dzs = ()
         for step in tl.static_range(STEP):
             i_t = start + i + step
             b_age = age_of_runs(age, i_t, T, run, ROWS)
-            b_token = load_product_tile(x, x_token, i_t, T, run, channels, ROWS, GROUPS, P).to(CT)
-            b_dy = load_product_tile(dy, D, i_t, T, run, channels, ROWS, GROUPS, P).to(CT)
-            b_z = load_product_tile(features, z_token, i_t, T, run, R, ROWS, GROUPS, RP, True).to(CT)
+            b_token = load_product_tile(x, x_token, i_t, last, run, width, ROWS, GROUPS, P).to(CT)
+            b_dy = load_product_tile(dy, D, i_t, last, run, width, ROWS, GROUPS, P).to(CT)
+            b_z = load_product_tile(features, z_token, i_t, last, run, features_width, ROWS, GROUPS, RP, True).to(CT)
             b_turned_z = tl.permute(turned(b_z, b_feature_identity, CT, PRECISION), (0, 2, 1))
             b_x += (packed(b_token),)
             b_turned_x += (packed(turned(b_token, b_identity, CT, PRECISION)),)
@@ -162,7 +168,7 @@ def dynamic_tap_gradient_kernel(
             b_x, b_turned_x, b_d_up = b_seen[1:], b_turned_seen[1:], b_more_d_up
             b_dzs += (b_dz,)
         b_sum = sum_of_groups(side_by_side(b_dzs))[None]
-        store_product_tile(d_features, 3 * R, start + i, T, run, R, b_sum, STEP)
+        store_product_tile(d_features, 3 * R, start + i, last, run, features_width, b_sum, True, STEP)
         b_x, b_turned_x = anew(b_x), anew(b_turned_x)
     o_d, m_d = columns_of_groups(channels, GROUPS, P)
     o_r, o_sum = columns_of_product_tile(RP), tl.arange(0, SUMS)

@@ -16,31 +16,47 @@ from .special import INTERPRETED
 
 @triton.jit
 def load_product_tile(x, row_stride, first, last, rows_apart, channels, ROWS: tl.constexpr, GROUPS: tl.constexpr,
-                      P: tl.constexpr, SHARED: tl.constexpr = False):  # fmt: skip
-    """Rows `first`, `first + rows_apart`, ... of x, zero below row 0, from row `last` and column `channels` on.
+                      P: tl.constexpr, SHARED: tl.constexpr = False, BEFORE: tl.constexpr = False):  # fmt: skip
+    """Rows `first`, `first + rows_apart`, ... of x, zero from row `last` and column `channels` on, of which None is
+    beyond all; with BEFORE, below row 0 too.
 
     With SHARED all groups get the first P columns, otherwise each its own.
     """
     o_row, o_column = places_of_product_tile(ROWS, GROUPS, P, SHARED)
     o_row *= rows_apart
-    m_x = (first + o_row >= 0) & (first + o_row < last) & (o_column < channels)
+    m_x = within(first + o_row, o_column, last, channels)
+    if BEFORE:
+        m_x &= first + o_row >= 0
     p_x = x + first.to(tl.int64) * row_stride + (o_row.to(tl.int64) * row_stride + o_column)
     b_x = tl.reshape(tl.load(p_x, mask=m_x, other=0.0), [ROWS // 8, GROUPS, 8, 4, P // 8, 2])
     return tl.reshape(tl.permute(b_x, (1, 0, 2, 4, 3, 5)), [GROUPS, ROWS, P])
 
 
 @triton.jit
-def store_product_tile(x, row_stride, first, last, rows_apart, channels, b_x, STEP: tl.constexpr = 1):
-    """The counterpart of load_product_tile; of STEP neighbouring rows each, if a tile has so many."""
+def store_product_tile(x, row_stride, first, last, rows_apart, channels, b_x, keep=True, STEP: tl.constexpr = 1):
+    """The counterpart of load_product_tile, unless not to `keep` it; of STEP neighbouring rows each, if a tile has so
+    many.
+    """
     GROUPS: tl.constexpr = b_x.shape[0]
     ROWS: tl.constexpr = b_x.shape[1]
     P: tl.constexpr = b_x.shape[2]
     o_row, o_column = places_of_product_tile(ROWS, GROUPS, P, False)
     o_row = o_row // STEP * rows_apart + o_row % STEP
-    m_x = (first + o_row >= 0) & (first + o_row < last) & (o_column < channels)
+    m_x = within(first + o_row, o_column, last, channels) & keep
     p_x = x + first.to(tl.int64) * row_stride + (o_row.to(tl.int64) * row_stride + o_column)
     b_x = tl.permute(tl.reshape(b_x.to(x.dtype.element_ty), [GROUPS, ROWS // 8, 8, P // 8, 4, 2]), (1, 0, 2, 4, 3, 5))
     tl.store(p_x, tl.reshape(b_x, [4 * ROWS * GROUPS, P // 4]), mask=m_x)
+
+
+@triton.jit
+def within(o_row, o_column, last, channels):
+    """Which rows lie before `last` and which columns before `channels`, if there is a bound."""
+    m_x = (o_row == o_row) & (o_column == o_column)
+    if last is not None:
+        m_x &= o_row < last
+    if channels is not None:
+        m_x &= o_column < channels
+    return m_x
 
 
 @triton.jit
