@@ -24,6 +24,7 @@ from .dynamic_gradient import dynamic_tap_gradient_kernel, dynamic_token_gradien
 from .dynamic_taps import (
     age_of_runs,
     channels_of_block,
+    load_features,
     load_table,
     load_taps,
     mixed,
@@ -55,7 +56,7 @@ class Tuning(NamedTuple):
     options: dict[str, int]
 
 
-FORWARD = Tuning(32, 8, 2, 1, {})
+FORWARD = Tuning(32, 8, 2, 2, {})
 TOKEN_GRADIENT = Tuning(32, 8, 1, 2, {})
 TAP_GRADIENT = Tuning(32, 8, 2, 1, {})
 # Rows of a tile: the fewest that a product has.
@@ -65,6 +66,7 @@ LONGEST_RUN = 64
 SHORTEST_RUN = 16
 # Of four taps and 16 features, for which this was measured.
 TABLE_ROWS = 64
+NARROW = (tl.bfloat16,)
 # Of an SM.
 REGISTERS = 65536
 # Enough for every multiprocessor of a large GPU.
@@ -181,8 +183,8 @@ class _Call(NamedTuple):
         return sum(self.sections)
 
     def tuned(self, tuning: Tuning) -> dict[str, int]:
-        """Launch options of one kernel: fewer columns and tokens in flight where there are more or wider numbers."""
-        large = self.options["W"] * self.options["RP"] > TABLE_ROWS or self.options["CT"] != tl.bfloat16
+        """Launch options of one kernel: fewer columns and tokens at a time where there are more or wider numbers."""
+        large = self.options["W"] * self.options["RP"] > TABLE_ROWS or self.options["CT"] not in NARROW
         columns, step, ahead = (16, 1, 0) if large else (tuning.columns, tuning.step, tuning.ahead)
         warps = min(tuning.warps, self.options["BD"] // columns)
         # given no bound, the assembler at times leaves most registers unused and spills instead
@@ -216,14 +218,14 @@ def dynamic_forward_kernel(
     b_x = ()
     for j in tl.static_range(W - 1):
         i_t = start - (W - 1) + j
-        b_x += (packed(load_product_tile(x, x_token, i_t, T, run, channels, ROWS, GROUPS, P, False, True)),)
+        b_x += (packed(load_product_tile(x, x_token, i_t, T, run, channels, ROWS, GROUPS, P, True)),)
     for i in tl.range(0, run, STEP, num_stages=AHEAD + 2):
         b_outs = ()
         for step in tl.static_range(STEP):
             i_t = start + i + step
             b_age = age_of_runs(age, i_t, T, run, ROWS)
             b_x += (packed(load_product_tile(x, x_token, i_t, last, run, width, ROWS, GROUPS, P)),)
-            b_z = load_product_tile(features, z_token, i_t, last, run, features_width, ROWS, GROUPS, RP, True)
+            b_z = load_features(features, z_token, i_t, last, run, features_width, ROWS, GROUPS, RP)
             b_x, _b_mixing, b_out = mixed(b_x, b_z, b_taps, b_up, b_bias, age, b_age, W, CT, PRECISION)
             b_outs += (b_out * fast_sigmoid(b_out) if GROUP == 0 else b_out,)
             b_x = b_x[1:]

@@ -19,12 +19,14 @@ from .dynamic_taps import (
     age_of_runs,
     channels_of_block,
     columns_of_groups,
+    load_features,
     load_table,
     load_taps,
     mixed,
     outputs_of_block,
     part_of_block,
     place,
+    store_features,
     within_reach,
 )
 from .product_tiles import (
@@ -76,14 +78,14 @@ def dynamic_token_gradient_kernel(
     b_x, b_dx = (), ()
     for j in tl.static_range(W - 1):
         i_t = start - (W - 1) + j
-        b_x += (packed(load_product_tile(x, x_token, i_t, T, run, channels, ROWS, GROUPS, P, False, True)),)
+        b_x += (packed(load_product_tile(x, x_token, i_t, T, run, channels, ROWS, GROUPS, P, True)),)
         b_dx += (b_zero,)
     # the last tokens of a run get parts of their dx from the first tokens of the next run
     for i in tl.range(run + W - 1, num_stages=AHEAD + 2):
         i_t = start + i
         b_age = age_of_runs(age, i_t, T, run, ROWS)
         b_x += (packed(load_product_tile(x, x_token, i_t, T, run, width, ROWS, GROUPS, P)),)
-        b_z = load_product_tile(features, z_token, i_t, T, run, features_width, ROWS, GROUPS, RP, True)
+        b_z = load_features(features, z_token, i_t, T, run, features_width, ROWS, GROUPS, RP)
         b_d_out = load_product_tile(d_out, out_token, i_t, T, run, width, ROWS, GROUPS, P)
         b_d_out = unpacked(packed(b_d_out), tl.float32)
         b_x, b_mixing, b_y = mixed(b_x, b_z, b_taps, b_up, b_bias, age, b_age, W, CT, PRECISION)
@@ -132,7 +134,7 @@ def dynamic_tap_gradient_kernel(
     b_x, b_turned_x, b_d_up, b_into_sum = (), (), (), ()
     for j in tl.static_range(W - 1):
         i_t = start - (W - 1) + j
-        b_token = load_product_tile(x, x_token, i_t, T, run, channels, ROWS, GROUPS, P, False, True).to(CT)
+        b_token = load_product_tile(x, x_token, i_t, T, run, channels, ROWS, GROUPS, P, True).to(CT)
         b_x += (packed(b_token),)
         b_turned_x += (packed(turned(b_token, b_identity, CT, PRECISION)),)
     for j in tl.static_range(W):
@@ -146,8 +148,10 @@ def dynamic_tap_gradient_kernel(
             b_age = age_of_runs(age, i_t, T, run, ROWS)
             b_token = load_product_tile(x, x_token, i_t, last, run, width, ROWS, GROUPS, P).to(CT)
             b_dy = load_product_tile(dy, D, i_t, last, run, width, ROWS, GROUPS, P).to(CT)
-            b_z = load_product_tile(features, z_token, i_t, last, run, features_width, ROWS, GROUPS, RP, True).to(CT)
-            b_turned_z = tl.permute(turned(b_z, b_feature_identity, CT, PRECISION), (0, 2, 1))
+            b_z = load_product_tile(
+                features, z_token, i_t, last, run, features_width, ROWS, GROUPS, RP, SHARED=True
+            )  # fmt: skip
+            b_turned_z = tl.permute(turned(b_z.to(CT), b_feature_identity, CT, PRECISION), (0, 2, 1))
             b_x += (packed(b_token),)
             b_turned_x += (packed(turned(b_token, b_identity, CT, PRECISION)),)
             b_turned_dy = turned(b_dy, b_identity, CT, PRECISION)
@@ -167,8 +171,8 @@ def dynamic_tap_gradient_kernel(
                 b_d_sums += matmul(b_turned_dy, b_into_last_sum, CT, PRECISION)
             b_x, b_turned_x, b_d_up = b_seen[1:], b_turned_seen[1:], b_more_d_up
             b_dzs += (b_dz,)
-        b_sum = sum_of_groups(side_by_side(b_dzs))[None]
-        store_product_tile(d_features, 3 * R, start + i, last, run, features_width, b_sum, True, STEP)
+        b_sum = sum_of_groups(side_by_side(b_dzs))
+        store_features(d_features, 3 * R, start + i, last, run, features_width, b_sum, STEP)
         b_x, b_turned_x = anew(b_x), anew(b_turned_x)
     o_d, m_d = columns_of_groups(channels, GROUPS, P)
     o_r, o_sum = columns_of_product_tile(RP), tl.arange(0, SUMS)

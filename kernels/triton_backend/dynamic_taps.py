@@ -7,7 +7,7 @@ lie, and the taps of tokens.
 import triton
 import triton.language as tl
 
-from .product_tiles import columns_of_product_tile, unpacked
+from .product_tiles import columns_of_product_tile, unpacked, within
 from .products import matmul
 from .short_convolution import load_age
 
@@ -82,12 +82,32 @@ def load_table(up, first, channels, R, GROUPS: tl.constexpr, P: tl.constexpr, RP
                CT: tl.constexpr):  # fmt: skip
     """Of `channels` channels from the first on what features add to each tap, a tuple of [GROUPS, RP, P] in CT."""
     o_d, m_d = columns_of_groups(channels, GROUPS, P)
-    o_r = columns_of_product_tile(RP)[None, :, None]
+    o_r = tl.arange(0, RP)[None, :, None]
     b_up = ()
     for j in tl.static_range(W):
         p_up = up + ((o_d + first)[:, None, :] * W + j) * R + o_r
         b_up += (tl.load(p_up, mask=m_d[:, None, :] & (o_r < R), other=0.0).to(CT),)
     return b_up
+
+
+@triton.jit
+def load_features(features, z_token, first, last, run, R, ROWS: tl.constexpr, GROUPS: tl.constexpr, RP: tl.constexpr):
+    """Features of token `first` of each run for every group, zero from token `last` and feature R on, of which None is
+    beyond all; tensor cores take them as they are.
+    """
+    o_t, o_r = tl.arange(0, ROWS)[:, None] * run, tl.arange(0, RP)[None, :]
+    p_z = features + first.to(tl.int64) * z_token + o_t.to(tl.int64) * z_token + o_r
+    b_z = tl.load(p_z, mask=within(first + o_t, o_r, last, R), other=0.0)
+    return tl.broadcast_to(b_z[None], [GROUPS, ROWS, RP])
+
+
+@triton.jit
+def store_features(features, z_token, first, last, run, R, b_z, STEP: tl.constexpr):
+    """The same of STEP neighbouring tokens each, [STEP * ROWS, RP]."""
+    o_row, o_r = tl.arange(0, b_z.shape[0])[:, None], tl.arange(0, b_z.shape[1])[None, :]
+    o_t = o_row // STEP * run + o_row % STEP
+    p_z = features + first.to(tl.int64) * z_token + (o_t.to(tl.int64) * z_token + o_r)
+    tl.store(p_z, b_z, mask=within(first + o_t, o_r, last, R))
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from .special import INTERPRETED
 
 @triton.jit
 def load_product_tile(x, row_stride, first, last, rows_apart, channels, ROWS: tl.constexpr, GROUPS: tl.constexpr,
-                      P: tl.constexpr, SHARED: tl.constexpr = False, BEFORE: tl.constexpr = False):  # fmt: skip
+                      P: tl.constexpr, BEFORE: tl.constexpr = False, SHARED: tl.constexpr = False):  # fmt: skip
     """Rows `first`, `first + rows_apart`, ... of x, zero from row `last` and column `channels` on, of which None is
     beyond all; with BEFORE, below row 0 too.
 
@@ -33,15 +33,13 @@ def load_product_tile(x, row_stride, first, last, rows_apart, channels, ROWS: tl
 
 
 @triton.jit
-def store_product_tile(x, row_stride, first, last, rows_apart, channels, b_x, keep=True, STEP: tl.constexpr = 1):
-    """The counterpart of load_product_tile, unless not to `keep` it; of STEP neighbouring rows each, if a tile has so
-    many.
-    """
+def store_product_tile(x, row_stride, first, last, rows_apart, channels, b_x, keep=True):
+    """The counterpart of load_product_tile, unless not to `keep` it."""
     GROUPS: tl.constexpr = b_x.shape[0]
     ROWS: tl.constexpr = b_x.shape[1]
     P: tl.constexpr = b_x.shape[2]
     o_row, o_column = places_of_product_tile(ROWS, GROUPS, P, False)
-    o_row = o_row // STEP * rows_apart + o_row % STEP
+    o_row *= rows_apart
     m_x = within(first + o_row, o_column, last, channels) & keep
     p_x = x + first.to(tl.int64) * row_stride + (o_row.to(tl.int64) * row_stride + o_column)
     b_x = tl.permute(tl.reshape(b_x.to(x.dtype.element_ty), [GROUPS, ROWS // 8, 8, P // 8, 4, 2]), (1, 0, 2, 4, 3, 5))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from support.dispatch import Copies
 from support.interpreter import DEVICE
 from support.surroundings import Convolution, Heads, Norm
@@ -42,6 +43,7 @@ CASES: dict[str, Convolution | Heads | Norm] = {
     "dynamic, packed": Convolution(lengths=(1, 70, 0, 1, 2, 0, 3, 64, 5), R=5, bias=True),
     "dynamic, 96 channels, values that fill no block": Convolution(B=2, T=9, H=2, K=96, V=200, R=16),
     "dynamic, several programs": Convolution(T=200, V=3, R=15, extra=0),
+    "dynamic, whole tiles": Convolution(T=256, R=16),
     "heads": Heads(B=2, T=20, groups=1, group=4, K=40),
     "heads, packed": Heads(lengths=(1, 70, 0, 2, 5), W=8),
     "dynamic heads": Heads(B=2, T=20, groups=2, group=4, R=16),
@@ -70,6 +72,13 @@ def test_values_and_gradients(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
     found = CASES[case].run(torch.float32, torch.float32, DEVICE, "triton")
     truth = CASES[case].run(torch.float32, torch.float64, "cpu", "torch")
     compare(found, truth, "float32")
+
+
+@pytest.mark.parametrize("case", ["dynamic", "dynamic, packed", "dynamic, whole tiles", "dynamic heads"])
+def test_dynamic_taps_of_two_tokens_at_a_time(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # as with bfloat16, which the interpreter does not multiply right
+    monkeypatch.setattr(dynamic_convolution, "NARROW", (tl.float32,))
+    test_values_and_gradients(case, monkeypatch)
 
 
 @pytest.mark.parametrize(
