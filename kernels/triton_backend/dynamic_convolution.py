@@ -8,7 +8,7 @@ Rows of a tile are runs of tokens, as in short_convolution's backward, and a loo
 tokens that taps see move along in registers. Tiles are in the layout of products throughout, see product_tiles.
 
 - dynamic_forward_kernel: once over the tokens.
-- dynamic_gradient: the two kernels of the backward. The host adds up their sums in one order.
+- dynamic_gradient: the kernels of the backward. What is left of their sums the host adds up, in one order.
 """
 # mypy: disable-error-code="assignment, misc"
 # Tuples that a kernel builds up change their type.
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dynamic_gradient import dynamic_tap_gradient_kernel, dynamic_token_gradient_kernel
+from .dynamic_gradient import dynamic_sum_kernel, dynamic_tap_gradient_kernel, dynamic_token_gradient_kernel
 from .dynamic_taps import (
     age_of_runs,
     channels_of_block,
@@ -59,6 +59,7 @@ class Tuning(NamedTuple):
 FORWARD = Tuning(32, 8, 2, 2, {})
 TOKEN_GRADIENT = Tuning(32, 8, 1, 2, {})
 TAP_GRADIENT = Tuning(32, 8, 2, 1, {})
+SUM_BLOCK = 512
 # Rows of a tile: the fewest that a product has.
 RUNS = tl.constexpr(16)
 # Tokens of a run; beside them W - 1 are read before it, and computed once more after it.
@@ -130,10 +131,15 @@ class DynamicConvolveQKV(torch.autograd.Function):
                 *strides, B, *call.sizes, **call.options, **call.tuned(TAP_GRADIENT), BIAS=bias is not None,
                 SUMS=max(8, triton.next_power_of_2(W + (bias is not None))),
             )  # fmt: skip
+            parts, d_features = d_features, features.new_empty(B, T, 3 * R)
+            launch(
+                dynamic_sum_kernel, (triton.cdiv(d_features.numel(), SUM_BLOCK),),
+                parts, d_features, parts.shape[0], d_features.numel(), BLOCK=SUM_BLOCK,
+            )  # fmt: skip
         d_up, d_weight, d_bias = d_parameters.sum(0).split([W * R, W, int(bias is not None)], 1)
         return (
             dx,
-            d_features.sum(0).to(features.dtype),
+            d_features,
             d_weight.to(weight.dtype),
             d_up.unflatten(1, (W, R)).to(up.dtype),
             None if bias is None else d_bias.flatten().to(bias.dtype),

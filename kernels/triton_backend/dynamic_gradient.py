@@ -5,6 +5,7 @@ channels, with tiles in the layout of products throughout, see product_tiles.
   with it that of x, to which later tokens still add and which so moves along in registers.
 - dynamic_tap_gradient_kernel: the gradient of a tap is the product of a token and that of y, which is an operand of the
   products for the gradients of features, a sum over channels, and of the table, a sum over tokens.
+- dynamic_sum_kernel: the gradients of features, which blocks of channels have a part of each.
 
 One kernel for all of it needs all registers that a multiprocessor has for a single program, whose warps then wait for
 each other; the gradient of y in between is as many bytes as x.
@@ -182,6 +183,18 @@ def dynamic_tap_gradient_kernel(
         tl.store(p_parameters + j * R + o_r[None, None, :], b_d_up[j], mask=m_d[:, :, None] & (o_r < R)[None, None, :])
     m_sum = o_sum < width - W * R
     tl.store(p_parameters + W * R + o_sum[None, None, :], b_d_sums, mask=m_d[:, :, None] & m_sum[None, None, :])
+
+
+@triton.jit
+def dynamic_sum_kernel(parts, out, count, numbers, BLOCK: tl.constexpr):
+    """One program per BLOCK numbers of `out`, of which each is a sum over `count` parts, one after another."""
+    o_number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_number = o_number < numbers
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for _ in tl.range(count, loop_unroll_factor=4):
+        b_sum += tl.load(parts + o_number, mask=m_number, other=0.0)
+        parts += numbers
+    tl.store(out + o_number, b_sum.to(out.dtype.element_ty), mask=m_number)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ KERNELS = {
     "gdn2": PARALLEL_CHUNK | {"chunk_state_gradient", "chunk_key_gradient", "gdn2", "attend"},
     "diagonal": PARALLEL_CHUNK | CONTENT | {"erasing_gradient", "carve_token"},
     "delta": CHUNK | {"delta_operands", "delta_state", "delta_state_gradient", "chunk_key_gradient", "carve_token"},
-    "dynamic": {"dynamic_forward", "dynamic_token_gradient", "dynamic_tap_gradient"},
+    "dynamic": {"dynamic_forward", "dynamic_token_gradient", "dynamic_tap_gradient", "dynamic_sum"},
 }
 KERNELS["token"] = {"mixer_token", "product", "norm", "swiglu"}
 KERNELS["heads"] = KERNELS["dynamic"] | {"forward", "backward"}
