@@ -58,7 +58,7 @@ class Tuning(NamedTuple):
 
 FORWARD = Tuning(32, 8, 2, 2, {})
 TOKEN_GRADIENT = Tuning(32, 8, 1, 2, {})
-TAP_GRADIENT = Tuning(32, 8, 2, 1, {})
+TAP_GRADIENT = Tuning(32, 8, 2, 2, {})
 SUM_BLOCK = 512
 # Rows of a tile: the fewest that a product has.
 RUNS = tl.constexpr(16)
