@@ -61,7 +61,7 @@ def test_segments_fill_a_gpu_that_chains_leave_idle(monkeypatch: pytest.MonkeyPa
     assert count(65536, 1, 32) == 4
     assert count(65536, 1, 8) == 16
     assert count(4096, 4, 128) is None
-    assert count(4096, 1, 8) == 8  # of eight chunks each
+    assert count(4096, 1, 8) == 4  # of sixteen chunks each
     assert count(1024, 1, 8) is None
     assert count(65536, 1, 8, spare=True) is None
 
