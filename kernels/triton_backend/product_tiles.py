@@ -120,18 +120,29 @@ def unpacked(b_x, dtype: tl.constexpr):
     """The tile that `packed` was given, in a dtype that holds its numbers.
 
     Of tl.join, Triton would take products in another layout; of halves of a register it makes float32 in two steps.
+    Triton may choose a layout in which a thread's numbers are no neighbours: whether a number's column is odd tells
+    which half it is. In the layouts of products the compiler knows that, and drops the condition.
     """
     if b_x.dtype == tl.int32:
         GROUPS: tl.constexpr = b_x.shape[0]
         ROWS: tl.constexpr = b_x.shape[1]
         PAIRS: tl.constexpr = b_x.shape[2]
         b_x = tl.reshape(tl.broadcast_to(b_x[:, :, :, None], [GROUPS, ROWS, PAIRS, 2]), [GROUPS, ROWS, 2 * PAIRS])
+        b_odd = tl.broadcast_to((tl.arange(0, 2 * PAIRS) % 2)[None, None, :], b_x.shape)
         if dtype == tl.bfloat16:
-            b_x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [b_x], dtype=tl.bfloat16, is_pure=True, pack=2)
+            # of two numbers the first even and the second odd are a pair, still in one register
+            b_x = tl.inline_asm_elementwise(
+                """{ .reg .pred pair; .reg .b32 halves;
+                setp.lt.u32 pair, $3, $4;
+                mad.lo.u32 halves, $3, 0x22, 0x5410; mad.lo.u32 halves, $4, 0x2200, halves;
+                @pair mov.b32 $0, $1; @!pair prmt.b32 $0, $1, $2, halves; }""",
+                "=r,r,r,r,r", [b_x, b_odd], dtype=tl.bfloat16, is_pure=True, pack=2,
+            )  # fmt: skip
         else:
             b_x = tl.inline_asm_elementwise(
-                "shl.b32 $0, $2, 16; and.b32 $1, $3, 0xffff0000;", "=r,=r,r,r", [b_x], dtype=tl.int32, is_pure=True,
-                pack=2,
+                """{ .reg .pred odd;
+                setp.ne.u32 odd, $2, 0; @odd and.b32 $0, $1, 0xffff0000; @!odd shl.b32 $0, $1, 16; }""",
+                "=r,r,r", [b_x, b_odd], dtype=tl.int32, is_pure=True, pack=1,
             ).to(tl.float32, bitcast=True)  # fmt: skip
     return b_x.to(dtype)
 
