@@ -17,6 +17,7 @@ from support.interpreter import DEVICE
 from support.tolerances import CONTENT_PATH
 
 from megatron_carve.kernels import CarveState, chunk_carve, chunk_gdn2, require_triton_support
+from megatron_carve.kernels.triton_backend import segments
 
 pytestmark = pytest.mark.gpu
 
@@ -84,7 +85,9 @@ def rms_error(found: torch.Tensor, truth: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("form", "case"), ALL)
-def test_values_and_gradients(form: str, case: str, dtype: str) -> None:
+def test_values_and_gradients(form: str, case: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if case.startswith("segments"):
+        monkeypatch.setattr(segments, "SHORTEST", 8)  # so that four fit into a sequence that float64 goes through soon
     inputs = draw(form, DTYPES[dtype], **(GDN2_CASES | CARVE_CASES)[case])
     K, V = inputs.tensors["q"].shape[3], inputs.tensors["v"].shape[3]
     try:

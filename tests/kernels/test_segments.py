@@ -16,8 +16,9 @@ from megatron_carve.kernels.triton_backend import chunk_state, segments
 OPS = {"gdn2": chunk_gdn2, "carve": chunk_carve}
 ORACLES = {"gdn2": oracle_gdn2, "carve": oracle_carve}
 SIZES: dict[str, dict[str, Any]] = {
-    "grouped heads": {"B": 1, "T": 330, "H": 1, "HV": 2, "K": 32, "V": 64, "initial_state": True},
-    "two sequences": {"B": 2, "T": 256, "H": 2, "K": 64, "V": 32},
+    # without decay, so that what enters a segment matters to its end
+    "grouped heads": {"B": 1, "T": 330, "H": 1, "HV": 2, "K": 32, "V": 64, "initial_state": True, "decay": "none"},
+    "two sequences": {"B": 2, "T": 256, "H": 2, "K": 64, "V": 32, "decay": "none"},
     "steep": {"B": 1, "T": 270, "H": 1, "K": 32, "V": 32, "decay": "by chunk", "initial_state": True},
 }
 
