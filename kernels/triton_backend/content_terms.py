@@ -545,7 +545,7 @@ def content_terms(
         *(slots_of_workers(dtype=dtype) for dtype in (torch.float32, decay.erase_logits.dtype, x.k.dtype, x.q.dtype))
     )
     BK, sizes = call.key_block(TUNING), content_sizes(call, content)
-    sizes["RP"] = max(sizes["RP"], 16)  # of a product
+    sizes["RP"] = max(sizes["RP"], 16)  # narrower tiles were not tried on a GPU
     launch(
         content_terms_kernel, (heads * team.programs,),
         x.q, x.k, x.v, decay.g, decay.erase_logits, x.w, decay.A_log, decay.dt_bias, *content, *initial, *found,

@@ -46,19 +46,17 @@ class Tuning(NamedTuple):
     warps: at most so many; those beyond the groups would do the same again.
     step: tokens of a run that a loop takes at a time, one or two; the sums across warps are of all of them.
     ahead: steps whose loads are in flight throughout, in shared memory; those of one more are begun at a step's end.
-    options: further ones of Triton's.
     """
 
     columns: int
     warps: int
     step: int
     ahead: int
-    options: dict[str, int]
 
 
-FORWARD = Tuning(32, 8, 2, 2, {})
-TOKEN_GRADIENT = Tuning(32, 8, 1, 2, {})
-TAP_GRADIENT = Tuning(32, 8, 2, 2, {})
+FORWARD = Tuning(32, 8, 2, 2)
+TOKEN_GRADIENT = Tuning(32, 8, 1, 2)
+TAP_GRADIENT = Tuning(32, 8, 2, 2)
 SUM_BLOCK = 512
 # Rows of a tile: the fewest that a product has.
 RUNS = tl.constexpr(16)
@@ -195,8 +193,8 @@ class _Call(NamedTuple):
         warps = min(tuning.warps, self.options["BD"] // columns)
         # given no bound, the assembler at times leaves most registers unused and spills instead
         registers = min(255, REGISTERS // (32 * warps))
-        options = {"P": columns, "STEP": step, "AHEAD": ahead, "num_warps": warps, "maxnreg": registers}
-        return {"num_stages": 1} | options | tuning.options
+        options = {"P": columns, "STEP": step, "AHEAD": ahead, "num_warps": warps, "num_stages": 1}
+        return {**options, "maxnreg": registers}
 
 
 @triton.jit(do_not_specialize=["run"])

@@ -62,6 +62,7 @@ def dynamic_token_gradient_kernel(
     Tuples hold a tile per tap j, which takes the token W - 1 - j before the present one: its x, what is known of its
     dx, the tap.
     """
+    tl.static_assert(STEP == 1)  # two tokens at a time have no room in registers
     GROUPS: tl.constexpr = BD // P
     i_d, _, i_b, start = place(blocks, T, ROWS * run)
     D = 2 * key_channels + value_channels

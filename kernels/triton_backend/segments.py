@@ -21,8 +21,8 @@ from .stages import HOPPER, Call, Tuning
 
 # Two runs through segments cost as much as one through all, where there are fewer.
 FEWEST = 4
-# Chunks of a segment: to enter one takes as long as two chunks, and its transition, kept for the backward, half as much
-# memory as one chunk.
+# Chunks of a segment: to enter one takes as long as two chunks, and its transition, which is kept for the backward, as
+# much memory as what is kept of one and a half.
 SHORTEST = 16
 TUNING = {HOPPER: Tuning(0, 64, 8)}
 
