@@ -30,12 +30,14 @@ from .steep import steep_gradient
 from .tiles import load_columns, load_matrix, load_rows, load_tile, store_rows, store_tile
 
 VALUE_TUNING = {HOPPER: Tuning(0, 0, 4)}
+# Where what the chunks write has its gradient: four programs on a multiprocessor.
+GIVEN_TUNING = {HOPPER: Tuning(0, 0, 4, maxnreg=128)}
 KEY_TUNING = {HOPPER: Tuning(64, 0, 4)}
 
 
 @triton.jit
 def chunk_value_gradient_kernel(
-    v, w, A, do, d_output_rows, residuals, d_residuals,
+    v, w, A, do, d_output_rows, written_rows, residuals, d_residuals,
     dv, dw, d_written, dT, dP, dP_own,
     table, HV, HE,
     V: tl.constexpr, SPLIT: tl.constexpr, SCALAR_W: tl.constexpr, LOGITS_W: tl.constexpr,
@@ -45,7 +47,8 @@ def chunk_value_gradient_kernel(
     d_residuals d_written is given.
 
     HE heads have an erase gate, and so A, of their own. TRANSPOSED: residuals and their gradients are [V, C]. A row of
-    d_output_rows [NC, HV, V], if there are any, is added to do.
+    d_output_rows [NC, HV, V], if there are any, is added to do, and to d_written, if that is given, times written_rows
+    [NC, HV, C].
 
     Writes dv like v; dw like w, of a scalar gate [B, T, HV]; and per chunk
         d_written [NC, HV, C, V]: A^T dR, gradient of w v,
@@ -57,6 +60,12 @@ def chunk_value_gradient_kernel(
     start, o_r, m_r = chunk_rows(table, i_c)
     o_v = tl.arange(0, V)
     if d_residuals is None:
+        b_dz = load_tile(d_written, i_chv, o_r, V, o_v).to(tl.float32)
+        b_weights = load_columns(written_rows, i_chv, BT, o_r)[:, None]
+        b_dz += b_weights * load_columns(d_output_rows, i_chv, V, o_v)[None, :]
+        store_tile(d_written, i_chv, o_r, V, o_v, b_dz)
+        # loaded again it has a layout that suits the product, and its parts take no registers meanwhile
+        tl.debug_barrier()
         b_dz = load_tile(d_written, i_chv, o_r, V, o_v).to(tl.float32)
     else:
         b_At = load_matrix(A, i_c * HE + i_hv // (HV // HE), o_r, o_r, BT, BT, True)
@@ -185,8 +194,16 @@ def chunk_key_gradient_kernel(
     store_rows(dg, start, o_r, m_r, i_hv, HV, K, o_k, b_dg)
 
 
+class WrittenParts(NamedTuple):
+    """What the gradient of what the chunks write is the sum of: all but what d_output_rows gives it, [NC, HV, C, V],
+    and d_output_rows times rows [NC, HV, C]."""
+
+    without_rows: Tensor
+    rows: Tensor | None
+
+
 class ValueGradients(NamedTuple):
-    """What chunk_value_gradient_kernel writes; d_written may be given."""
+    """What chunk_value_gradient_kernel writes."""
 
     v: Tensor
     w: Tensor
@@ -202,10 +219,11 @@ class ValueGradients(NamedTuple):
 
 def value_gradients(
     call: Call, x: Inputs, A: Tensor, residuals: Tensor, do: Tensor, d_output_rows: Tensor | None,
-    d_residuals: Tensor | None, d_written: Tensor | None, dw: Tensor, transposed: bool,
+    d_residuals: Tensor | None, given: WrittenParts | None, dw: Tensor, transposed: bool,
 ) -> ValueGradients:  # fmt: skip
     """
     Args:
+        given: in the place of d_residuals; becomes their sum.
         dw: memory for the gradient of the write gate.
         transposed: residuals and their gradients.
     """
@@ -213,15 +231,15 @@ def value_gradients(
     def scores() -> Tensor:
         return call.tiles(do, call.HV, CHUNK_TOKENS, CHUNK_TOKENS)
 
-    if d_written is None:
-        d_written = call.tiles(do, call.HV, CHUNK_TOKENS, call.V)
+    d_written, rows = given or WrittenParts(call.tiles(do, call.HV, CHUNK_TOKENS, call.V), None)
     d = ValueGradients(call.of_tokens(x.v), dw, d_written, scores(), scores(), call.floats(do, call.HV, CHUNK_TOKENS))
+    tuning = GIVEN_TUNING if given and call.tile_dtype == torch.bfloat16 else VALUE_TUNING
     launch(
         chunk_value_gradient_kernel, (call.chunks.count, call.HV),
-        x.v, x.w, A, do, d_output_rows, residuals, d_residuals, *d,
+        x.v, x.w, A, do, d_output_rows, rows, residuals, d_residuals, *d,
         call.chunks.table, call.HV, call.erase_heads,
         V=call.V, SPLIT=call.split, SCALAR_W=call.scalar_w, LOGITS_W=call.logits_w,
-        TRANSPOSED=transposed, **call.launch(VALUE_TUNING, call.V),
+        TRANSPOSED=transposed, **call.launch(tuning, call.V),
     )  # fmt: skip
     return d
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from ..call import OpCall
 from ..state import CarveState
 from ..wide_copy import contiguous
-from .chunk_gradient import chunk_gradient
+from .chunk_gradient import WrittenParts, chunk_gradient
 from .chunk_operands import chunk_operands
 from .chunk_output import chunk_output
 from .chunk_state import chunk_state, chunk_state_gradient
 from .chunks import make_chunks
 from .content_gradient import content_gradient
-from .content_operands import content_operands
+from .content_operands import content_operands, content_rows
 from .content_terms import content_terms
 from .decay import decay_factors
 from .delta_operands import delta_operands
@@ -102,7 +102,7 @@ def backward_stages(
     if decay is None:
         d = chunk_gradient(call, x, factors, residuals, A, states, do, None, d_residuals, d_states, None)
     else:
-        d = erasing_gradient(call, x, decay, factors, residuals, A, states, do, None, d_residuals, d_states, None)
+        d = erasing_gradient(call, x, decay, factors, residuals, A, states, do, None, None, d_residuals, d_states, None)
     return d, d_initial
 
 
@@ -157,16 +157,19 @@ class ChunkDiagonal(torch.autograd.Function):
         if through_means:
             factors = decay_factors(call, x, decay)
             operands = gradient_operands(call, x, factors, A, states, do, for_content=True)
-            of_content = content_operands(call, x, decay, factors, operands, states, do, detached)
+            rows = content_rows(call, factors, operands, count, content_chunk)
+            of_content = None
+            if not detached:
+                of_content = content_operands(call, x, decay, factors, operands, rows, states, do)
             found = content_gradient(
-                call, x, decay, _content(down, up, bias), code, factors, operands, of_content, states,
+                call, x, decay, _content(down, up, bias), code, factors, operands, rows, of_content, states, do,
                 d_final, count, has_initial, content_chunk,
             )  # fmt: skip
             d_states, d_written, d_rows, *d_initial = found
-            residuals = operands.residuals
+            residuals, written = operands.residuals, WrittenParts(d_written, rows.written)
             del operands, of_content  # the memory is for the gradients
             d = erasing_gradient(
-                call, x, decay, factors, residuals, A, states, do, d_rows, None, d_states, d_written
+                call, x, decay, factors, residuals, A, states, do, d_rows, rows.after, None, d_states, written
             )  # fmt: skip
         else:
             d_S = None if d_final[0] is None else d_final[0].contiguous()

@@ -11,13 +11,14 @@ from ..checks import CHUNK_TOKENS
 from .chunks import BT, sequence_chunks
 from .content import (
     content_sizes,
+    factor_before,
     halving_mask,
     load_before,
     load_channels,
     load_tile_channels,
     sum_tokens,
 )
-from .content_operands import ContentOperands
+from .content_operands import ContentOperands, RowWeights
 from .cooperation import announce, cooperates, make_counters, take_place, wait_for
 from .decay import UNSHIFT
 from .gates import load_scalar_gate
@@ -26,17 +27,17 @@ from .products import matmul, pairs_of_halves
 from .special import LOG2_E
 from .stages import Call, Content, DecayInputs, Factors, GradientOperands, Inputs
 from .steep import HALVINGS
-from .tiles import load_columns, load_matrix, load_tile, store_columns, store_matrix
+from .tiles import load_columns, load_matrix, load_rows, load_tile, store_columns, store_matrix
 
-# What counters count: content chunks that a team has begun; chunks that the state's gradient has come through; chunks
-# up to the last one whose part of the content term's gradient the second program has added up.
-BEGUN, STEPPED, SUMMED = (tl.constexpr(i) for i in range(3))
+# What counters count: chunks that the state's gradient has come through, and content chunks that it has left, of which
+# d_output_rows are there; content chunks of which the sums are there.
+STEPPED, SUMMED = (tl.constexpr(i) for i in range(2))
 
 
 class ContentGradients(NamedTuple):
-    """d_states [NC, H, K, V] as GDN-2's stage gives it; d_written [NC, H, C, V], A^T times its d_residuals;
-    d_output_rows [NC, H, V] float32, what the means add to the gradient of every output of a chunk; those of the
-    initial state or None."""
+    """d_states [NC, H, K, V] as GDN-2's stage gives it, and d_written [NC, H, C, V], of what the chunks write, both but
+    for what d_output_rows gives them; d_output_rows [NC, H, V] float32, what the means add to the gradient of every
+    output of a chunk; those of the initial state or None. See also RowWeights."""
 
     d_states: Tensor
     d_written: Tensor
@@ -47,32 +48,75 @@ class ContentGradients(NamedTuple):
 
 
 @triton.jit
-def mean_gradient(b_down, b_up, b_code, b_d_term):
-    """D^T ((U^T du) (1 - code^2)), [V]: the gradient of the mean behind a content term, from the term's, [K]."""
-    b_d_code = tl.sum(b_up.to(tl.float32) * b_d_term[:, None], 0) * (1.0 - b_code * b_code)
-    return tl.sum(b_down.to(tl.float32) * b_d_code[None, :], 1)
-
-
-@triton.jit
 def content_gradient_kernel(
     k, log_decay, erase_logits, w, content_down, content_up, terms, codes, last, steep_from, states, residuals,
-    erased, k_right, written_to_end, d_written_here, written_rows,
-    d_states_here, row_weights, counts, local, of_states, of_rows,
+    erased, k_right, written_to_end, q_from_start, P, do,
+    rows_before, counts, local, of_states, of_rows,
     d_final_S, d_final_mean, d_final_partial, initial_count,
     d_states, d_written, d_output_rows, d_initial_S, d_initial_mean, d_initial_partial,
-    d_terms, low_bits, counters, tickets,
+    d_terms, counters, tickets,
     table, first, content_chunk, scale, H, content_heads,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, TEAM: tl.constexpr,
     HAS_INITIAL: tl.constexpr, BEFORE: tl.constexpr, LOGITS_W: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The reverse of content_terms_kernel, a team of TEAM programs, at most two, per sequence and value head; outputs
-    as in ContentGradients, and scratch: d_terms [N, H, K] float32, low_bits [N, H, K, V], counters [N, H, 3] of zeros.
+    """The reverse of content_terms_kernel, a team of TEAM programs, one or two, per sequence and value head; outputs as
+    in ContentGradients, and scratch: d_terms [NC, H, K] float32, counters [N, H, 2] of zeros.
 
-    Of two programs one carries the state's gradient through a chunk while the other forms what the chunk gives the
-    gradient of its content term; with the next chunk they change places. Between them the state's gradient passes
-    through memory, in two halves of its bits where d_states has 16.
+    Of two programs one carries the state's gradient, and finds those of the means; the other forms what the chunks that
+    the first has come through give the content terms.
     """
     i_nh, role = take_place(tickets, TEAM)
+    if TEAM == 1:
+        go_back(
+            k, log_decay, erase_logits, w, content_down, content_up, terms, codes, last, steep_from, states, residuals,
+            erased, k_right, written_to_end, q_from_start, P, do,
+            rows_before, counts, local, of_states, of_rows,
+            d_final_S, d_final_mean, d_final_partial, initial_count,
+            d_states, d_written, d_output_rows, d_initial_S, d_initial_mean, d_initial_partial,
+            d_terms, counters, table, first, content_chunk, scale, H, content_heads, i_nh,
+            K, V, R, RP, True, d_terms is not None, HAS_INITIAL, BEFORE, LOGITS_W, CT, PRECISION,
+        )  # fmt: skip
+    elif role == 0:
+        go_back(
+            k, log_decay, erase_logits, w, content_down, content_up, terms, codes, last, steep_from, states, residuals,
+            erased, k_right, written_to_end, q_from_start, P, do,
+            rows_before, counts, local, of_states, of_rows,
+            d_final_S, d_final_mean, d_final_partial, initial_count,
+            d_states, d_written, d_output_rows, d_initial_S, d_initial_mean, d_initial_partial,
+            d_terms, counters, table, first, content_chunk, scale, H, content_heads, i_nh,
+            K, V, R, RP, True, False, HAS_INITIAL, BEFORE, LOGITS_W, CT, PRECISION,
+        )  # fmt: skip
+    else:
+        go_back(
+            k, log_decay, erase_logits, w, content_down, content_up, terms, codes, last, steep_from, states, residuals,
+            erased, k_right, written_to_end, q_from_start, P, do,
+            rows_before, counts, local, of_states, of_rows,
+            d_final_S, d_final_mean, d_final_partial, initial_count,
+            d_states, d_written, d_output_rows, d_initial_S, d_initial_mean, d_initial_partial,
+            d_terms, counters, table, first, content_chunk, scale, H, content_heads, i_nh,
+            K, V, R, RP, False, True, HAS_INITIAL, BEFORE, LOGITS_W, CT, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def go_back(
+    k, log_decay, erase_logits, w, content_down, content_up, terms, codes, last, steep_from, states, residuals,
+    erased, k_right, written_to_end, q_from_start, P, do,
+    rows_before, counts, local, of_states, of_rows,
+    d_final_S, d_final_mean, d_final_partial, initial_count,
+    d_states, d_written, d_output_rows, d_initial_S, d_initial_mean, d_initial_partial,
+    d_terms, counters, table, first, content_chunk, scale, H, content_heads, i_nh,
+    K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, CARRIES: tl.constexpr, SUMS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, BEFORE: tl.constexpr, LOGITS_W: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program's way through its sequence, a content chunk at a time; it CARRIES the state's gradient, SUMS what
+    chunks give the content terms, or both. What it does not do costs it no registers.
+
+    What the outputs of a content chunk gain from the mean behind them, a row, is wanted last: the state's gradient goes
+    through the chunks without it, and gains what RowWeights makes of it when it leaves the content chunk. So the sums
+    have the time in which it goes through a content chunk, and what the row gives them is added to them as it is found.
+    What a chunk is multiplied with first is asked for while the one after it is in hand.
+    """
     i_n, i_h = i_nh // H, i_nh % H
     i_map = i_h * content_heads
     o_r, o_k, o_v, o_c = tl.arange(0, BT), tl.arange(0, K), tl.arange(0, V), tl.arange(0, RP)
@@ -84,175 +128,187 @@ def content_gradient_kernel(
     if initial_count is not None:
         filled += tl.load(initial_count + i_n) // BT % slots
     filled = filled.to(tl.int32)
-    counters += i_nh * 3
-    # Gradients of the mean that the content chunk after the running one saw, and of an output.
-    b_d_mean = tl.zeros([V], tl.float32)
-    b_d_row = tl.zeros([V], tl.float32)
-    b_d_final = tl.zeros([V], tl.float32)
-    # what the final mean's gradient weighs in that of a mean: something in the last content chunk that is complete
-    mean_pending = 1.0
-    if role == 0:
+    content_chunks = (filled + chunks + slots - 1) // slots
+    counters += i_nh * 2
+    i_ch = tl.maximum(begin + chunks - 1, 0) * H + i_h
+    if CARRIES:
         b_dS = tl.zeros([V, K], tl.float32)
+        # Gradients of the mean that the content chunk after the running one saw, and of an output.
+        b_d_mean = tl.zeros([V], tl.float32)
+        b_d_row = tl.zeros([V], tl.float32)
+        b_d_final = tl.zeros([V], tl.float32)
         if d_final_S is not None:
             b_dS += load_matrix(d_final_S, i_nh, o_v, o_k, V, K, True)
             b_d_row += load_columns(d_final_partial, i_nh, V, o_v) / scale
             b_d_final += load_columns(d_final_mean, i_nh, V, o_v)
-        store_state_gradient(
-            d_states, low_bits, d_initial_S, (end - 1) * H + i_h, i_nh, chunks > 0, o_v, o_k, V, K, HAS_INITIAL, b_dS
+        # what the final mean's gradient weighs in that of a mean: something in the last content chunk that is complete
+        mean_pending = 1.0
+        b_to_end, b_do, b_P = load_written_operands(
+            written_to_end, do, P, i_ch, row_0 + (chunks - 1) * BT, tokens_from, tokens_to, o_r, i_h, H, K, V, o_k, o_v
         )
-    for i_back in tl.range(0, (filled + chunks + slots - 1) // slots, disable_licm=True):
+        b_q, b_E = load_tile(q_from_start, i_ch, o_r, K, o_k), load_tile(erased, i_ch, o_r, K, o_k)
+        if d_terms is not None:
+            # minus the gradient of a content term, but for what d_terms holds
+            b_of_state = tl.zeros([K], tl.float32)
+            b_down = load_matrix(content_down, i_map, o_v, o_c, V, R, True)
+            b_up = load_matrix(content_up, i_map, o_k, o_c, K, R, False)
+    elif not HAS_INITIAL:
+        content_chunks -= 1  # the first one's mean is of nothing
+    if SUMS:
+        b_R = load_tile(residuals, i_ch, o_r, V, o_v)
+        b_S = load_matrix(states, i_ch, o_k, o_v, K, V, False)
+    for i_back in tl.range(0, content_chunks, disable_licm=True):
         i_from = ((filled + chunks - 1) // slots - i_back) * slots - filled
         i_since, i_to = tl.maximum(i_from, 0), tl.minimum(i_from + slots, chunks)
-        if role == 0:
-            if (i_to == i_from + slots) & (row_0 + i_to * BT <= tokens_to):
-                b_d_row = (b_d_mean + mean_pending * b_d_final) * token_share
-                mean_pending = 0.0
-            for i in tl.range(i_since, i_to, disable_licm=True):
-                store_columns(d_output_rows, (begin + i) * H + i_h, V, o_v, b_d_row)
-            announce(counters + BEGUN, i_back + 1)
-        b_d_term = tl.zeros([K], tl.float32)
+        i_first = (begin + i_since) * H + i_h
+        b_sum = tl.zeros([K], tl.float32)
+        if CARRIES and d_terms is not None:
+            b_of_state_after = b_of_state
+            b_of_state = tl.zeros([K], tl.float32)
         for j in tl.range(0, i_to - i_since, disable_licm=True):
             i = i_to - 1 - j
             i_ch = (begin + i) * H + i_h
-            whose = (i + filled) % TEAM
-            # Before a content chunk begins, the step that leads to it is done.
-            begins = (role > 0) & (j == 0)
-            if (role != whose) | (TEAM == 1):
-                step_state_gradient(
-                    last, written_to_end, erased, d_states_here, row_weights, d_output_rows,
-                    d_states, low_bits, d_initial_S, counters + tl.where(begins, BEGUN, STEPPED),
-                    tl.where(begins, i_back + 1, chunks - 1 - i), i_ch, i_nh, H, i > 0, o_r, o_k, o_v,
-                    K, V, HAS_INITIAL, CT, PRECISION,
-                )  # fmt: skip
-                announce(counters + STEPPED, chunks - i)
-            if role == whose:
-                start = row_0 + i * BT
-                b_d_term -= chunk_term_gradient(
+            i_next = (begin + tl.maximum(i - 1, 0)) * H + i_h
+            start = row_0 + i * BT
+            m_r = (start + o_r >= tokens_from) & (start + o_r < tokens_to)
+            if CARRIES:
+                b_total = (load_columns(last, i_ch, K, o_k) * UNSHIFT)[None, :]
+                b_do_T = tl.trans(b_do.to(CT))
+                b_dz = matmul(b_dS, b_to_end, CT, PRECISION)
+                b_dz = tl.dot(b_do_T, b_P.to(CT), b_dz, input_precision=PRECISION)
+                if d_terms is not None:  # the stores of what came before this chunk have come as far by now
+                    announce(counters + STEPPED, chunks - i - 1 + i_back)
+                store_matrix(d_states, i_ch, o_v, o_k, V, K, True, b_dS)
+                # not asked for before b_dS is stored: there would be no registers, and a spill waits for what is loaded
+                b_to_end, b_do, b_P = load_written_operands(
+                    written_to_end, do, P, i_next, start - BT, tokens_from, tokens_to, o_r, i_h, H, K, V, o_k, o_v
+                )
+                store_matrix(d_written, i_ch, o_v, o_r, V, BT, True, b_dz)
+                if d_terms is not None:
+                    b_of = load_matrix(of_states, i_ch, o_k, o_v, K, V, False)
+                b_dS *= b_total
+                b_dS = tl.dot(b_do_T, (b_q.to(tl.float32) * UNSHIFT).to(CT), b_dS, input_precision=PRECISION)
+                if d_terms is not None:  # loaded again it has a layout that suits the sum
+                    tl.debug_barrier()
+                    b_after = load_matrix(d_states, i_ch, o_k, o_v, K, V, False)
+                b_dS = tl.dot(b_dz.to(CT), (b_E.to(tl.float32) * -UNSHIFT).to(CT), b_dS, input_precision=PRECISION)
+                b_q, b_E = load_tile(q_from_start, i_next, o_r, K, o_k), load_tile(erased, i_next, o_r, K, o_k)
+                if d_terms is not None:
+                    b_of_state += tl.sum(b_of.to(tl.float32) * b_after.to(tl.float32), 1)
+            if SUMS:
+                b_chunk, b_R, b_S = chunk_term_gradient(
                     k, log_decay, erase_logits, w, terms, steep_from, states, residuals,
-                    written_to_end, d_written_here, written_rows, erased, k_right, counts, local, of_states, of_rows,
-                    d_output_rows, d_states, d_written, counters + BEGUN, i_back + 1, begins, i_ch, start,
-                    o_r, (start + o_r >= tokens_from) & (start + o_r < tokens_to), i_h, H, o_k, o_v,
-                    K, V, BEFORE, LOGITS_W, CT, PRECISION,
+                    erased, k_right, counts, local, d_written,
+                    counters + STEPPED, 0 if CARRIES else chunks - i + i_back,
+                    b_R, b_S, i_ch, i_next, start, o_r, m_r, i_h, H,
+                    o_k, o_v, K, V, BEFORE, LOGITS_W, CT, PRECISION,
                 )  # fmt: skip
-                if d_terms is not None:  # noqa: SIM102  decided by the compiler
-                    if role > 0:
-                        store_columns(d_terms, i_nh, K, o_k, b_d_term)
-                        announce(counters + SUMMED, chunks - i)
+                b_sum += b_chunk
+        if CARRIES:
+            b_before = load_columns(rows_before, i_first, K, o_k)[None, :]
+            if d_terms is not None:
+                announce(counters + STEPPED, chunks - i_since + i_back)
+                if i_back > 0:
+                    b_d_mean = mean_gradient(
+                        codes, d_terms, counters + SUMMED, i_back, b_of_state_after, b_down, b_up,
+                        (begin + i_to) * H + i_h, o_k, o_c, K, R,
+                    )  # fmt: skip
+            if (i_to == i_from + slots) & (row_0 + i_to * BT <= tokens_to):
+                b_d_row = (b_d_mean + mean_pending * b_d_final) * token_share
+                mean_pending = 0.0
+            b_dS += b_d_row[:, None] * b_before
+            for i in tl.range(i_since, i_to, disable_licm=True):
+                store_columns(d_output_rows, (begin + i) * H + i_h, V, o_v, b_d_row)
+        if SUMS:
+            b_M = load_matrix(of_rows, i_first, o_k, o_v, K, V, False)
+            wait_for(counters + STEPPED, 0 if CARRIES else chunks - i_since + i_back + 1)
+            b_row = load_columns(d_output_rows, i_first, V, o_v)[None, :]
+            for i in tl.range(i_since, i_to, disable_licm=True):
+                # asked for before the one in hand is used
+                i_next = (begin + tl.minimum(i + 1, i_to - 1)) * H + i_h
+                b_next = load_matrix(of_rows, i_next, o_k, o_v, K, V, False)
+                b_sum += tl.sum(b_M.to(tl.float32) * b_row, 1)
+                b_M = b_next
+            store_columns(d_terms, i_first, K, o_k, b_sum)
+            announce(counters + SUMMED, i_back + 1)
+    if CARRIES and HAS_INITIAL:
         if d_terms is not None:  # noqa: SIM102  decided by the compiler
-            if role == 0:
-                b_code = tl.load(codes + ((begin + i_since) * H + i_h) * R + o_c, mask=o_c < R, other=0.0)
-                b_down = load_matrix(content_down, i_map, o_v, o_c, V, R, True)
-                b_up = load_matrix(content_up, i_map, o_k, o_c, K, R, False)
-                i_others = i_since + 1 - (i_since + filled) % 2  # the last one that the second program sums up
-                if (TEAM > 1) & (i_others < i_to):
-                    wait_for(counters + SUMMED, chunks - i_others)
-                    b_d_term += load_columns(d_terms, i_nh, K, o_k)
-                b_d_mean = mean_gradient(b_down, b_up, b_code, b_d_term)
-    if HAS_INITIAL and role == 0:
+            if chunks > 0:
+                announce(counters + STEPPED, chunks + content_chunks)
+                b_d_mean = mean_gradient(
+                    codes, d_terms, counters + SUMMED, content_chunks, b_of_state, b_down, b_up,
+                    begin * H + i_h, o_k, o_c, K, R,
+                )  # fmt: skip
+        store_matrix(d_initial_S, i_nh, o_v, o_k, V, K, True, b_dS)
         store_columns(d_initial_mean, i_nh, V, o_v, b_d_mean + mean_pending * b_d_final)
         store_columns(d_initial_partial, i_nh, V, o_v, b_d_row * scale)
 
 
 @triton.jit
-def store_state_gradient(
-    d_states, low_bits, d_initial_S, i_ch, i_nh, has_chunk, o_v, o_k, V: tl.constexpr, K: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, b_dS,
+def load_written_operands(
+    written_to_end, do, P, i_ch, start, tokens_from, tokens_to, o_r, i_h, H,
+    K: tl.constexpr, V: tl.constexpr, o_k, o_v,
 ):  # fmt: skip
-    """Keep the gradient of the state after chunk i_ch, or, where the sequence has none, of the initial one."""
-    if has_chunk:
-        store_matrix(d_states, i_ch, o_v, o_k, V, K, True, b_dS)
-        if low_bits is not None:
-            b_low = b_dS - b_dS.to(d_states.dtype.element_ty).to(tl.float32)
-            store_matrix(low_bits, i_nh, o_v, o_k, V, K, True, b_low)
-    elif HAS_INITIAL:
-        store_matrix(d_initial_S, i_nh, o_v, o_k, V, K, True, b_dS)
+    """What the gradient of what a chunk writes is formed with."""
+    m_r = (start + o_r >= tokens_from) & (start + o_r < tokens_to)
+    b_do = load_rows(do, start, o_r, m_r, i_h, H, V, o_v)
+    return load_tile_channels(written_to_end, i_ch, o_r, K, o_k), b_do, load_tile(P, i_ch, o_r, BT, o_r)
 
 
 @triton.jit
-def step_state_gradient(
-    last, written_to_end, erased, d_states_here, row_weights, d_output_rows, d_states, low_bits, d_initial_S,
-    p_counter, least, i_ch, i_nh, H, has_chunk_before, o_r, o_k, o_v,
-    K: tl.constexpr, V: tl.constexpr, HAS_INITIAL: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+def mean_gradient(
+    codes, d_terms, p_summed, least_summed, b_of_state, b_down, b_up, i_ch, o_k, o_c, K: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of the state after a chunk, once p_counter tells that it is there, to that of the one before
-    it."""
-    b_to_end = load_tile_channels(written_to_end, i_ch, o_r, K, o_k)
-    b_E = load_tile(erased, i_ch, o_r, K, o_k)
-    b_here = load_matrix(d_states_here, i_ch, o_v, o_k, V, K, True)
-    b_weights = load_columns(row_weights, i_ch, K, o_k)[None, :]
-    b_total = (load_columns(last, i_ch, K, o_k) * UNSHIFT)[None, :]
-    wait_for(p_counter, least)
-    b_dS = load_matrix(d_states, i_ch, o_v, o_k, V, K, True)
-    b_d_row = load_columns(d_output_rows, i_ch, V, o_v)
-    if low_bits is not None:
-        b_low = load_matrix(low_bits, i_nh, o_v, o_k, V, K, True)
-    b_dz = matmul(b_dS, b_to_end, CT, PRECISION)
-    b_step = matmul(b_dz, b_E, CT, PRECISION) * -UNSHIFT
-    b_step += b_d_row[:, None] * b_weights
-    b_step += b_here.to(tl.float32)
-    b_step += b_total * b_dS.to(tl.float32)
-    if low_bits is not None:
-        b_step += b_total * b_low.to(tl.float32)
-    store_state_gradient(
-        d_states, low_bits, d_initial_S, i_ch - H, i_nh, has_chunk_before, o_v, o_k, V, K, HAS_INITIAL, b_step
-    )
+    """D^T ((U^T du) (1 - code^2)), [V]: the gradient of the mean behind the content term of the content chunk that
+    begins with chunk i_ch. -du is b_of_state, [K], and what d_terms holds as soon as p_summed tells so."""
+    b_code = tl.load(codes + i_ch * R + o_c, mask=o_c < R, other=0.0)
+    wait_for(p_summed, least_summed)
+    b_d_term = -b_of_state - load_columns(d_terms, i_ch, K, o_k)
+    b_d_code = tl.sum(b_up.to(tl.float32) * b_d_term[:, None], 0) * (1.0 - b_code * b_code)
+    return tl.sum(b_down.to(tl.float32) * b_d_code[None, :], 1)
 
 
 @triton.jit
 def chunk_term_gradient(
     k, log_decay, erase_logits, w, terms, steep_from, states, residuals,
-    written_to_end, d_written_here, written_rows, erased, k_right, counts, local, of_states, of_rows,
-    d_output_rows, d_states, d_written, p_begun, least_begun, begins, i_ch, start, o_r, m_r, i_h, H, o_k, o_v,
+    erased, k_right, counts, local, d_written, p_stepped, least_stepped,
+    b_R, b_S, i_ch, i_next, start, o_r, m_r, i_h, H, o_k, o_v,
     K: tl.constexpr, V: tl.constexpr, BEFORE: tl.constexpr, LOGITS_W: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sum_t b_t da_t of a chunk, [K], minus which is the gradient of its content term (0 where that is not wanted);
-    stores the gradient of what it writes. If it begins a content chunk, p_begun tells when it can. The gradient of the
-    state after the chunk is there: the program that comes here has made the step to it.
+    """sum_t b_t da_t of a chunk, [K], but for what d_row of its content chunk and the state's gradient after it give,
+    once p_stepped tells that the latter has come through; and the residuals and the state, which are given, of the next
+    chunk.
 
     What c_r gives and c_s takes are of the same rounded factors, so that what is common to them cancels.
     """
-    b_to_end = load_tile_channels(written_to_end, i_ch, o_r, K, o_k)
-    b_here = load_tile_channels(d_written_here, i_ch, o_r, V, o_v)
-    b_weights = load_columns(written_rows, i_ch, BT, o_r)[None, :]
-    if of_states is not None:
-        b_R = load_tile(residuals, i_ch, o_r, V, o_v)
-        b_S = load_matrix(states, i_ch, o_k, o_v, K, V, False)
-        b_E = load_tile_channels(erased, i_ch, o_r, K, o_k)
-        b_k_right = load_tile_channels(k_right, i_ch, o_r, K, o_k)
-        first_steep = tl.load(steep_from + i_ch)
-        b_sum = load_columns(local, i_ch, K, o_k)
-        b_count = load_tile_channels(counts, i_ch, o_r, K, o_k)
-        b_erase_count = load_before(counts, i_ch, o_r, K, o_k) if BEFORE else b_count
-        b_of_rows = load_matrix(of_rows, i_ch, o_k, o_v, K, V, False)
-        b_of_states = load_matrix(of_states, i_ch, o_k, o_v, K, V, False)
-    if begins:
-        wait_for(p_begun, least_begun)
-    b_dS = load_matrix(d_states, i_ch, o_k, o_v, K, V, False)
-    b_d_row = load_columns(d_output_rows, i_ch, V, o_v)
-    b_dz = matmul(tl.trans(b_dS), b_to_end, CT, PRECISION)
-    b_dz += b_here.to(tl.float32)
-    b_dz += b_d_row[:, None] * b_weights
-    b_dz = b_dz.to(CT)
-    store_matrix(d_written, i_ch, o_v, o_r, V, BT, True, b_dz)
-    if of_states is None:
-        b_sum = tl.zeros([K], tl.float32)
-    else:
-        b_weighted = b_of_states.to(tl.float32) * b_dS.to(tl.float32) + b_of_rows.to(tl.float32) * b_d_row[None, :]
-        b_sum += tl.sum(b_weighted, 1)
-        b_dT = tl.where(o_r[None, :] > o_r[:, None], -matmul(b_R, b_dz, CT, PRECISION), 0.0)
-        b_dT_mild = tl.where((o_r < first_steep)[None, :], b_dT, 0.0).to(CT)
-        b_d = matmul(b_S, b_dz, CT, PRECISION) * -UNSHIFT
-        b_d += matmul(b_k_right, b_dT_mild, CT, PRECISION)
-        b_columns = matmul(b_E, tl.trans(b_dT_mild), CT, PRECISION)
-        b_d *= b_erase_count.to(tl.float32) * b_E.to(tl.float32)
-        b_sum += tl.sum(b_d - b_count.to(tl.float32) * b_k_right.to(tl.float32) * b_columns, 1)
-        if first_steep < BT:
-            b_sum += steep_term_gradient(
-                k, log_decay, erase_logits, w, terms, tl.where((o_r >= first_steep)[None, :], b_dT, 0.0),
-                start, o_r, m_r, i_ch, i_h, H, K, o_k, BEFORE, LOGITS_W, CT, PRECISION,
-            )  # fmt: skip
-    return b_sum
+    # asked for before the wait
+    b_E = load_tile_channels(erased, i_ch, o_r, K, o_k)
+    b_k_right = load_tile_channels(k_right, i_ch, o_r, K, o_k)
+    first_steep = tl.load(steep_from + i_ch)
+    b_sum = load_columns(local, i_ch, K, o_k)
+    b_count = load_tile_channels(counts, i_ch, o_r, K, o_k)
+    b_erase_count = load_before(counts, i_ch, o_r, K, o_k) if BEFORE else b_count
+    wait_for(p_stepped, least_stepped)
+    b_dz = load_tile_channels(d_written, i_ch, o_r, V, o_v)
+    b_dT = tl.where(o_r[None, :] > o_r[:, None], -matmul(b_R, b_dz, CT, PRECISION), 0.0)
+    b_dT_mild = tl.where((o_r < first_steep)[None, :], b_dT, 0.0).to(CT)
+    b_d = matmul(b_S, b_dz, CT, PRECISION) * -UNSHIFT
+    b_R = load_tile(residuals, i_next, o_r, V, o_v)
+    b_S = load_matrix(states, i_next, o_k, o_v, K, V, False)
+    b_d += matmul(b_k_right, b_dT_mild, CT, PRECISION)
+    b_columns = matmul(b_E, tl.trans(b_dT_mild), CT, PRECISION)
+    b_d *= b_erase_count.to(tl.float32) * b_E.to(tl.float32)
+    b_sum += tl.sum(b_d - b_count.to(tl.float32) * b_k_right.to(tl.float32) * b_columns, 1)
+    if first_steep < BT:
+        b_sum += steep_term_gradient(
+            k, log_decay, erase_logits, w, terms, tl.where((o_r >= first_steep)[None, :], b_dT, 0.0),
+            start, o_r, m_r, i_ch, i_h, H, K, o_k, BEFORE, LOGITS_W, CT, PRECISION,
+        )  # fmt: skip
+        # asked for again: they take no registers meanwhile
+        b_R = load_tile(residuals, i_next, o_r, V, o_v)
+        b_S = load_matrix(states, i_next, o_k, o_v, K, V, False)
+    return b_sum, b_R, b_S
 
 
 @triton.jit
@@ -270,27 +326,27 @@ def steep_term_gradient(
     for step in tl.range(HALVINGS, disable_licm=True):
         b_dT_pairs = tl.where(pairs_of_halves(o_r, step, True), b_dT, 0.0).to(CT)
         m_steps = halving_mask(o_r, step, False)
-        b_e, b_count = tl.exp2(sum_tokens(b_a, m_steps, CT)), matmul(b_b, m_steps, CT, PRECISION)
+        b_steps, b_count = sum_tokens(b_a, m_steps, CT), matmul(b_b, m_steps, CT, PRECISION)
+        b_e = tl.exp2(b_steps)
         b_ke = b_k * b_e
         b_erase_count = b_count
         if BEFORE:
-            m_steps = halving_mask(o_r, step, True)
-            b_e, b_erase_count = tl.exp2(sum_tokens(b_a, m_steps, CT)), matmul(b_b, m_steps, CT, PRECISION)
+            b_e, b_erase_count = factor_before(b_steps, b_a, o_r, step, CT), b_count - b_b
         b_ve = (b_w * b_k * b_e).to(CT)
         b_sum += tl.sum(b_erase_count * b_ve.to(tl.float32) * matmul(b_ke, b_dT_pairs, CT, PRECISION), 1)
         b_sum += tl.sum(b_count * b_ke * matmul(b_ve, tl.trans(b_dT_pairs), CT, PRECISION), 1)
     return b_sum
 
 
-def team_of(side_by_side: int, device: torch.device) -> int:
-    """Programs of a head, where that many chunks can be worked on at a time."""
-    return 2 if side_by_side > 1 and cooperates(device) else 1
+def team_of(wants_terms: bool, device: torch.device) -> int:
+    """Programs of a head."""
+    return 2 if wants_terms and cooperates(device) else 1
 
 
 def content_gradient(
     call: Call, x: Inputs, decay: DecayInputs, content: Content, code: Tensor, factors: Factors,
-    operands: GradientOperands, of_content: ContentOperands, states: Tensor,
-    d_final: tuple[Tensor | None, ...], count: Tensor | None, has_initial: bool, content_chunk: int,
+    operands: GradientOperands, rows: RowWeights, of_content: ContentOperands | None, states: Tensor,
+    do: Tensor, d_final: tuple[Tensor | None, ...], count: Tensor | None, has_initial: bool, content_chunk: int,
 ) -> ContentGradients:  # fmt: skip
     """The gradients that go from chunk to chunk.
 
@@ -299,6 +355,7 @@ def content_gradient(
         decay: with the content terms of the forward.
         code: of the forward.
         operands: for content.
+        of_content: or None if no gradient reaches the means through the content terms.
         d_final: gradients of the final S, mean and partial, or None each.
         count: of the initial state, or None.
     """
@@ -315,15 +372,15 @@ def content_gradient(
         *(factors.last.new_empty(shape) if has_initial else None for shape in shapes),
     )  # fmt: skip
     heads = chunks.sequences * call.H
-    team = team_of(content_chunk // CHUNK_TOKENS, states.device)
-    low_bits = None if call.tile_dtype == torch.float32 else states.new_empty(heads, call.K, V)
-    d_terms = None if of_content.of_rows is None else factors.last.new_empty(heads, call.K)
+    d_terms = None if of_content is None else call.floats(states, call.H, call.K)
+    team = team_of(d_terms is not None, states.device)
     launch(
         content_gradient_kernel, (heads * team,),
         x.k, x.g, decay.erase_logits, x.w, content.down, content.up, decay.content, code,
         factors.last, factors.steep_from, states, operands.residuals,
-        operands.erasure, operands.k_right, operands.k_to_end, operands.d_residuals_here, operands.P_sum,
-        *of_content, *d_final, count, *found, d_terms, low_bits, *make_counters(states.device, 3 * heads, 1),
+        operands.erasure, operands.k_right, operands.k_to_end, operands.q_from_start, operands.P, do,
+        rows.before, *(of_content or (None,) * 4), *d_final, count, *found,
+        d_terms, *make_counters(states.device, 2 * heads, 1),
         chunks.table, chunks.first, content_chunk, call.scale, call.H, content.by_head,
         TEAM=team, HAS_INITIAL=has_initial, **content_sizes(call, content),
     )  # fmt: skip

@@ -7,12 +7,14 @@ chunk, dS the gradient of the one after it, and d_row what the mean adds to the 
     dz = A^T (k_to_end dS + P^T do + P_sum d_row^T)
     gradient of S = total dS + q_from_start^T (do + d_row) - E^T dz
 
-Of these gradient_operands.py gives A^T k_to_end, A^T P^T do and A^T P_sum; here follow q_from_start^T do -
-E^T A^T P^T do, and the sum of the rows of q_from_start.
+Of these gradient_operands.py gives A^T k_to_end, P A and A^T P_sum. d_row is the same in all chunks of a content chunk:
+so what it gives dz and dS of each is its product with a vector, formed here, and dz and dS without it can be found
+before it is known.
 
 The gradient of a content term is minus the sum of b_t da_t over its tokens. With c_r the sum of b up to a row, a decay
-from row s to row r counts c_r - c_s times in it. It is linear in do, d_row, dS and dz: the first three meet a vector
-and two matrices that are formed here; what dz gives follows in content_gradient.py.
+from row s to row r counts c_r - c_s times in it. It is linear in do, d_row, dS and dz: do meets a vector, and d_row,
+with what it gives dS and dz, and dS without that a matrix each, which are formed here; what dz without it gives follows
+in content_gradient.py.
 """
 
 import functools
@@ -24,9 +26,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import CHUNK_TOKENS
-from .chunks import BT, chunk_rows
-from .content import halving_mask, load_channels, load_tile_channels, sum_tokens
+from .chunks import BT, chunk_rows, chunk_sequence
+from .content import factor_before, halving_mask, load_channels, load_tile_channels, sum_tokens
 from .decay import UNSHIFT
+from .gates import load_scalar_gate
 from .launching import launch
 from .products import matmul, pairs_of_halves
 from .special import LOG2_E, fast_sigmoid
@@ -36,31 +39,70 @@ from .tiles import load_columns, load_matrix, load_rows, load_tile, store_column
 
 TUNING = {HOPPER: Tuning(64, 0, 4)}
 STEEP_TUNING = {HOPPER: Tuning(64, 0, 4)}
+ROWS_TUNING = {HOPPER: Tuning(0, 0, 4)}
+
+
+class RowWeights(NamedTuple):
+    """What d_row of a content chunk is multiplied with in gradients, by chunk and head, float32: in that of what the
+    chunk writes, dz, written [C]; of the state after it, after [K]; of the state before it, before [K], of the first
+    chunk of a content chunk alone."""
+
+    written: Tensor
+    after: Tensor
+    before: Tensor
 
 
 class ContentOperands(NamedTuple):
-    """By chunk and head; the last four only where a gradient reaches the means through the content terms.
+    """By chunk and head: counts [C, K], c; and of the sum of b_t da_t: local [K] float32, what the outputs give;
+    of_states [K, V]: weights of dS, to be summed up over V; of_rows [K, V]: what multiplies d_row."""
 
-    d_states [K, V]: what the chunk's own outputs give the gradient of the state before it; row_weights [K] float32:
-    what that gains of d_row; counts [C, K], c; and of the sum of b_t da_t: local [K] float32, what the outputs give;
-    of_states [K, V]: weights of dS, to be summed up over V; of_rows [K, V]: what multiplies d_row.
-    """
+    counts: Tensor
+    local: Tensor
+    of_states: Tensor
+    of_rows: Tensor
 
-    d_states: Tensor
-    row_weights: Tensor
-    counts: Tensor | None
-    local: Tensor | None
-    of_states: Tensor | None
-    of_rows: Tensor | None
+
+@triton.jit
+def content_rows_kernel(
+    last, erasure, written_to_end, P_sum, rows_here, initial_count, written, after, before,
+    table, first, content_chunk, H, K: tl.constexpr,
+):  # fmt: skip
+    """A program per chunk and head; those of the last chunks of content chunks find RowWeights of all their chunks."""
+    i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_n = chunk_sequence(table, i_c)
+    begin, end = tl.load(first + i_n), tl.load(first + i_n + 1)
+    slots = content_chunk // BT
+    i_slot = i_c - begin
+    if initial_count is not None:
+        i_slot += tl.load(initial_count + i_n) // BT
+    i_slot %= slots
+    if (i_c >= end) | ((i_c + 1 < end) & (i_slot + 1 < slots)):
+        return
+    o_r, o_k = tl.arange(0, BT), tl.arange(0, K)
+    since = tl.maximum(i_c - i_slot, begin)
+    i_ch = i_c * H + i_h
+    store_columns(after, i_ch, K, o_k, tl.zeros([K], tl.float32))
+    store_columns(written, i_ch, BT, o_r, load_columns(P_sum, i_ch, BT, o_r))
+    b_row = load_columns(rows_here, i_ch, K, o_k) * UNSHIFT
+    for i_back in tl.range(1, (i_c + 1 - since).to(tl.int32)):
+        i_ch = (i_c - i_back) * H + i_h
+        b_to_end = load_tile(written_to_end, i_ch, o_r, K, o_k).to(tl.float32)
+        b_E = load_tile(erasure, i_ch, o_r, K, o_k).to(tl.float32)
+        store_columns(after, i_ch, K, o_k, b_row)
+        b_later = tl.sum(b_to_end * b_row[None, :], 1)
+        store_columns(written, i_ch, BT, o_r, load_columns(P_sum, i_ch, BT, o_r) + b_later)
+        b_row = load_columns(last, i_ch, K, o_k) * b_row + load_columns(rows_here, i_ch, K, o_k)
+        b_row = (b_row - tl.sum(b_later[:, None] * b_E, 0)) * UNSHIFT
+    store_columns(before, since * H + i_h, K, o_k, b_row)
 
 
 @triton.jit
 def content_operands_kernel(
     k, erase_logits, terms, last, rest, steep_from, states, do,
-    q_from_start, erasure, k_right, residuals, d_written_here, written_rows,
-    d_states, row_weights, counts, local, of_states, of_rows, ones_through,
+    q_from_start, erasure, k_right, residuals, rows_written, rows_after,
+    counts, local, of_states, of_rows, ones_through,
     table, H,
-    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, DETACHED: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BEFORE: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per block of key columns, chunk and head; outputs as in ContentOperands, without the scores of steep
@@ -72,50 +114,57 @@ def content_operands_kernel(
     b_q = load_tile_channels(q_from_start, i_ch, o_r, K, o_k)
     b_E = load_tile_channels(erasure, i_ch, o_r, K, o_k)
     b_do = load_rows(do, start, o_r, m_r, i_h, H, V, o_v)
-    b_dz = load_tile(d_written_here, i_ch, o_r, V, o_v)
-    if not DETACHED:  # asked for before the first product
-        first_steep = tl.load(steep_from + i_ch)
-        b_R = load_tile(residuals, i_ch, o_r, V, o_v)
-        b_S = load_matrix(states, i_ch, o_k, o_v, K, V, False)
-        b_through = load_tile(ones_through, 0, o_r, BT, o_r)
-        b_k = load_tile_channels(k_right, i_ch, o_r, K, o_k)
-        b_last = load_columns(last, i_ch, K, o_k)
-        b_b = load_erase_gates(erase_logits, terms, i_ch, start, o_r, m_r, i_h, H, K, o_k).to(CT)
-    b_dS = matmul(b_q, b_do, CT, PRECISION)
-    b_dS -= matmul(b_E, b_dz, CT, PRECISION)
-    store_matrix(d_states, i_ch, o_k, o_v, K, V, False, b_dS * UNSHIFT)
-    b_row = load_columns(written_rows, i_ch, BT, o_r)[None, :]
-    b_row = tl.sum(b_q.to(tl.float32) - b_row * b_E.to(tl.float32), 1) * UNSHIFT
-    store_columns(row_weights, i_ch, K, o_k, b_row)
-    if not DETACHED:
-        b_count = matmul(b_b, b_through, CT, PRECISION)
-        store_matrix(counts, i_ch, o_k, o_r, K, BT, True, b_count)
-        # keys to the chunk's end, with the sum of b after them
-        b_weights = matmul(b_b, tl.trans(b_through), CT, PRECISION) - b_b.to(tl.float32)
-        if first_steep == BT:
-            b_weights *= b_k.to(tl.float32) * b_last[:, None]
-        else:
-            b_weights *= load_channels(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
-            b_weights *= load_tile_channels(rest, i_ch, o_r, K, o_k).to(tl.float32)
-        b_all = tl.sum(tl.where((o_r == BT - 1)[None, :], b_count, 0.0), 1) * (b_last * UNSHIFT)
-        b_M = matmul(b_weights, b_R, CT, PRECISION) + b_all[:, None] * b_S.to(tl.float32)
-        store_matrix(of_states, i_ch, o_k, o_v, K, V, False, b_M)
-        # rows of queries: what c_r gives and c_s takes are of the same rounded factors, so that what is common cancels
-        m_mild = (o_r < first_steep)[None, :]
-        b_dP = matmul(b_R, tl.trans(b_do), CT, PRECISION)
-        b_dP = tl.where((o_r[None, :] > o_r[:, None]) & m_mild, b_dP, 0.0).to(CT)
-        b_d = matmul(b_S, tl.trans(b_do), CT, PRECISION) * UNSHIFT + matmul(b_k, b_dP, CT, PRECISION)
-        b_columns = matmul(b_q, tl.trans(b_dP), CT, PRECISION)
-        b_q_count = b_count * b_q.to(tl.float32)
-        store_columns(local, i_ch, K, o_k, tl.sum(b_q_count * b_d - b_count * b_k.to(tl.float32) * b_columns, 1))
-        # d_row meets all queries alike: a key's sum of (c_r - c_s) q_r over later rows is one of b_t times those from t
-        b_pairs = matmul(tl.where(m_mild, b_q, 0.0), tl.trans(b_through), CT, PRECISION)
-        b_pairs = (b_pairs * b_b.to(tl.float32)).to(CT)
-        b_pairs = matmul(b_pairs, tl.trans(b_through), CT, PRECISION) - b_pairs.to(tl.float32)
-        b_pairs *= b_k.to(tl.float32)
-        b_q_sum = tl.sum(b_q_count, 1) * UNSHIFT
-        b_M = matmul(b_pairs, b_R, CT, PRECISION) + b_q_sum[:, None] * b_S.to(tl.float32)
-        store_matrix(of_rows, i_ch, o_k, o_v, K, V, False, b_M)
+    first_steep = tl.load(steep_from + i_ch)
+    b_R = load_tile(residuals, i_ch, o_r, V, o_v)
+    b_S = load_matrix(states, i_ch, o_k, o_v, K, V, False)
+    b_through = load_tile(ones_through, 0, o_r, BT, o_r)
+    b_k = load_tile_channels(k_right, i_ch, o_r, K, o_k)
+    b_last = load_columns(last, i_ch, K, o_k)
+    b_b = load_erase_gates(erase_logits, terms, i_ch, start, o_r, m_r, i_h, H, K, o_k).to(CT)
+    b_count = matmul(b_b, b_through, CT, PRECISION)
+    store_matrix(counts, i_ch, o_k, o_r, K, BT, True, b_count)
+    # keys to the chunk's end, with the sum of b after them
+    b_weights = matmul(b_b, tl.trans(b_through), CT, PRECISION) - b_b.to(tl.float32)
+    if first_steep == BT:
+        b_weights *= b_k.to(tl.float32) * b_last[:, None]
+    else:
+        b_weights *= load_channels(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
+        b_weights *= load_tile_channels(rest, i_ch, o_r, K, o_k).to(tl.float32)
+    b_all = tl.sum(tl.where((o_r == BT - 1)[None, :], b_count, 0.0), 1) * (b_last * UNSHIFT)
+    b_M = sum_of_products(b_weights, b_R, b_all, b_S, CT, PRECISION)
+    store_matrix(of_states, i_ch, o_k, o_v, K, V, False, b_M)
+    m_mild = (o_r < first_steep)[None, :]
+    # d_row meets all queries alike, and erased keys by its weights in dz: a key's sum of (c_r - c_s) x_r over later
+    # rows is one of b_t times the x_r from t, or of erased keys BEFORE their own decay those after t
+    b_row = load_columns(rows_after, i_ch, K, o_k)
+    b_erased = load_columns(rows_written, i_ch, BT, o_r)[None, :] * b_E.to(tl.float32)
+    b_pairs = tl.where(m_mild, b_q.to(tl.float32) - b_erased, 0.0)
+    b_pairs = matmul(b_pairs, tl.trans(b_through), CT, PRECISION)
+    b_rows = b_count * (b_q.to(tl.float32) - b_erased)
+    if BEFORE:
+        b_pairs += tl.where(m_mild, b_erased, 0.0)
+        b_rows += b_b.to(tl.float32) * b_erased
+    b_pairs = (b_pairs * b_b.to(tl.float32)).to(CT)
+    b_pairs = matmul(b_pairs, tl.trans(b_through), CT, PRECISION) - b_pairs.to(tl.float32)
+    b_pairs = b_pairs * b_k.to(tl.float32) + b_weights * b_row[:, None]
+    b_rows = tl.sum(b_rows, 1) * UNSHIFT + b_all * b_row
+    b_M = sum_of_products(b_pairs, b_R, b_rows, b_S, CT, PRECISION)
+    store_matrix(of_rows, i_ch, o_k, o_v, K, V, False, b_M)
+    # rows of queries: what c_r gives and c_s takes are of the same rounded factors, so that what is common cancels
+    b_dP = matmul(b_R, tl.trans(b_do), CT, PRECISION)
+    b_dP = tl.where((o_r[None, :] > o_r[:, None]) & m_mild, b_dP, 0.0).to(CT)
+    b_d = matmul(b_S, tl.trans(b_do), CT, PRECISION) * UNSHIFT + matmul(b_k, b_dP, CT, PRECISION)
+    b_columns = matmul(b_q, tl.trans(b_dP), CT, PRECISION)
+    b_d = b_q.to(tl.float32) * b_d - b_k.to(tl.float32) * b_columns
+    store_columns(local, i_ch, K, o_k, tl.sum(b_count * b_d, 1))
+
+
+@triton.jit
+def sum_of_products(b_a, b_x, b_row, b_S, CT: tl.constexpr, PRECISION: tl.constexpr):
+    """b_a b_x + diag(b_row) b_S. Both as products: S then lies in shared memory alone."""
+    o = tl.arange(0, b_row.shape[0])
+    b_diagonal = tl.where(o[:, None] == o[None, :], b_row[:, None], 0.0)
+    return tl.dot(b_diagonal.to(CT), b_S.to(CT), matmul(b_a, b_x, CT, PRECISION), input_precision=PRECISION)
 
 
 @triton.jit
@@ -128,9 +177,9 @@ def load_erase_gates(erase_logits, terms, i_ch, start, o_r, m_r, i_h, H, K: tl.c
 
 @triton.jit
 def steep_content_operands_kernel(
-    q, k, log_decay, erase_logits, terms, steep_from, do, residuals, local, of_rows,
-    table, scale, chunks, H, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, CT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, log_decay, erase_logits, w, terms, steep_from, do, residuals, rows_written, local, of_rows,
+    table, scale, chunks, H, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
+    BEFORE: tl.constexpr, LOGITS_W: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per group of chunks and head: adds what the scores of steep rows give `local` and `of_rows`."""
     i_h = tl.program_id(1)
@@ -138,36 +187,46 @@ def steep_content_operands_kernel(
         return
     begin, end = group_of_chunks(chunks)
     o_v = tl.arange(0, V)
-    for i_c in range(begin, end):
+    for i_c in tl.range(begin, end, disable_licm=True):
         i_ch = i_c * H + i_h
         first_steep = tl.load(steep_from + i_ch)
         if first_steep < BT:
             start, o_r, m_r = chunk_rows(table, i_c)
             b_R = load_tile(residuals, i_ch, o_r, V, o_v)
             b_dP = matmul(b_R, tl.trans(load_rows(do, start, o_r, m_r, i_h, H, V, o_v)), CT, PRECISION).to(CT)
-            for i_k in range(K // BK):
+            b_w = load_scalar_gate(w, start, o_r, m_r, i_h, H, LOGITS_W) * load_columns(rows_written, i_ch, BT, o_r)
+            for i_k in tl.range(K // BK, disable_licm=True):
                 o_k = i_k * BK + tl.arange(0, BK)
                 b_a = load_channels(log_decay, start, o_r, m_r, i_h, H, K, o_k) * LOG2_E
-                b_b = load_erase_gates(erase_logits, terms, i_ch, start, o_r, m_r, i_h, H, K, o_k)
-                b_k = load_channels(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
-                b_q = load_channels(q, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32) * scale
+                b_b = load_erase_gates(erase_logits, terms, i_ch, start, o_r, m_r, i_h, H, K, o_k).to(CT)
+                b_k = load_channels(k, start, o_r, m_r, i_h, H, K, o_k)
+                b_q = load_channels(q, start, o_r, m_r, i_h, H, K, o_k)
                 b_sum = tl.zeros([BK], tl.float32)
                 b_pairs = tl.zeros([BK, BT], tl.float32)
-                for step in range(HALVINGS):
+                for step in tl.range(HALVINGS, disable_licm=True):
                     m_pairs = pairs_of_halves(o_r, step, True) & (o_r >= first_steep)[None, :]
                     m_steps = halving_mask(o_r, step, False)
-                    b_e, b_count = tl.exp2(sum_tokens(b_a, m_steps, CT)), matmul(b_b, m_steps, CT, PRECISION)
-                    b_ke = b_k * b_e
-                    b_qe = (b_q * b_e).to(CT)
+                    b_steps, b_count = sum_tokens(b_a, m_steps, CT), matmul(b_b, m_steps, CT, PRECISION)
+                    b_e = tl.exp2(b_steps)
+                    b_ke = b_k.to(tl.float32) * b_e
+                    b_qe = (b_q.to(tl.float32) * (b_e * scale)).to(CT)
                     b_dP_pairs = tl.where(m_pairs, b_dP, 0.0).to(CT)
                     b_d = b_qe.to(tl.float32) * matmul(b_ke, b_dP_pairs, CT, PRECISION)
                     b_d += b_ke * matmul(b_qe, tl.trans(b_dP_pairs), CT, PRECISION)
                     b_sum += tl.sum(b_count * b_d, 1)
+                    b_ve, b_erase_count = b_ke, b_count
+                    if BEFORE:
+                        b_ve = b_k.to(tl.float32) * factor_before(b_steps, b_a, o_r, step, CT)
+                        b_erase_count = b_count - b_b.to(tl.float32)
+                    b_ve *= b_w[None, :]
                     m_rows = tl.trans(m_pairs)
-                    b_q_count = matmul(b_count * b_qe.to(tl.float32), m_rows, CT, PRECISION)
-                    b_pairs += b_ke * (b_q_count + b_count * matmul(b_qe, m_rows, CT, PRECISION))
+                    b_row_count = b_count * b_qe.to(tl.float32) - b_erase_count * b_ve
+                    b_row_count = matmul(b_row_count, m_rows, CT, PRECISION)
+                    b_rows = matmul(b_qe.to(tl.float32) - b_ve, m_rows, CT, PRECISION)
+                    b_pairs += b_ke * (b_row_count + b_count * b_rows)
                 store_columns(local, i_ch, K, o_k, load_columns(local, i_ch, K, o_k) + b_sum)
-                b_M = matmul(b_pairs, b_R, CT, PRECISION)
+                # loaded again it takes no registers meanwhile
+                b_M = matmul(b_pairs, load_tile(residuals, i_ch, o_r, V, o_v), CT, PRECISION)
                 b_M += load_matrix(of_rows, i_ch, o_k, o_v, K, V, False).to(tl.float32)
                 store_matrix(of_rows, i_ch, o_k, o_v, K, V, False, b_M)
 
@@ -177,16 +236,34 @@ def ones_through(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.ones(CHUNK_TOKENS, CHUNK_TOKENS, device=device, dtype=dtype).triu()
 
 
+def content_rows(
+    call: Call, factors: Factors, operands: GradientOperands, count: Tensor | None, content_chunk: int
+) -> RowWeights:
+    """
+    Args:
+        operands: for content.
+        count: of the initial state, or None.
+    """
+    like = factors.last
+    rows = RowWeights(*(call.floats(like, call.H, size) for size in (CHUNK_TOKENS, call.K, call.K)))
+    launch(
+        content_rows_kernel, (call.chunks.count, call.H),
+        factors.last, operands.erasure, operands.k_to_end, operands.P_sum, operands.rows_here, count, *rows,
+        call.chunks.table, call.chunks.first, content_chunk, call.H,
+        K=call.K, **call.tuning(ROWS_TUNING).launch(call.tile_dtype, call.K),
+    )  # fmt: skip
+    return rows
+
+
 def content_operands(
-    call: Call, x: Inputs, decay: DecayInputs, factors: Factors, operands: GradientOperands, states: Tensor,
-    do: Tensor, detached: bool,
+    call: Call, x: Inputs, decay: DecayInputs, factors: Factors, operands: GradientOperands, rows: RowWeights,
+    states: Tensor, do: Tensor,
 ) -> ContentOperands:  # fmt: skip
     """
     Args:
         x: with the log-decay that the erase is part of.
         decay: with the content terms of the forward.
         operands: for content.
-        detached: no gradient reaches the means through the content terms.
     """
 
     def tile() -> Tensor:
@@ -200,25 +277,23 @@ def content_operands(
 
     # of counts up to 64 float16 keeps more than bfloat16
     count_dtype = torch.float16 if call.tile_dtype == torch.bfloat16 else torch.float32
-    made = ContentOperands(
-        matrix(), vector(),
-        *((None,) * 4 if detached else (tile().view(count_dtype), vector(), matrix(), matrix())),
-    )  # fmt: skip
+    made = ContentOperands(tile().view(count_dtype), vector(), matrix(), matrix())
     BK = call.key_block(TUNING)
     launch(
         content_operands_kernel, (call.chunks.count * (call.K // BK), call.H),
         x.k, decay.erase_logits, decay.content, factors.last, factors.rest, factors.steep_from, states, do,
         operands.q_from_start, operands.erasure, operands.k_right,
-        operands.residuals, operands.d_residuals_here, operands.P_sum, *made, ones_through(do.device, call.tile_dtype),
+        operands.residuals, rows.written, rows.after,
+        *made, ones_through(do.device, call.tile_dtype),
         call.chunks.table, call.H,
-        K=call.K, BK=BK, V=call.V, DETACHED=detached, **call.launch(TUNING, BK, call.V),
+        K=call.K, BK=BK, V=call.V, BEFORE=call.before, **call.launch(TUNING, BK, call.V),
     )  # fmt: skip
-    if not detached:
-        BK = call.key_block(STEEP_TUNING)
-        launch(
-            steep_content_operands_kernel, (triton.cdiv(call.chunks.count, GROUP.value), call.H),
-            x.q, x.k, x.g, decay.erase_logits, decay.content, factors.steep_from, do, operands.residuals,
-            made.local, made.of_rows, call.chunks.table, call.scale, call.chunks.count, call.H,
-            K=call.K, BK=BK, V=call.V, **call.launch(STEEP_TUNING, BK, call.V),
-        )  # fmt: skip
+    BK = call.key_block(STEEP_TUNING)
+    launch(
+        steep_content_operands_kernel, (triton.cdiv(call.chunks.count, GROUP.value), call.H),
+        x.q, x.k, x.g, decay.erase_logits, x.w, decay.content, factors.steep_from, do, operands.residuals,
+        rows.written, made.local, made.of_rows, call.chunks.table, call.scale, call.chunks.count, call.H,
+        K=call.K, BK=BK, V=call.V, BEFORE=call.before, LOGITS_W=call.logits_w,
+        **call.launch(STEEP_TUNING, BK, call.V),
+    )  # fmt: skip
     return made

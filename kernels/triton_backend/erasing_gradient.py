@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import CHUNK_TOKENS
-from .chunk_gradient import value_gradients
+from .chunk_gradient import WrittenParts, value_gradients
 from .chunks import BT, chunk_rows
 from .decay import (
     STEEPEST_LOG2_DECAY,
@@ -60,7 +60,7 @@ def add_sums(b_sum, b_ones, b_x, CT: tl.constexpr):
 @triton.jit
 def erasing_gradient_kernel(
     q, k, w, g, A_log, dt_bias, erase_logits, content, left, last, rest, steep_from,
-    states, d_states, do, d_output_rows, residuals, d_written, dT, dP, dP_own, steep_dk, steep_dg,
+    states, d_states, do, d_output_rows, state_rows, residuals, d_written, dT, dP, dP_own, steep_dk, steep_dg,
     dq, dk, dw, dg, d_logits, dA_log, d_dt_bias, d_content,
     triangles, table, scale, H,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
@@ -70,7 +70,7 @@ def erasing_gradient_kernel(
     """One program per block of key columns, chunk and head: gradients of everything on the key axis.
 
     They come through the states before and after the chunk, and through the scores. A row of d_output_rows, if there
-    are any, is added to do.
+    are any, is added to do, and to d_states times state_rows [NC, H, K].
 
     Writes dq, dk, dg, d_logits [B, T, H, K]; of the write gate as it erases a share by block of key columns, dw
     [B, T, H, K // BK] float32; and sums over the chunk's tokens [NC, H, K] float32: d_content, and dA_log and d_dt_bias
@@ -147,6 +147,9 @@ def erasing_gradient_kernel(
     # of keys on their way to the chunk's end, and of the state on its way through it
     tl.debug_barrier()
     b_dS = load_matrix(d_states, i_ch, o_k, o_v, K, V, False)
+    if d_output_rows is not None:
+        b_d_rows = load_columns(d_output_rows, i_ch, V, o_v)[None, :]
+        b_dS = (b_dS.to(tl.float32) + load_columns(state_rows, i_ch, K, o_k)[:, None] * b_d_rows).to(CT)
     b_dtotal = matmul(b_S, tl.trans(b_dS), CT, PRECISION)
     b_dtotal = tl.sum(tl.where(o_k[:, None] == o_k[None, :], b_dtotal, 0.0), 1) * load_total_decay(last, i_ch, K, o_k)
     b_da += b_dtotal[None, :]
@@ -187,7 +190,8 @@ def triangles(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def erasing_gradient(
     call: Call, x: Inputs, decay: DecayInputs, factors: Factors, residuals: Tensor, A: Tensor, states: Tensor,
-    do: Tensor, d_output_rows: Tensor | None, d_residuals: Tensor | None, d_states: Tensor, d_written: Tensor | None,
+    do: Tensor, d_output_rows: Tensor | None, state_rows: Tensor | None, d_residuals: Tensor | None, d_states: Tensor,
+    d_written: WrittenParts | None,
 ) -> Inputs:  # fmt: skip
     """Gradients of what the op was given: q, k, v, g, the erase logits in the place of b, w, A_log, dt_bias, and, not
     of the op but by chunk, the content term.
@@ -195,6 +199,7 @@ def erasing_gradient(
     Args:
         x: with the log-decay that the erase is part of, which is lost: steep rows leave their part of its gradient.
         decay: with the content terms of the forward.
+        state_rows: what d_output_rows are multiplied with in d_states.
         d_residuals, d_written: one of them; see chunk_value_gradient_kernel.
     """
     BK = call.key_block(TUNING)
@@ -212,7 +217,8 @@ def erasing_gradient(
     launch(
         erasing_gradient_kernel, (call.chunks.count * blocks, call.H),
         x.q, x.k, x.w, decay.g, decay.A_log, decay.dt_bias, decay.erase_logits, decay.content, *factors.of_rows,
-        states, d_states, do, d_output_rows, residuals, of_values.d_written, *of_values.of_scores, steep_dk, steep_dg,
+        states, d_states, do, d_output_rows, state_rows, residuals, of_values.d_written, *of_values.of_scores,
+        steep_dk, steep_dg,
         dq, dk, dw_erasing, dg, d_logits, dA_log, d_dt_bias, d_content,
         triangles(x.q.device, call.tile_dtype), call.chunks.table, call.scale, call.H,
         K=call.K, BK=BK, V=call.V, BEFORE=call.before, RAW_DECAY=decay.A_log is not None,

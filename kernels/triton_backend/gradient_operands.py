@@ -12,7 +12,16 @@ from .launching import launch
 from .products import matmul
 from .stages import HOPPER, Call, Factors, GradientOperands, Inputs, Tuning
 from .steep import merge_scores, scores_of_steep_rows
-from .tiles import load_key_and_query, load_matrix, load_rows, load_tile, store_matrix, store_tile
+from .tiles import (
+    load_columns,
+    load_key_and_query,
+    load_matrix,
+    load_rows,
+    load_tile,
+    store_columns,
+    store_matrix,
+    store_tile,
+)
 
 TUNING = {HOPPER: Tuning(64, 0, 4, 2)}
 
@@ -20,7 +29,7 @@ TUNING = {HOPPER: Tuning(64, 0, 4, 2)}
 @triton.jit
 def gradient_operands_kernel(
     q, k, v, b, w, content, left, last, rest, steep_from, first_chunks, A, P, states, do,
-    erasure, k_to_end, q_from_start, residuals, d_residuals_here, k_right, gate_slope, P_sum,
+    erasure, k_to_end, q_from_start, residuals, d_residuals_here, k_right, gate_slope, P_sum, rows_here,
     table, scale, erase_scale, H, HV, HE,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, SPLIT: tl.constexpr,
     GATE: tl.constexpr, BEFORE: tl.constexpr, SCALAR_W: tl.constexpr, LOGITS_W: tl.constexpr,
@@ -34,10 +43,11 @@ def gradient_operands_kernel(
         k_to_end, q_from_start [NC, H, C, K] as in the forward: for the delta form's loop k_to_end where it takes it,
         erasure [NC, HE, C, K]: A (exp(G) b k); for the delta form's loop exp(G) b k.
         residuals [NC, HV, C, V]: R = A (w v - exp(G) b k S); for the delta form's loop [NC, HV, V, C].
-        d_residuals_here [NC, HV, C, V]: P^T do, what the chunk's own outputs give its residuals; not for that loop.
-        P_sum [NC, HV, C] float32: column sums of P, for the diagonal form's content alone. For it A^T comes before
-        k_to_end, d_residuals_here and P_sum, erasure is without A, it and q_from_start are in the shifted factors of
-        decay.py, and so is k_right, which is also written.
+        d_residuals_here [NC, HV, C, V]: P^T do, what the chunk's own outputs give its residuals; not for that loop;
+    for the diagonal form's content A^T comes before k_to_end, erasure is without A, it and q_from_start are in the
+    shifted factors of decay.py, and so is k_right, which is also written, and in the place of d_residuals_here
+        P [NC, H, C, C]: P A; float32, P_sum [NC, H, C], its column sums, and rows_here [NC, H, K], the sum over rows r
+            of q_from_start_r - P_sum_r erasure_r;
     and for the delta form's loop alone, in the shifted factors of decay.py:
         P [NC, H, C, C], k_right [NC, H, C, K] as in the forward,
         gate_slope [NC, HE, K, C]: derivative of the rows left b k by the erase logits.
@@ -67,6 +77,8 @@ def gradient_operands_kernel(
         b_P += matmul(b_q, tl.trans(b_k_right), CT, PRECISION)
         if leads_keys:
             store_tile(q_from_start, i_ch, o_r, K, o_k, b_q if FOR_CONTENT else b_q * UNSHIFT)
+            if FOR_CONTENT:
+                store_columns(rows_here, i_ch, K, o_k, tl.sum(b_q, 0))
             if FOR_DELTA_LOOP or FOR_CONTENT:
                 store_tile(k_right, i_ch, o_r, K, o_k, b_k_right)
             if wants_k_to_end:
@@ -76,7 +88,7 @@ def gradient_operands_kernel(
                     b_k_to_end = matmul(tl.trans(b_A), b_k_to_end, CT, PRECISION)
                 store_tile(k_to_end, i_ch, o_r, K, o_k, b_k_to_end)
     # asked for before the waits that follow
-    b_do = None if FOR_DELTA_LOOP else load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v)
+    b_do = None if FOR_DELTA_LOOP or FOR_CONTENT else load_rows(do, start, o_r, m_r, i_hv, HV, V, o_v)
     b_z = load_rows(v, start, o_r, m_r, i_hv, HV, V, o_v).to(tl.float32)
     b_z *= load_write_gate(w, start, o_r, m_r, i_hv, HV, V, o_v, SPLIT, SCALAR_W, LOGITS_W)
     o_square = i_ch * BT * BT + (o_r[:, None] * BT + o_r[None, :])
@@ -85,13 +97,14 @@ def gradient_operands_kernel(
     if FOR_DELTA_LOOP:
         if leads_keys:
             tl.store(P + o_square, b_P)
+    elif FOR_CONTENT:
+        b_PA = matmul(b_P, b_A, CT, PRECISION)
+        tl.store(P + o_square, b_PA.to(CT))
+        b_P_sum = tl.sum(b_PA, 0)
+        tl.store(P_sum + i_chv * BT + o_r, b_P_sum)
+        tl.debug_barrier()  # rows_here are read again
     else:
-        b_dR = matmul(tl.trans(b_P), b_do, CT, PRECISION)
-        if FOR_CONTENT:
-            b_P_sum = tl.sum(b_P.to(tl.float32), 0)[:, None] * load_tile(A, i_e, o_r, BT, o_r).to(tl.float32)
-            tl.store(P_sum + i_chv * BT + o_r, tl.sum(b_P_sum, 0))
-            b_dR = matmul(tl.trans(b_A), b_dR, CT, PRECISION)
-        store_tile(d_residuals_here, i_chv, o_r, V, o_v, b_dR)
+        store_tile(d_residuals_here, i_chv, o_r, V, o_v, matmul(tl.trans(b_P), b_do, CT, PRECISION))
 
     for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)
@@ -101,6 +114,8 @@ def gradient_operands_kernel(
         b_E = b_b * b_k
         if FOR_CONTENT:
             store_tile(erasure, i_e, o_r, K, o_k, b_E)
+            b_rows = load_columns(rows_here, i_ch, K, o_k) - tl.sum(b_P_sum[:, None] * b_E, 0)
+            store_columns(rows_here, i_ch, K, o_k, b_rows)
         b_E = (b_E * UNSHIFT).to(CT)
         if FOR_DELTA_LOOP:
             if leads_gate:
@@ -123,18 +138,19 @@ def gradient_operands(
     operands = GradientOperands(
         call.tiles(x.q, gate_heads, *key_tile), call.tiles(x.q, call.H, *key_tile), call.tiles(x.q, call.H, *key_tile),
         call.tiles(x.q, call.HV, *value_tile),
-        None if for_delta_loop else call.tiles(x.q, call.HV, *value_tile),
-        P if for_delta_loop else None,
+        None if for_delta_loop or for_content else call.tiles(x.q, call.HV, *value_tile),
+        P if for_delta_loop or for_content else None,
         call.tiles(x.q, call.H, *key_tile) if for_delta_loop or for_content else None,
         call.tiles(x.q, gate_heads, call.K, CHUNK_TOKENS) if for_delta_loop else None,
         call.floats(x.q, call.HV, CHUNK_TOKENS) if for_content else None,
+        call.floats(x.q, call.HV, call.K) if for_content else None,
     )  # fmt: skip
     BK = call.key_block(TUNING)
     launch(
         gradient_operands_kernel, (call.chunks.count, call.HV),
         x.q, x.k, x.v, x.b, x.w, x.content, *factors.of_rows, factors.first_chunks, A, P, states, do,
         operands.erasure, operands.k_to_end, operands.q_from_start, operands.residuals, operands.d_residuals_here,
-        operands.k_right, operands.gate_slope, operands.P_sum,
+        operands.k_right, operands.gate_slope, operands.P_sum, operands.rows_here,
         call.chunks.table, call.scale, call.erase_scale, call.H, call.HV, gate_heads,
         K=call.K, BK=BK, V=call.V, **call.gates,
         STATES_T=call.sees_content, FOR_DELTA_LOOP=for_delta_loop, FOR_CONTENT=for_content,

@@ -137,8 +137,8 @@ class DeltaOperands(NamedTuple):
 
 
 class GradientOperands(NamedTuple):
-    """What gradient_operands_kernel writes; d_residuals_here only without the delta form's loop, P and gate_slope only
-    for it, P_sum only for the diagonal form's content, k_right only for these two."""
+    """What gradient_operands_kernel writes; gate_slope only for the delta form's loop, P_sum and rows_here only
+    for the diagonal form's content, P and k_right only for these two, d_residuals_here only without them."""
 
     erasure: Tensor
     k_to_end: Tensor
@@ -149,6 +149,7 @@ class GradientOperands(NamedTuple):
     k_right: Tensor | None
     gate_slope: Tensor | None
     P_sum: Tensor | None
+    rows_here: Tensor | None
 
 
 class Call(NamedTuple):

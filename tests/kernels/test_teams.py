@@ -22,19 +22,20 @@ KERNELS = {content_terms: "content_terms_kernel", content_gradient: "content_gra
 
 
 def test_teams_have_as_many_programs_as_find_something_to_do(monkeypatch):
-    """Those that prepare, or take turns, as many as chunks are worked on side by side, at most two; and for each 64
-    columns of the state one that carries it; but one alone where two have no room at once."""
+    """Those that prepare, as many as chunks are worked on side by side, at most two; and for each 64 columns of the
+    state one that carries it; but one alone where two have no room at once. Backward one that carries the state's
+    gradient, and one for the sums, if they are wanted."""
     device = torch.device("cuda")
     for stage in (content_gradient, content_terms):
         monkeypatch.setattr(stage, "cooperates", lambda device: True)
     monkeypatch.setattr(content_terms, "multiprocessors", lambda device: 132)
-    assert [content_gradient.team_of(side_by_side, device) for side_by_side in (1, 2, 4)] == [1, 2, 2]
+    assert [content_gradient.team_of(wants_terms, device) for wants_terms in (False, True)] == [1, 2]
     teams = {sizes: content_terms.team_of_terms(*sizes, device) for sizes in TEAMS}
     assert {sizes: (team.workers, team.states, team.programs) for sizes, team in teams.items()} == TEAMS
 
 
 def test_interpreted_programs_follow_each_other():
-    assert content_gradient.team_of(2, torch.device("cpu")) == 1
+    assert content_gradient.team_of(True, torch.device("cpu")) == 1
     assert content_terms.team_of_terms(16, 2, 128, torch.device("cpu")).programs == 1
 
 

@@ -6,12 +6,13 @@ calls the chunk op, forward and backward with what a mixer gives it (of "decayed
 step of decoding, of all of a state and of chosen rows (of "gdn2" also attention's; of "dynamic" the dynamic
 convolution, of "heads" both convolutions of attention's heads, forward and backward; of "token" a layer's step of one
 token, of one and of many sequences), with launches replaced by compilation; prints a line of JSON for each kernel: its
-name, its shared memory in bytes, the registers of a thread, the bytes that it spills, and how many of Hopper's
-instructions multiply tiles and how many wait for them. A script of its own: what it changes in Triton stays for the
-life of a process.
+name, its shared memory in bytes, the registers of a thread, the bytes that it spills, how many of Hopper's
+instructions multiply tiles and how many wait for them, and with how many constants of 16 bits its source calculates. A
+script of its own: what it changes in Triton stays for the life of a process.
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,8 @@ from support.token_steps import TokenSteps
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 T, HEADS, RANK = 128, 2, 16
+CONSTANT_OF_16_BITS = re.compile(r"(%\w+) = arith\.constant \S+ : (?:tensor<[\dx]+)?b?f16")
+ARITHMETIC = re.compile(r"arith\.(?:add|sub|mul|div)f (%\w+), (%\w+)")
 
 
 class Hopper:
@@ -75,6 +78,11 @@ def resources(cubin: bytes) -> dict[str, int]:
         "products": code.count("HGMMA."),
         "waits": code.count("WARPGROUP.DEPBAR"),
     }
+
+
+def narrow_constants(source: str) -> int:
+    constants = set(CONSTANT_OF_16_BITS.findall(source))
+    return sum(bool(constants & set(operands)) for operands in ARITHMETIC.findall(source))
 
 
 def main(form: str, dtype: torch.dtype, width: int) -> None:
@@ -155,6 +163,7 @@ def main(form: str, dtype: torch.dtype, width: int) -> None:
         call()
     for kernel in (future.result() for future in compiled):
         row = {"kernel": kernel.metadata.name, "shared": kernel.metadata.shared, **resources(kernel.asm["cubin"])}
+        row["narrow_constants"] = narrow_constants(kernel.asm["ttir"])
         print(json.dumps(row), flush=True)
     with compiling() as compiled_anew:
         call()
