@@ -1,9 +1,7 @@
 """The Triton chunk ops on a GPU: values and gradients against float64 in every dtype, and the properties of the ops.
 
-The truth is the torch backend in float64, which the other tests compare with a token-by-token oracle. An error is the
-root mean square of the difference over that of the truth. It may be twice that of the torch backend in the same dtype
-(three times for gradients) plus the floor of its dtype: the torch backend rounds nothing inside, while the kernels
-round every operand of a product, to bfloat16 (2^-9), to tf32 for float16 inputs (2^-11), or hardly at all (tf32x3).
+The truth is the torch backend in float64, which the other tests compare with a token-by-token oracle; tolerances are
+those of support/rounding.py.
 """
 
 import re
@@ -14,7 +12,7 @@ import torch
 from support.gpu import assert_no_host_synchronisation, memory_of_nan
 from support.inputs import FORMS, OpInputs, in_float64, make_inputs, run_with_grads
 from support.interpreter import DEVICE
-from support.tolerances import CONTENT_PATH
+from support.rounding import FLOORS, assert_rounded_alike, rms_error
 
 from megatron_carve.kernels import CarveState, chunk_carve, chunk_gdn2, require_triton_support
 from megatron_carve.kernels.triton_backend import segments
@@ -25,11 +23,6 @@ OPS = {"gdn2": chunk_gdn2, "carve": chunk_carve}
 ALL_FORMS = pytest.mark.parametrize("form", FORMS)
 CARVE_FORMS = [form for form in FORMS if form != "gdn2"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-# Of outputs and states, then of gradients: a few roundings of operands, one after another. The gradient of the
-# log-decays is a sum of differences, where more of it shows.
-# Those of CONTENT_PATH twice as much.
-FLOORS = {"bf16": (2.0**-7, 2.0**-6), "fp16": (2.0**-9, 2.0**-8), "fp32": (4e-6, 1e-5)}
 
 CASES: dict[str, dict[str, Any]] = {
     "128": {"B": 2, "T": 300, "H": 2, "K": 128, "V": 128},
@@ -78,11 +71,6 @@ def run(inputs: OpInputs, backend: str) -> dict[str, Any]:
     return run_with_grads(OPS[inputs.op], inputs, CarveState, output_final_state=True, backend=backend)
 
 
-def rms_error(found: torch.Tensor, truth: torch.Tensor) -> float:
-    truth = truth.double()
-    return ((found.double() - truth).square().mean().sqrt() / truth.square().mean().sqrt().clamp(min=1e-6)).item()
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("form", "case"), ALL)
 def test_values_and_gradients(form: str, case: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,25 +94,7 @@ def test_a_long_sequence(form: str) -> None:
 
 def check(inputs: OpInputs, dtype: str) -> None:
     truth = run(in_float64(inputs), "torch")
-    plain = run(inputs, "torch")
-    found = run(inputs, "triton")
-    failures = []
-    for name, expected in truth.items():
-        if name == "count":
-            assert torch.equal(found[name], expected)
-            continue
-        assert found[name].isfinite().all(), name
-        if expected is None or not expected.any():
-            # what cancels leaves the rounding of its terms, which are of order 0.1
-            assert found[name].abs().max() <= 0.1 * FLOORS[dtype][1], name
-            continue
-        is_gradient = name.startswith("grad_")
-        floor = FLOORS[dtype][is_gradient] * (2 if name in CONTENT_PATH else 1)
-        limit = (3 if is_gradient else 2) * rms_error(plain[name], expected) + floor
-        error = rms_error(found[name], expected)
-        if not error <= limit:
-            failures.append(f"{name}: {error:.1e} above {limit:.1e}")
-    assert not failures, "; ".join(failures)
+    assert_rounded_alike(run(inputs, "triton"), truth, run(inputs, "torch"), dtype)
 
 
 @ALL_FORMS

@@ -8,6 +8,7 @@ import torch
 from support.inputs import FORMS, OpInputs, in_float64, make_inputs, run_with_grads
 from support.interpreter import DEVICE
 from support.oracle import oracle_carve, oracle_gdn2
+from support.rounding import assert_rounded_alike
 from support.tolerances import TOLERANCES, assert_close, error
 
 from megatron_carve import kernels
@@ -45,6 +46,16 @@ def test_values_and_gradients(form: str, case: str, monkeypatch: pytest.MonkeyPa
         # here is no shared memory that float32 tiles of 96 channels would exceed
         monkeypatch.setattr(kernels, "require_triton_support", lambda *_, **__: None)
     check(form, options)
+
+
+@ALL
+def test_bfloat16_is_rounded_where_products_take_it(form: str) -> None:
+    inputs = make_inputs(form, dtype=torch.bfloat16, **CASES["grouped heads, odd length"]).to(DEVICE)
+    truth, plain, found = (
+        run_with_grads(OPS[x.op], x, CarveState, output_final_state=True, backend=backend)
+        for x, backend in ((in_float64(inputs), "torch"), (inputs, "torch"), (inputs, "triton"))
+    )
+    assert_rounded_alike(found, truth, plain, "bf16")
 
 
 @ALL

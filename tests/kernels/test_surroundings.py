@@ -8,6 +8,7 @@ import torch
 import triton.language as tl
 from support.dispatch import Copies
 from support.interpreter import DEVICE
+from support.rounding import assert_rounded_alike
 from support.surroundings import Convolution, Heads, Norm
 from support.tolerances import TOLERANCES, error
 
@@ -76,7 +77,7 @@ def test_values_and_gradients(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("case", ["dynamic", "dynamic, packed", "dynamic, whole tiles", "dynamic heads"])
 def test_dynamic_taps_of_two_tokens_at_a_time(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # as with bfloat16, which the interpreter does not multiply right
+    """As with bfloat16, in float32, of which the truth is closer."""
     monkeypatch.setattr(dynamic_convolution, "NARROW", (tl.float32,))
     test_values_and_gradients(case, monkeypatch)
 
@@ -89,6 +90,18 @@ def test_float16_values(case: str) -> None:
     truth = CASES[case].run(torch.float16, torch.float64, "cpu", "torch")
     assert all(x.dtype == torch.float16 for x in found.values())
     compare(found, truth, "float16")
+
+
+@pytest.mark.parametrize("case", ["packed", "dynamic", "norm, sigmoid"])
+def test_bfloat16_values(case: str) -> None:
+    truth, plain, found = (
+        CASES[case].run(torch.bfloat16, dtype, device, backend)
+        for dtype, device, backend in (
+            (torch.float64, "cpu", "torch"), (torch.bfloat16, "cpu", "torch"), (torch.bfloat16, DEVICE, "triton")
+        )
+    )  # fmt: skip
+    assert all(x.dtype == torch.bfloat16 for x in found.values())
+    assert_rounded_alike({name: x.cpu() for name, x in found.items()}, truth, plain, "bf16")
 
 
 @pytest.mark.parametrize("lengths", [None, (1, 9, 0, 2, 3, 5)])

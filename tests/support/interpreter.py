@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import triton
+from support.bfloat16 import teach_bfloat16
 from triton.language.core import tensor
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
@@ -48,5 +49,7 @@ def interpret() -> None:
             setattr(tensor, name, functools.partialmethod(member))
 
 
-if DEVICE == "cpu" and not triton.knobs.runtime.interpret:
-    interpret()
+if DEVICE == "cpu":
+    if not triton.knobs.runtime.interpret:
+        interpret()
+    teach_bfloat16()
