@@ -130,19 +130,15 @@ class DynamicConvolveQKV(torch.autograd.Function):
                 SUMS=max(8, triton.next_power_of_2(W + (bias is not None))),
             )  # fmt: skip
             parts, d_features = d_features, features.new_empty(B, T, 3 * R)
+            d_weight, d_up = torch.empty_like(weight), torch.empty_like(up)
+            d_bias = None if bias is None else torch.empty_like(bias)
+            blocks = [triton.cdiv(n, SUM_BLOCK) for n in (d_features.numel(), d_parameters[0].numel())]
             launch(
-                dynamic_sum_kernel, (triton.cdiv(d_features.numel(), SUM_BLOCK),),
-                parts, d_features, parts.shape[0], d_features.numel(), BLOCK=SUM_BLOCK,
+                dynamic_sum_kernel, (sum(blocks),),
+                parts, d_features, parts.shape[0], d_features.numel(),
+                d_parameters, d_up, d_weight, d_bias, token_blocks, D, TABLE=W * R, W=W, BLOCK=SUM_BLOCK,
             )  # fmt: skip
-        d_up, d_weight, d_bias = d_parameters.sum(0).split([W * R, W, int(bias is not None)], 1)
-        return (
-            dx,
-            d_features,
-            d_weight.to(weight.dtype),
-            d_up.unflatten(1, (W, R)).to(up.dtype),
-            None if bias is None else d_bias.flatten().to(bias.dtype),
-            None, None, None, None,
-        )  # fmt: skip
+        return dx, d_features, d_weight, d_up, d_bias, None, None, None, None
 
 
 class _Call(NamedTuple):

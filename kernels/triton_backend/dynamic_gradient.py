@@ -5,7 +5,8 @@ channels, with tiles in the layout of products throughout, see product_tiles.
   with it that of x, to which later tokens still add and which so moves along in registers.
 - dynamic_tap_gradient_kernel: the gradient of a tap is the product of a token and that of y, which is an operand of the
   products for the gradients of features, a sum over channels, and of the table, a sum over tokens.
-- dynamic_sum_kernel: the gradients of features, which blocks of channels have a part of each.
+- dynamic_sum_kernel: the gradients of features, of which blocks of channels have a part each, and those of parameters,
+  of which blocks of tokens have.
 
 One kernel for all of it needs all registers that a multiprocessor has for a single program, whose warps then wait for
 each other; the gradient of y in between is as many bytes as x.
@@ -187,15 +188,42 @@ def dynamic_tap_gradient_kernel(
 
 
 @triton.jit
-def dynamic_sum_kernel(parts, out, count, numbers, BLOCK: tl.constexpr):
-    """One program per BLOCK numbers of `out`, of which each is a sum over `count` parts, one after another."""
-    o_number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m_number = o_number < numbers
-    b_sum = tl.zeros([BLOCK], tl.float32)
-    for _ in tl.range(count, loop_unroll_factor=4):
-        b_sum += tl.load(parts + o_number, mask=m_number, other=0.0)
+def dynamic_sum_kernel(
+    d_features, out, blocks_of_channels, numbers, d_parameters, d_up, d_weight, d_bias, blocks_of_tokens, D,
+    TABLE: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums over the first dimensions of what dynamic_tap_gradient_kernel writes: one program per BLOCK of the `numbers`
+    of `out`, [B, T, 3 R], then one per BLOCK of the parameters' gradients, of which a channel has TABLE, W and one for
+    its bias if there is any.
+    """
+    i_block = tl.program_id(0)
+    blocks = tl.cdiv(numbers, BLOCK)
+    if i_block < blocks:
+        o_number = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        b_sum = sum_of_parts(d_features, o_number, blocks_of_channels, numbers)
+        tl.store(out + o_number, b_sum.to(out.dtype.element_ty), mask=o_number < numbers)
+    else:
+        PARAMETERS: tl.constexpr = TABLE + W + (0 if d_bias is None else 1)
+        o_number = (i_block - blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        b_sum = sum_of_parts(d_parameters, o_number, blocks_of_tokens, D * PARAMETERS)
+        o_d, o_parameter = o_number // PARAMETERS, o_number % PARAMETERS
+        o_tap = o_parameter - TABLE
+        tl.store(d_up + o_d * TABLE + o_parameter, b_sum.to(d_up.dtype.element_ty), mask=(o_d < D) & (o_tap < 0))
+        m_tap = (o_d < D) & (o_tap >= 0)
+        tl.store(d_weight + o_d * W + o_tap, b_sum.to(d_weight.dtype.element_ty), mask=m_tap & (o_tap < W))
+        if d_bias is not None:
+            tl.store(d_bias + o_d, b_sum.to(d_bias.dtype.element_ty), mask=m_tap & (o_tap == W))
+
+
+@triton.jit
+def sum_of_parts(parts, o_number, count, numbers):
+    """Of `count` parts of `numbers` numbers each, one after another."""
+    parts += o_number
+    b_sum = tl.zeros([o_number.shape[0]], tl.float32)
+    for _ in tl.range(count, loop_unroll_factor=8):
+        b_sum += tl.load(parts, mask=o_number < numbers, other=0.0)
         parts += numbers
-    tl.store(out + o_number, b_sum.to(out.dtype.element_ty), mask=m_number)
+    return b_sum
 
 
 @triton.jit
