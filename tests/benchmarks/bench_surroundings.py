@@ -3,14 +3,15 @@
     python tests/benchmarks/bench_surroundings.py [--json FILE] [--public FOLDER]
 
 Inputs: bfloat16, heads of 128 channels, four taps (dynamic ones of 16 features); x, features and gate are slices of a
-projection [T, B, F], as in a mixer.
+projection [T, B, F], as in a mixer. The ops called ..._heads are attention's, without SiLU and norms.
 Times are medians of triton.testing.do_bench. The minimum traffic is every input and output once in the forward; in the
 backward the inputs, the gradients of the outputs and those of the inputs.
 
 With --public, a checkout of github.com/OliverSieberling/dynamic-conv1d, its low-rank kernel too. It takes one set of
 features for all channels, their number and one for static taps a power of two, and neither slices nor packed
 sequences: so it is called three times, for queries, keys and values, on contiguous tensors, with one feature fewer
-than ours beside static taps, and computes neither SiLU nor norms. Before the first row it tunes itself, for minutes.
+than ours beside static taps, and computes what dynamic_convolve_heads does. Before the first row it tunes itself, for
+minutes.
 """
 
 import argparse
@@ -26,7 +27,13 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from megatron_carve.kernels.surroundings import convolve_qkv, dynamic_convolve_qkv, gated_head_norm
+from megatron_carve.kernels.surroundings import (
+    convolve_heads,
+    convolve_qkv,
+    dynamic_convolve_heads,
+    dynamic_convolve_qkv,
+    gated_head_norm,
+)
 
 # (B, T, heads)
 SIZES = [(4, 4096, 16), (1, 16384, 16), (1, 2048, 16)]
@@ -58,6 +65,16 @@ def convolution(B: int, T: int, H: int, *, packed: bool = False, rank: int = 0) 
         return op(*leaves, key_channels=H * WIDTH, key_head_dim=WIDTH, cu_seqlens=ends, backend=backend)
 
     return run, leaves
+
+
+def heads_convolution(B: int, T: int, H: int, *, rank: int = 0) -> Case:
+    x = projection(B, T, 3 * H * WIDTH)
+    weight = torch.randn(x.shape[2], 4, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    if not rank:
+        return lambda backend: (convolve_heads(x, weight, backend=backend),), [x, weight]
+    up = torch.randn(*weight.shape, rank, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    leaves = [x, projection(B, T, 3 * rank), weight, up]
+    return lambda backend: (dynamic_convolve_heads(*leaves, head_dim=WIDTH, group=3, backend=backend),), leaves
 
 
 def norm(B: int, T: int, H: int) -> Case:
@@ -92,6 +109,8 @@ CASES: dict[str, Callable[[int, int, int], Case]] = {
     "convolve_qkv, 8 packed": lambda B, T, H: convolution(B, T, H, packed=True),
     "dynamic_convolve_qkv": lambda B, T, H: convolution(B, T, H, rank=RANK),
     "dynamic_convolve_qkv, 8 packed": lambda B, T, H: convolution(B, T, H, packed=True, rank=RANK),
+    "convolve_heads": heads_convolution,
+    "dynamic_convolve_heads": lambda B, T, H: heads_convolution(B, T, H, rank=RANK),
     "gated_head_norm": norm,
 }
 
@@ -127,7 +146,7 @@ def main() -> None:
     cases = [(name, backend, make) for name, make in CASES.items() for backend in ("triton", "torch")]
     if chosen.public:
         make_public = functools.partial(public_convolution, public_kernel(chosen.public))
-        cases.append(("dynamic_convolve_qkv", "public", make_public))
+        cases.append(("dynamic_convolve_heads", "public", make_public))
     rows: list[dict[str, Any]] = []
     print("| (B, T, H) | op | backend | forward ms | GB/s | with backward ms | GB/s |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
