@@ -24,15 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import CHUNK_TOKENS, LARGEST_A_LOG
-from .chunks import BT, chunk_rows, chunk_sequence
+from .chunks import BT, chunk_sequence, chunk_span
 from .launching import launch
-from .special import LOG2_E, fast_exp2, log2_softplus, reciprocal
+from .special import INTERPRETED, LOG2_E, fast_exp2, log2_softplus, reciprocal
 from .stages import HOPPER, Call, DecayInputs, Factors, Inputs, Tuning
 from .tiles import load_columns, load_rows, load_tile, store_rows, store_tile
 
-TUNING = {HOPPER: Tuning(64, 0, 4)}
-# Of bfloat16: four programs on an SM.
-ERASING_TUNING = {HOPPER: Tuning(64, 0, 4, maxnreg=128)}
+TUNING = {HOPPER: Tuning(128, 0, 1)}
 
 LARGEST = tl.constexpr(LARGEST_A_LOG)
 # One step of this log2-decay is an exact 0 in float32, so stopping here changes no value; it keeps 0 * g finite.
@@ -108,24 +106,30 @@ def sum_rows(m_pairs, b_x, CT: tl.constexpr):
 
 
 @triton.jit
-def shifted_decay(m_pairs, b_g, shift, CT: tl.constexpr):
-    """Row r: 2^shift times the decay over the rows s where m_pairs is true, [BT, BK]."""
-    if tl.bfloat16 == CT:
-        b_decay = fast_exp2(sum_rows(m_pairs, b_g, CT) + shift)
+def sum_tile(b_before, b_x, REVERSE: tl.constexpr):
+    """(b_before and a tile's rows through each one, or REVERSE from each one on, summed, [rows, BK]; all, [1, BK])"""
+    if b_x.shape[0] == 1:
+        b_sum = b_before + b_x
+        b_all = b_sum
     else:
-        # a float32 sum near -100 is coarser than the factor; the small parts of the steps, summed apart, are not
-        b_whole = tl.floor(b_g + 0.5)
-        b_decay = fast_exp2(sum_rows(m_pairs, b_g - b_whole, CT)) * fast_exp2(sum_rows(m_pairs, b_whole, CT) + shift)
-    return b_decay
+        b_sum = b_before + tl.cumsum(b_x, 0, reverse=REVERSE)
+        b_all = b_before + tl.sum(b_x, 0, keep_dims=True)
+    return b_sum, b_all
 
 
 @triton.jit
-def late_factor(b_g, o_r, CT: tl.constexpr):
-    """left of the second half's rows and right of the first half's, counted from the chunk's middle, [BT, BK]."""
-    o_s = o_r[None, :]
-    m_second = (o_r >= 32)[:, None]
-    m_between = tl.where(m_second, (o_s >= 32) & (o_s <= o_r[:, None]), (o_s > o_r[:, None]) & (o_s < 32))
-    return shifted_decay(m_between, b_g, tl.where(m_second, SHIFT, -SHIFT), CT)
+def decays_along(b_sum, b_part, b_g, REVERSE: tl.constexpr, CT: tl.constexpr):
+    """(2^ such sums of log2-decays, whose first is b_sum + b_part; b_sum and b_part with the tile in them)"""
+    if tl.bfloat16 == CT:
+        b_sums, b_sum = sum_tile(b_sum, b_g, REVERSE)
+        b_decay = fast_exp2(b_sums)
+    else:
+        # a float32 sum near -100 is coarser than the factor; the small parts of the steps, summed apart, are not
+        b_whole = tl.floor(b_g + 0.5)
+        b_sums, b_sum = sum_tile(b_sum, b_whole, REVERSE)
+        b_parts, b_part = sum_tile(b_part, b_g - b_whole, REVERSE)
+        b_decay = fast_exp2(b_parts) * fast_exp2(b_sums)
+    return b_decay, b_sum, b_part
 
 
 @triton.jit
@@ -206,46 +210,124 @@ def load_total_decay(last, i_ch, K: tl.constexpr, o_k):
 
 
 @triton.jit
+def load_steps(
+    g, A_log, dt_bias, erase_logits, content, i_ch, start, row, low, high, i_h, H, K: tl.constexpr, o_k,
+    ROWS: tl.constexpr, TILE: tl.constexpr, RAW: tl.constexpr,
+):  # fmt: skip
+    """load_step of ROWS rows from `row` on, in tiles of TILE rows: all are asked for at once."""
+    steps = ()
+    for i in tl.static_range(0, ROWS, TILE):
+        o_r = row + i + tl.arange(0, TILE)
+        m_r = (o_r >= low) & (o_r < high)
+        b_g = load_step(g, A_log, dt_bias, erase_logits, content, i_ch, start, o_r, m_r, i_h, H, K, o_k, RAW)
+        steps += (b_g,)  # type: ignore[assignment]
+    return steps
+
+
+@triton.jit
+def first_below(b_first, b_decay, o_r):
+    """b_first, or by column the first row in which a factor is below UNSHIFT, [1, BK]."""
+    b_row = tl.where(b_decay < UNSHIFT, o_r[:, None], BT)
+    return tl.minimum(b_first, b_row if o_r.shape[0] == 1 else tl.min(b_row, 0, keep_dims=True))
+
+
+@triton.jit
+def store_steep_rows(
+    g, A_log, dt_bias, erase_logits, content, log_decay, rest, late,
+    i_ch, start, low, high, i_h, H, K: tl.constexpr, o_k, ROWS: tl.constexpr, TILE: tl.constexpr,
+    RAW_DECAY: tl.constexpr, CT: tl.constexpr,
+):  # fmt: skip
+    """What decay_kernel writes of a chunk with steep rows alone; returns by column the first row of the second half in
+    which a factor that counts from the middle is below UNSHIFT."""
+    o_tile = tl.arange(0, TILE)
+    b_zero = tl.zeros([1, o_k.shape[0]], tl.float32)
+    b_first = tl.full([1, o_k.shape[0]], BT, tl.int32)
+    b_sum, b_part = b_zero + SHIFT, b_zero
+    for row in range(0, BT, ROWS):
+        steps = load_steps(
+            g, A_log, dt_bias, erase_logits, content, i_ch, start, row, low, high, i_h, H, K, o_k,
+            ROWS, TILE, RAW_DECAY,
+        )  # fmt: skip
+        for i in tl.static_range(ROWS // TILE):
+            o_r = row + i * TILE + o_tile
+            if log_decay is not None:
+                m_r = (o_r >= low) & (o_r < high)
+                store_rows(log_decay, start, o_r, m_r, i_h, H, K, o_k, steps[i] / LOG2_E)
+            if row >= BT // 2:
+                b_late, b_sum, b_part = decays_along(b_sum, b_part, steps[i], False, CT)
+                store_tile(late, i_ch, o_r, K, o_k, b_late)
+                b_first = first_below(b_first, b_late, o_r)
+    b_sum, b_part, b_sum_to_middle, b_part_to_middle = b_zero, b_zero, b_zero - SHIFT, b_zero
+    for row_from_end in range(0, BT, ROWS):
+        row = BT - ROWS - row_from_end
+        # from after a row: the steps of those that follow
+        steps = load_steps(
+            g, A_log, dt_bias, erase_logits, content, i_ch, start, row + 1, low, high, i_h, H, K, o_k,
+            ROWS, TILE, RAW_DECAY,
+        )  # fmt: skip
+        for i in tl.static_range(ROWS // TILE - 1, -1, -1):
+            o_r = row + i * TILE + o_tile
+            b_rest, b_sum, b_part = decays_along(b_sum, b_part, steps[i], True, CT)
+            store_tile(rest, i_ch, o_r, K, o_k, b_rest)
+            if row < BT // 2:
+                b_g = tl.where((o_r + 1 < BT // 2)[:, None], steps[i], 0.0)
+                b_late, b_sum_to_middle, b_part_to_middle = decays_along(
+                    b_sum_to_middle, b_part_to_middle, b_g, True, CT
+                )
+                store_tile(late, i_ch, o_r, K, o_k, b_late)
+    return b_first
+
+
+@triton.jit
 def decay_kernel(
     g, A_log, dt_bias, erase_logits, content, log_decay,
     left, last, rest, late, steep_from, halved_from, first_chunks, table, H,
-    K: tl.constexpr, BK: tl.constexpr, RAW_DECAY: tl.constexpr, CT: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, RAW_DECAY: tl.constexpr,
+    CT: tl.constexpr,
 ):  # fmt: skip
-    """One program per chunk and key head. erase_logits are CARVE's, whose diagonal form has the erase in the decay.
+    """One program per chunk and key head, which goes through the rows with sums by column in registers, TILE rows at a
+    time, and asks for ROWS of them at once. erase_logits are CARVE's, whose diagonal form has the erase in the decay.
 
     Writes left [NC, H, C, K]; last [NC, H, K] float32, left's last row; [NC, H] int32, BT if there is none: steep_from,
     the first steep row, and halved_from, the first halved row of the second half; and, only for a chunk with steep
-    rows, [NC, H, C, K]: rest, the decay from after each row to the chunk's end, and late (see late_factor); for the
-    diagonal form its log_decay [B, T, H, K] float32 too, natural, with the erase in it.
+    rows, [NC, H, C, K]: rest, the decay from after each row to the chunk's end, and late, left of the second half's
+    rows and right of the first half's, counted from the chunk's middle; for the diagonal form its log_decay
+    [B, T, H, K] float32 too, natural, with the erase in it.
     For CARVE's delta form it lowers first_chunks [N, H, 2] int32, on entry NC, to the first chunks with steep and with
     halved rows.
     """
     i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_ch = i_c * H + i_h
-    start, o_r, m_r = chunk_rows(table, i_c)
-    b_least = tl.full([BT], 1.0, tl.float32)
+    start, low, high = chunk_span(table, i_c)
+    b_first = tl.full([1, BK], BT, tl.int32)
     for i_k in range(K // BK):
         o_k = i_k * BK + tl.arange(0, BK)
-        b_g = load_step(g, A_log, dt_bias, erase_logits, content, i_ch, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
-        b_left = shifted_decay(o_r[None, :] <= o_r[:, None], b_g, SHIFT, CT)
-        b_least = tl.minimum(b_least, tl.min(b_left, 1))
-        store_tile(left, i_ch, o_r, K, o_k, b_left)
-        tl.store(last + i_ch * K + o_k, tl.sum(tl.where(o_r[:, None] == 63, b_left, 0.0), 0))
-    first_steep = tl.min(tl.where(b_least < UNSHIFT, o_r, BT), 0)
-    b_least = tl.full([BT], 1.0, tl.float32)
+        b_sum = tl.full([1, BK], SHIFT, tl.float32)
+        b_part = tl.zeros([1, BK], tl.float32)
+        for row in range(0, BT, ROWS):
+            steps = load_steps(
+                g, A_log, dt_bias, erase_logits, content, i_ch, start, row, low, high, i_h, H, K, o_k,
+                ROWS, TILE, RAW_DECAY,
+            )  # fmt: skip
+            for i in tl.static_range(ROWS // TILE):
+                o_r = row + i * TILE + tl.arange(0, TILE)
+                b_left, b_sum, b_part = decays_along(b_sum, b_part, steps[i], False, CT)
+                store_tile(left, i_ch, o_r, K, o_k, b_left)
+                b_first = first_below(b_first, b_left, o_r)
+        tl.store(last + i_ch * K + o_k[None, :], fast_exp2(b_part) * fast_exp2(b_sum))
+    first_steep = tl.min(tl.min(b_first, 1), 0)
+    first_halved = tl.full([], BT, tl.int32)
     if first_steep < BT:
+        b_first = tl.full([1, BK], BT, tl.int32)
         for i_k in range(K // BK):
             o_k = i_k * BK + tl.arange(0, BK)
-            b_g = load_step(g, A_log, dt_bias, erase_logits, content, i_ch, start, o_r, m_r, i_h, H, K, o_k, RAW_DECAY)
-            if log_decay is not None:
-                store_rows(log_decay, start, o_r, m_r, i_h, H, K, o_k, b_g / LOG2_E)
-            store_tile(rest, i_ch, o_r, K, o_k, fast_exp2(sum_rows(o_r[None, :] > o_r[:, None], b_g, CT)))
-            b_late = late_factor(b_g, o_r, CT)
-            b_least = tl.minimum(b_least, tl.min(b_late, 1))
-            store_tile(late, i_ch, o_r, K, o_k, b_late)
+            b_below = store_steep_rows(
+                g, A_log, dt_bias, erase_logits, content, log_decay, rest, late,
+                i_ch, start, low, high, i_h, H, K, o_k, ROWS, TILE, RAW_DECAY, CT,
+            )  # fmt: skip
+            b_first = tl.minimum(b_first, b_below)
+        first_halved = tl.maximum(tl.min(tl.min(b_first, 1), 0), first_steep)
     tl.store(steep_from + i_ch, first_steep)
-    m_halved = (b_least < UNSHIFT) & (o_r >= tl.maximum(first_steep, 32))
-    first_halved = tl.min(tl.where(m_halved, o_r, BT), 0)
     tl.store(halved_from + i_ch, first_halved)
     if first_chunks is not None:  # noqa: SIM102  decided by the compiler
         if first_steep < BT:
@@ -260,8 +342,7 @@ def decay_factors(call: Call, x: Inputs, decay: DecayInputs | None = None) -> Fa
     Args:
         decay: of CARVE's diagonal form. x.g is its log-decay, of which the chunks with steep rows are written here.
     """
-    tuning = TUNING if decay is None or call.tile_dtype == torch.float32 else ERASING_TUNING
-    BK = call.key_block(tuning)
+    BK = call.key_block(TUNING)
     left, rest, late = (call.tiles(x.g, call.H, CHUNK_TOKENS, call.K) for _ in range(3))
     steep_from, halved_from = (
         torch.empty(call.chunks.count, call.H, dtype=torch.int32, device=x.g.device) for _ in range(2)
@@ -274,10 +355,12 @@ def decay_factors(call: Call, x: Inputs, decay: DecayInputs | None = None) -> Fa
     given: tuple[Tensor | None, ...] = x.g, x.A_log, x.dt_bias, None, None, None
     if decay is not None:
         given = decay.g, decay.A_log, decay.dt_bias, decay.erase_logits, decay.content, x.g
+    # sums of single rows take neither shuffles nor shared memory; the interpreter takes its time for every tile
+    rows, tile = (32, 32) if INTERPRETED.value else (4, 1)
     launch(
         decay_kernel, (call.chunks.count, call.H),
         *given, *factors, call.chunks.table, call.H,
-        K=call.K, BK=BK, RAW_DECAY=given[1] is not None, CT=call.arithmetic["CT"],
-        **call.tuning(tuning).launch(call.tile_dtype, BK),
+        K=call.K, BK=BK, ROWS=rows, TILE=tile, RAW_DECAY=given[1] is not None, CT=call.arithmetic["CT"],
+        **call.tuning(TUNING).launch(call.tile_dtype, BK),
     )  # fmt: skip
     return factors
