@@ -14,7 +14,8 @@ The way of a chunk op's data (C chunks, everything but the loops for all of them
                 chunk_gradient, steep           gradients of everything that belongs to tokens
                 erasing_gradient                of that form those on the key axis, in the place of chunk_gradient's
 
-chunk_state, both ways, goes through segments of a sequence at once where that leaves a GPU less idle: see segments.
+Where that leaves a GPU less idle, chunk_state, both ways, goes through segments of a sequence at once (see segments),
+and content_operands runs beside content_gradient.
 
 CARVE with delta erase has delta_operands and delta_state in the places of chunk_operands and chunk_state. A stage is a
 file: its kernels, their launch, their tuning. chunk_ops puts the stages together; stages has what they share, launching

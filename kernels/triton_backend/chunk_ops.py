@@ -16,7 +16,7 @@ from .chunk_output import chunk_output
 from .chunk_state import chunk_state, chunk_state_gradient
 from .chunks import make_chunks
 from .content_gradient import content_gradient
-from .content_operands import content_operands, content_rows
+from .content_operands import content_rows
 from .content_terms import content_terms
 from .decay import decay_factors
 from .delta_operands import delta_operands
@@ -158,16 +158,13 @@ class ChunkDiagonal(torch.autograd.Function):
             factors = decay_factors(call, x, decay)
             operands = gradient_operands(call, x, factors, A, states, do, for_content=True)
             rows = content_rows(call, factors, operands, count, content_chunk)
-            of_content = None
-            if not detached:
-                of_content = content_operands(call, x, decay, factors, operands, rows, states, do)
             found = content_gradient(
-                call, x, decay, _content(down, up, bias), code, factors, operands, rows, of_content, states, do,
-                d_final, count, has_initial, content_chunk,
+                call, x, decay, _content(down, up, bias), code, factors, operands, rows, states, do,
+                d_final, count, has_initial, content_chunk, detached,
             )  # fmt: skip
             d_states, d_written, d_rows, *d_initial = found
             residuals, written = operands.residuals, WrittenParts(d_written, rows.written)
-            del operands, of_content  # the memory is for the gradients
+            del operands  # the memory is for the gradients
             d = erasing_gradient(
                 call, x, decay, factors, residuals, A, states, do, d_rows, rows.after, None, d_states, written
             )  # fmt: skip

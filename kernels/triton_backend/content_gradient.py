@@ -18,11 +18,12 @@ from .content import (
     load_tile_channels,
     sum_tokens,
 )
-from .content_operands import ContentOperands, RowWeights
-from .cooperation import announce, cooperates, make_counters, take_place, wait_for
+from .content_operands import RowWeights, blocks_of, content_operands
+from .cooperation import announce, cooperates, make_counters, multiprocessors, take_place, wait_for
 from .decay import UNSHIFT
 from .gates import load_scalar_gate
 from .launching import launch
+from .overlap import end_after_launch_before, overlaps
 from .products import matmul, pairs_of_halves
 from .special import LOG2_E
 from .stages import Call, Content, DecayInputs, Factors, GradientOperands, Inputs
@@ -54,8 +55,8 @@ def content_gradient_kernel(
     rows_before, counts, local, of_states, of_rows,
     d_final_S, d_final_mean, d_final_partial, initial_count,
     d_states, d_written, d_output_rows, d_initial_S, d_initial_mean, d_initial_partial,
-    d_terms, counters, tickets,
-    table, first, content_chunk, scale, H, content_heads,
+    d_terms, formed, counters, tickets,
+    table, first, content_chunk, scale, H, content_heads, blocks,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, TEAM: tl.constexpr,
     HAS_INITIAL: tl.constexpr, BEFORE: tl.constexpr, LOGITS_W: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +74,7 @@ def content_gradient_kernel(
             rows_before, counts, local, of_states, of_rows,
             d_final_S, d_final_mean, d_final_partial, initial_count,
             d_states, d_written, d_output_rows, d_initial_S, d_initial_mean, d_initial_partial,
-            d_terms, counters, table, first, content_chunk, scale, H, content_heads, i_nh,
+            d_terms, formed, counters, table, first, content_chunk, scale, H, content_heads, blocks, i_nh,
             K, V, R, RP, True, d_terms is not None, HAS_INITIAL, BEFORE, LOGITS_W, CT, PRECISION,
         )  # fmt: skip
     elif role == 0:
@@ -83,7 +84,7 @@ def content_gradient_kernel(
             rows_before, counts, local, of_states, of_rows,
             d_final_S, d_final_mean, d_final_partial, initial_count,
             d_states, d_written, d_output_rows, d_initial_S, d_initial_mean, d_initial_partial,
-            d_terms, counters, table, first, content_chunk, scale, H, content_heads, i_nh,
+            d_terms, formed, counters, table, first, content_chunk, scale, H, content_heads, blocks, i_nh,
             K, V, R, RP, True, False, HAS_INITIAL, BEFORE, LOGITS_W, CT, PRECISION,
         )  # fmt: skip
     else:
@@ -93,9 +94,11 @@ def content_gradient_kernel(
             rows_before, counts, local, of_states, of_rows,
             d_final_S, d_final_mean, d_final_partial, initial_count,
             d_states, d_written, d_output_rows, d_initial_S, d_initial_mean, d_initial_partial,
-            d_terms, counters, table, first, content_chunk, scale, H, content_heads, i_nh,
+            d_terms, formed, counters, table, first, content_chunk, scale, H, content_heads, blocks, i_nh,
             K, V, R, RP, False, True, HAS_INITIAL, BEFORE, LOGITS_W, CT, PRECISION,
         )  # fmt: skip
+    if formed is not None:
+        end_after_launch_before()
 
 
 @triton.jit
@@ -105,7 +108,7 @@ def go_back(
     rows_before, counts, local, of_states, of_rows,
     d_final_S, d_final_mean, d_final_partial, initial_count,
     d_states, d_written, d_output_rows, d_initial_S, d_initial_mean, d_initial_partial,
-    d_terms, counters, table, first, content_chunk, scale, H, content_heads, i_nh,
+    d_terms, formed, counters, table, first, content_chunk, scale, H, content_heads, blocks, i_nh,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, CARRIES: tl.constexpr, SUMS: tl.constexpr,
     HAS_INITIAL: tl.constexpr, BEFORE: tl.constexpr, LOGITS_W: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -162,6 +165,13 @@ def go_back(
         i_since, i_to = tl.maximum(i_from, 0), tl.minimum(i_from + slots, chunks)
         i_first = (begin + i_since) * H + i_h
         b_sum = tl.zeros([K], tl.float32)
+        if formed is not None:
+            if i_back < 2:
+                wait_for(formed + i_first, (i_to - i_since) * blocks)
+            if SUMS:
+                # for the other program too, which waits for these sums before it comes there
+                i_ahead = tl.maximum(i_from - 2 * slots, 0)
+                wait_for(formed + (begin + i_ahead) * H + i_h, (i_from - slots - i_ahead) * blocks)
         if CARRIES and d_terms is not None:
             b_of_state_after = b_of_state
             b_of_state = tl.zeros([K], tl.float32)
@@ -343,10 +353,23 @@ def team_of(wants_terms: bool, device: torch.device) -> int:
     return 2 if wants_terms and cooperates(device) else 1
 
 
+def programs_beside(call: Call, programs: int) -> int | None:
+    """Programs of content_operands that run beside so many of content_gradient, which may take a multiprocessor each;
+    None where it comes before, because too few would be left.
+
+    Those of content_gradient begin when all of content_operands run, which wait for nobody: so they can wait for these,
+    however few programs a GPU has room for. Sequences whose lengths are known on the device alone come in no order that
+    would suit.
+    """
+    device = call.chunks.first.device
+    left = multiprocessors(device) - programs
+    return left if overlaps(device) and not call.chunks.spare and left >= programs > 0 else None
+
+
 def content_gradient(
     call: Call, x: Inputs, decay: DecayInputs, content: Content, code: Tensor, factors: Factors,
-    operands: GradientOperands, rows: RowWeights, of_content: ContentOperands | None, states: Tensor,
-    do: Tensor, d_final: tuple[Tensor | None, ...], count: Tensor | None, has_initial: bool, content_chunk: int,
+    operands: GradientOperands, rows: RowWeights, states: Tensor, do: Tensor, d_final: tuple[Tensor | None, ...],
+    count: Tensor | None, has_initial: bool, content_chunk: int, detached: bool,
 ) -> ContentGradients:  # fmt: skip
     """The gradients that go from chunk to chunk.
 
@@ -355,9 +378,9 @@ def content_gradient(
         decay: with the content terms of the forward.
         code: of the forward.
         operands: for content.
-        of_content: or None if no gradient reaches the means through the content terms.
         d_final: gradients of the final S, mean and partial, or None each.
         count: of the initial state, or None.
+        detached: no gradient reaches the means through the content terms.
     """
     chunks, V = call.chunks, content.down.shape[2]
     shapes = [(chunks.sequences, call.H, *tail) for tail in ((call.K, V), (V,), (V,))]
@@ -372,16 +395,25 @@ def content_gradient(
         *(factors.last.new_empty(shape) if has_initial else None for shape in shapes),
     )  # fmt: skip
     heads = chunks.sequences * call.H
-    d_terms = None if of_content is None else call.floats(states, call.H, call.K)
-    team = team_of(d_terms is not None, states.device)
+    d_terms = None if detached else call.floats(states, call.H, call.K)
+    team = team_of(not detached, states.device)
+    beside = None if detached else programs_beside(call, heads * team)
+    of_chunks, counters, tickets = make_counters(states.device, chunks.count * call.H if beside else 0, 2 * heads, 1)
+    formed = of_chunks if beside else None
+    # all else that is launched comes before: programs that take turns run beside the launch that follows
+    of_content = None
+    if not detached:
+        of_content = content_operands(
+            call, x, decay, factors, operands, rows, states, do, formed, beside, content_chunk
+        )
     launch(
         content_gradient_kernel, (heads * team,),
         x.k, x.g, decay.erase_logits, x.w, content.down, content.up, decay.content, code,
         factors.last, factors.steep_from, states, operands.residuals,
         operands.erasure, operands.k_right, operands.k_to_end, operands.q_from_start, operands.P, do,
         rows.before, *(of_content or (None,) * 4), *d_final, count, *found,
-        d_terms, *make_counters(states.device, 2 * heads, 1),
-        chunks.table, chunks.first, content_chunk, call.scale, call.H, content.by_head,
-        TEAM=team, HAS_INITIAL=has_initial, **content_sizes(call, content),
+        d_terms, formed, counters, tickets,
+        chunks.table, chunks.first, content_chunk, call.scale, call.H, content.by_head, blocks_of(call),
+        TEAM=team, HAS_INITIAL=has_initial, launch_pdl=formed is not None, **content_sizes(call, content),
     )  # fmt: skip
     return found

@@ -28,9 +28,11 @@ from torch import Tensor
 from ..checks import CHUNK_TOKENS
 from .chunks import BT, chunk_rows, chunk_sequence
 from .content import factor_before, halving_mask, load_channels, load_tile_channels, sum_tokens
+from .cooperation import announce_one_more
 from .decay import UNSHIFT
 from .gates import load_scalar_gate
 from .launching import launch
+from .overlap import let_next_launch_begin
 from .products import matmul, pairs_of_halves
 from .special import LOG2_E, fast_sigmoid
 from .stages import HOPPER, Call, DecayInputs, Factors, GradientOperands, Inputs, Tuning
@@ -38,7 +40,6 @@ from .steep import GROUP, HALVINGS, group_is_mild, group_of_chunks
 from .tiles import load_columns, load_matrix, load_rows, load_tile, store_columns, store_matrix
 
 TUNING = {HOPPER: Tuning(64, 0, 4)}
-STEEP_TUNING = {HOPPER: Tuning(64, 0, 4)}
 ROWS_TUNING = {HOPPER: Tuning(0, 0, 4)}
 
 
@@ -101,16 +102,82 @@ def content_operands_kernel(
     k, erase_logits, terms, last, rest, steep_from, states, do,
     q_from_start, erasure, k_right, residuals, rows_written, rows_after,
     counts, local, of_states, of_rows, ones_through,
-    table, H,
-    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BEFORE: tl.constexpr,
+    table, H, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BEFORE: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per block of key columns, chunk and head; outputs as in ContentOperands, without the scores of steep
     rows. ones_through [C, C], [s, r]: one where s is not after r."""
     i_c, i_h = tl.program_id(0).to(tl.int64) // (K // BK), tl.program_id(1)
+    o_k = (tl.program_id(0) % (K // BK)) * BK + tl.arange(0, BK)
+    block_operands(
+        k, erase_logits, terms, last, rest, steep_from, states, do,
+        q_from_start, erasure, k_right, residuals, rows_written, rows_after,
+        counts, local, of_states, of_rows, ones_through, table, i_c, i_h, H, o_k, K, V, BEFORE, CT, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def steep_content_operands_kernel(
+    q, k, log_decay, erase_logits, w, terms, steep_from, do, residuals, rows_written, local, of_rows,
+    table, scale, chunks, H, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
+    BEFORE: tl.constexpr, LOGITS_W: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program per group of chunks, head and block of key columns: adds what the scores of steep rows give."""
+    i_h = tl.program_id(1)
+    if group_is_mild(steep_from, i_h, H, chunks):
+        return
+    begin, end = group_of_chunks(chunks)
+    o_k = tl.program_id(2) * BK + tl.arange(0, BK)
+    for i_c in tl.range(begin, end, disable_licm=True):
+        add_steep_scores(
+            q, k, log_decay, erase_logits, w, terms, steep_from, do, residuals, rows_written, local, of_rows,
+            table, scale, i_c, i_h, H, o_k, K, V, BEFORE, LOGITS_W, CT, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def content_operands_in_turn_kernel(
+    q, k, log_decay, erase_logits, w, terms, last, rest, steep_from, states, do,
+    q_from_start, erasure, k_right, residuals, rows_written, rows_after,
+    counts, local, of_states, of_rows, ones_through, formed,
+    table, scale, content_chunk, sequences, chunks, H,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BEFORE: tl.constexpr, LOGITS_W: tl.constexpr,
+    CT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Programs that take turns at all that the other two do, for so many sequences of as many chunks, in the order in
+    which content_gradient_kernel comes to it. That may begin as soon as all of these have: of `formed`, counters of
+    zeros by chunk and head, that of a content chunk's first chunk counts the blocks of its chunks that are there."""
+    BLOCKS: tl.constexpr = K // BK
+    let_next_launch_begin()
+    for i in tl.range(tl.program_id(0), chunks * sequences * H * BLOCKS, tl.num_programs(0), disable_licm=True):
+        i_h, i_n, i_back = i // BLOCKS % H, i // (BLOCKS * H) % sequences, i // (BLOCKS * H * sequences)
+        i_c = (i_n + 1).to(tl.int64) * chunks - 1 - i_back
+        o_k = i % BLOCKS * BK + tl.arange(0, BK)
+        block_operands(
+            k, erase_logits, terms, last, rest, steep_from, states, do,
+            q_from_start, erasure, k_right, residuals, rows_written, rows_after,
+            counts, local, of_states, of_rows, ones_through, table, i_c, i_h, H, o_k, K, V, BEFORE, CT, PRECISION,
+        )  # fmt: skip
+        tl.debug_barrier()  # `local` and of_rows are read again
+        add_steep_scores(
+            q, k, log_decay, erase_logits, w, terms, steep_from, do, residuals, rows_written, local, of_rows,
+            table, scale, i_c, i_h, H, o_k, K, V, BEFORE, LOGITS_W, CT, PRECISION,
+        )  # fmt: skip
+        i_first = i_c - (chunks - 1 - i_back) % (content_chunk // BT)
+        announce_one_more(formed + i_first * H + i_h)
+
+
+@triton.jit
+def block_operands(
+    k, erase_logits, terms, last, rest, steep_from, states, do,
+    q_from_start, erasure, k_right, residuals, rows_written, rows_after,
+    counts, local, of_states, of_rows, ones_through, table, i_c, i_h, H, o_k,
+    K: tl.constexpr, V: tl.constexpr, BEFORE: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The operands of a block of key columns, chunk and head, without the scores of steep rows."""
     i_ch = i_c * H + i_h
     start, o_r, m_r = chunk_rows(table, i_c)
-    o_k, o_v = (tl.program_id(0) % (K // BK)) * BK + tl.arange(0, BK), tl.arange(0, V)
+    o_v = tl.arange(0, V)
     b_q = load_tile_channels(q_from_start, i_ch, o_r, K, o_k)
     b_E = load_tile_channels(erasure, i_ch, o_r, K, o_k)
     b_do = load_rows(do, start, o_r, m_r, i_h, H, V, o_v)
@@ -176,59 +243,52 @@ def load_erase_gates(erase_logits, terms, i_ch, start, o_r, m_r, i_h, H, K: tl.c
 
 
 @triton.jit
-def steep_content_operands_kernel(
+def add_steep_scores(
     q, k, log_decay, erase_logits, w, terms, steep_from, do, residuals, rows_written, local, of_rows,
-    table, scale, chunks, H, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
+    table, scale, i_c, i_h, H, o_k, K: tl.constexpr, V: tl.constexpr,
     BEFORE: tl.constexpr, LOGITS_W: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per group of chunks and head: adds what the scores of steep rows give `local` and `of_rows`."""
-    i_h = tl.program_id(1)
-    if group_is_mild(steep_from, i_h, H, chunks):
-        return
-    begin, end = group_of_chunks(chunks)
-    o_v = tl.arange(0, V)
-    for i_c in tl.range(begin, end, disable_licm=True):
-        i_ch = i_c * H + i_h
-        first_steep = tl.load(steep_from + i_ch)
-        if first_steep < BT:
-            start, o_r, m_r = chunk_rows(table, i_c)
-            b_R = load_tile(residuals, i_ch, o_r, V, o_v)
-            b_dP = matmul(b_R, tl.trans(load_rows(do, start, o_r, m_r, i_h, H, V, o_v)), CT, PRECISION).to(CT)
-            b_w = load_scalar_gate(w, start, o_r, m_r, i_h, H, LOGITS_W) * load_columns(rows_written, i_ch, BT, o_r)
-            for i_k in tl.range(K // BK, disable_licm=True):
-                o_k = i_k * BK + tl.arange(0, BK)
-                b_a = load_channels(log_decay, start, o_r, m_r, i_h, H, K, o_k) * LOG2_E
-                b_b = load_erase_gates(erase_logits, terms, i_ch, start, o_r, m_r, i_h, H, K, o_k).to(CT)
-                b_k = load_channels(k, start, o_r, m_r, i_h, H, K, o_k)
-                b_q = load_channels(q, start, o_r, m_r, i_h, H, K, o_k)
-                b_sum = tl.zeros([BK], tl.float32)
-                b_pairs = tl.zeros([BK, BT], tl.float32)
-                for step in tl.range(HALVINGS, disable_licm=True):
-                    m_pairs = pairs_of_halves(o_r, step, True) & (o_r >= first_steep)[None, :]
-                    m_steps = halving_mask(o_r, step, False)
-                    b_steps, b_count = sum_tokens(b_a, m_steps, CT), matmul(b_b, m_steps, CT, PRECISION)
-                    b_e = tl.exp2(b_steps)
-                    b_ke = b_k.to(tl.float32) * b_e
-                    b_qe = (b_q.to(tl.float32) * (b_e * scale)).to(CT)
-                    b_dP_pairs = tl.where(m_pairs, b_dP, 0.0).to(CT)
-                    b_d = b_qe.to(tl.float32) * matmul(b_ke, b_dP_pairs, CT, PRECISION)
-                    b_d += b_ke * matmul(b_qe, tl.trans(b_dP_pairs), CT, PRECISION)
-                    b_sum += tl.sum(b_count * b_d, 1)
-                    b_ve, b_erase_count = b_ke, b_count
-                    if BEFORE:
-                        b_ve = b_k.to(tl.float32) * factor_before(b_steps, b_a, o_r, step, CT)
-                        b_erase_count = b_count - b_b.to(tl.float32)
-                    b_ve *= b_w[None, :]
-                    m_rows = tl.trans(m_pairs)
-                    b_row_count = b_count * b_qe.to(tl.float32) - b_erase_count * b_ve
-                    b_row_count = matmul(b_row_count, m_rows, CT, PRECISION)
-                    b_rows = matmul(b_qe.to(tl.float32) - b_ve, m_rows, CT, PRECISION)
-                    b_pairs += b_ke * (b_row_count + b_count * b_rows)
-                store_columns(local, i_ch, K, o_k, load_columns(local, i_ch, K, o_k) + b_sum)
-                # loaded again it takes no registers meanwhile
-                b_M = matmul(b_pairs, load_tile(residuals, i_ch, o_r, V, o_v), CT, PRECISION)
-                b_M += load_matrix(of_rows, i_ch, o_k, o_v, K, V, False).to(tl.float32)
-                store_matrix(of_rows, i_ch, o_k, o_v, K, V, False, b_M)
+    """Adds what the scores of steep rows give to `local` and of_rows, of a block of key columns, chunk and head."""
+    i_ch = i_c * H + i_h
+    first_steep = tl.load(steep_from + i_ch)
+    if first_steep < BT:
+        start, o_r, m_r = chunk_rows(table, i_c)
+        o_v = tl.arange(0, V)
+        b_R = load_tile(residuals, i_ch, o_r, V, o_v)
+        b_dP = matmul(b_R, tl.trans(load_rows(do, start, o_r, m_r, i_h, H, V, o_v)), CT, PRECISION).to(CT)
+        b_w = load_scalar_gate(w, start, o_r, m_r, i_h, H, LOGITS_W) * load_columns(rows_written, i_ch, BT, o_r)
+        b_a = load_channels(log_decay, start, o_r, m_r, i_h, H, K, o_k) * LOG2_E
+        b_b = load_erase_gates(erase_logits, terms, i_ch, start, o_r, m_r, i_h, H, K, o_k).to(CT)
+        b_k = load_channels(k, start, o_r, m_r, i_h, H, K, o_k)
+        b_q = load_channels(q, start, o_r, m_r, i_h, H, K, o_k)
+        b_sum = tl.zeros([o_k.shape[0]], tl.float32)
+        b_pairs = tl.zeros([o_k.shape[0], BT], tl.float32)
+        for step in tl.range(HALVINGS, disable_licm=True):
+            m_pairs = pairs_of_halves(o_r, step, True) & (o_r >= first_steep)[None, :]
+            m_steps = halving_mask(o_r, step, False)
+            b_steps, b_count = sum_tokens(b_a, m_steps, CT), matmul(b_b, m_steps, CT, PRECISION)
+            b_e = tl.exp2(b_steps)
+            b_ke = b_k.to(tl.float32) * b_e
+            b_qe = (b_q.to(tl.float32) * (b_e * scale)).to(CT)
+            b_dP_pairs = tl.where(m_pairs, b_dP, 0.0).to(CT)
+            b_d = b_qe.to(tl.float32) * matmul(b_ke, b_dP_pairs, CT, PRECISION)
+            b_d += b_ke * matmul(b_qe, tl.trans(b_dP_pairs), CT, PRECISION)
+            b_sum += tl.sum(b_count * b_d, 1)
+            b_ve, b_erase_count = b_ke, b_count
+            if BEFORE:
+                b_ve = b_k.to(tl.float32) * factor_before(b_steps, b_a, o_r, step, CT)
+                b_erase_count = b_count - b_b.to(tl.float32)
+            b_ve *= b_w[None, :]
+            m_rows = tl.trans(m_pairs)
+            b_row_count = b_count * b_qe.to(tl.float32) - b_erase_count * b_ve
+            b_row_count = matmul(b_row_count, m_rows, CT, PRECISION)
+            b_rows = matmul(b_qe.to(tl.float32) - b_ve, m_rows, CT, PRECISION)
+            b_pairs += b_ke * (b_row_count + b_count * b_rows)
+        store_columns(local, i_ch, K, o_k, load_columns(local, i_ch, K, o_k) + b_sum)
+        # loaded again it takes no registers meanwhile
+        b_M = matmul(b_pairs, load_tile(residuals, i_ch, o_r, V, o_v), CT, PRECISION)
+        b_M += load_matrix(of_rows, i_ch, o_k, o_v, K, V, False).to(tl.float32)
+        store_matrix(of_rows, i_ch, o_k, o_v, K, V, False, b_M)
 
 
 @functools.cache
@@ -255,15 +315,22 @@ def content_rows(
     return rows
 
 
+def blocks_of(call: Call) -> int:
+    """Blocks of key columns of a chunk and head."""
+    return call.K // call.key_block(TUNING)
+
+
 def content_operands(
     call: Call, x: Inputs, decay: DecayInputs, factors: Factors, operands: GradientOperands, rows: RowWeights,
-    states: Tensor, do: Tensor,
+    states: Tensor, do: Tensor, formed: Tensor | None, programs: int | None, content_chunk: int,
 ) -> ContentOperands:  # fmt: skip
     """
     Args:
         x: with the log-decay that the erase is part of.
         decay: with the content terms of the forward.
         operands: for content.
+        formed: see content_operands_in_turn_kernel; None where no programs take turns.
+        programs: that take turns, or None.
     """
 
     def tile() -> Tensor:
@@ -278,22 +345,30 @@ def content_operands(
     # of counts up to 64 float16 keeps more than bfloat16
     count_dtype = torch.float16 if call.tile_dtype == torch.bfloat16 else torch.float32
     made = ContentOperands(tile().view(count_dtype), vector(), matrix(), matrix())
-    BK = call.key_block(TUNING)
-    launch(
-        content_operands_kernel, (call.chunks.count * (call.K // BK), call.H),
-        x.k, decay.erase_logits, decay.content, factors.last, factors.rest, factors.steep_from, states, do,
-        operands.q_from_start, operands.erasure, operands.k_right,
-        operands.residuals, rows.written, rows.after,
+    chunks, BK, blocks = call.chunks, call.key_block(TUNING), blocks_of(call)
+    given = (
+        operands.q_from_start, operands.erasure, operands.k_right, operands.residuals, rows.written, rows.after,
         *made, ones_through(do.device, call.tile_dtype),
-        call.chunks.table, call.H,
-        K=call.K, BK=BK, V=call.V, BEFORE=call.before, **call.launch(TUNING, BK, call.V),
     )  # fmt: skip
-    BK = call.key_block(STEEP_TUNING)
-    launch(
-        steep_content_operands_kernel, (triton.cdiv(call.chunks.count, GROUP.value), call.H),
-        x.q, x.k, x.g, decay.erase_logits, x.w, decay.content, factors.steep_from, do, operands.residuals,
-        rows.written, made.local, made.of_rows, call.chunks.table, call.scale, call.chunks.count, call.H,
-        K=call.K, BK=BK, V=call.V, BEFORE=call.before, LOGITS_W=call.logits_w,
-        **call.launch(STEEP_TUNING, BK, call.V),
-    )  # fmt: skip
+    options = {"K": call.K, "BK": BK, "V": call.V, "BEFORE": call.before, **call.launch(TUNING, BK, call.V)}
+    if formed is None:
+        launch(
+            content_operands_kernel, (chunks.count * blocks, call.H),
+            x.k, decay.erase_logits, decay.content, factors.last, factors.rest, factors.steep_from, states, do,
+            *given, chunks.table, call.H, **options,
+        )  # fmt: skip
+        launch(
+            steep_content_operands_kernel, (triton.cdiv(chunks.count, GROUP.value), call.H, blocks),
+            x.q, x.k, x.g, decay.erase_logits, x.w, decay.content, factors.steep_from, do, operands.residuals,
+            rows.written, made.local, made.of_rows, chunks.table, call.scale, chunks.count, call.H,
+            LOGITS_W=call.logits_w, **options,
+        )  # fmt: skip
+    else:
+        launch(
+            content_operands_in_turn_kernel, (min(programs or 1, chunks.count * call.H * blocks),),
+            x.q, x.k, x.g, decay.erase_logits, x.w, decay.content, factors.last, factors.rest, factors.steep_from,
+            states, do, *given, formed,
+            chunks.table, call.scale, content_chunk, chunks.sequences, chunks.count // chunks.sequences, call.H,
+            LOGITS_W=call.logits_w, **options,
+        )  # fmt: skip
     return made

@@ -4,12 +4,17 @@ A kernel loads what the launch before has not written (weights, and a layer's me
 then waits for it. As every kernel waits before it lets the next one begin, all but the launch before is complete then,
 and what is written from there on, nobody still reads. A launch of another kind lets none begin before its end, but what
 it writes need not be seen before the wait either.
+
+Where a launch takes what the one before announces piece by piece (cooperation.py), that one lets it begin at once, and
+waits for nothing itself: so all its programs have their places before any of the other's has one.
 """
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra import cuda
+
+from .special import INTERPRETED
 
 FIRST_CAPABILITY = 9
 
@@ -25,3 +30,17 @@ def wait_for_launch_before(OVERLAP: tl.constexpr):
     if OVERLAP:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def let_next_launch_begin():
+    """As soon as all programs of this launch are here or over: those of the next one may wait for them."""
+    if not INTERPRETED:
+        cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def end_after_launch_before():
+    """For a launch that began beside the one before: what comes after it finds both complete."""
+    if not INTERPRETED:
+        cuda.gdc_wait()

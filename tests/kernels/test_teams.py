@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from support.inputs import make_inputs, run_with_grads
 from support.interpreter import DEVICE
 
 from megatron_carve.kernels import CarveState, chunk_carve
-from megatron_carve.kernels.triton_backend import content_gradient, content_terms
+from megatron_carve.kernels.triton_backend import content_gradient, content_operands, content_terms
+from megatron_carve.kernels.triton_backend.chunks import make_chunks
+from megatron_carve.kernels.triton_backend.stages import HOPPER, Call
 
 # Workers, states and all, by heads, chunks side by side and columns of values.
 TEAMS = {
@@ -32,6 +35,17 @@ def test_teams_have_as_many_programs_as_find_something_to_do(monkeypatch):
     assert [content_gradient.team_of(wants_terms, device) for wants_terms in (False, True)] == [1, 2]
     teams = {sizes: content_terms.team_of_terms(*sizes, device) for sizes in TEAMS}
     assert {sizes: (team.workers, team.states, team.programs) for sizes, team in teams.items()} == TEAMS
+
+
+@pytest.mark.parametrize(("programs", "beside"), [(2, 130), (66, 66), (67, None), (0, None)])
+def test_operands_form_beside_a_chain_that_leaves_half_of_a_gpu(monkeypatch, programs, beside):
+    monkeypatch.setattr(content_gradient, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(content_gradient, "overlaps", lambda device: True)
+    x = torch.zeros(2, 130, 1, 32)
+    call = Call(make_chunks(x, None, None), *[1] * 6, *[0] * 2, False, False, False, torch.float32, HOPPER)
+    assert content_gradient.programs_beside(call, programs) == beside
+    packed = call._replace(chunks=make_chunks(x[:1], torch.tensor([0, 30, 130]), None))
+    assert content_gradient.programs_beside(packed, programs) is None
 
 
 def test_interpreted_programs_follow_each_other():
@@ -120,3 +134,26 @@ def test_programs_find_together_what_one_does(monkeypatch, stage, team, late):
     monkeypatch.setattr(stage, "team_of_terms" if stage is content_terms else "team_of", lambda *_: team)
     found = run_with_grads(chunk_carve, inputs, **options)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there programs of two launches run side by side by themselves")
+def test_chain_waits_for_what_is_formed_beside_it(monkeypatch):
+    """Three programs form the operands; how many of them the chain waits for is how many there are."""
+    inputs = make_inputs(
+        "previous", B=2, T=130, H=2, K=64, V=32, dtype=torch.float32, content_chunk=128, decay="uneven"
+    )
+    options = {"state_type": CarveState, "backend": "triton"}
+    monkeypatch.setitem(content_operands.TUNING, HOPPER, content_operands.TUNING[HOPPER]._replace(BK=32))
+    expected = run_with_grads(chunk_carve, inputs, **options)
+    wait_for, waits = content_gradient.wait_for, []
+
+    def noting(counter: Any, least: Any) -> None:
+        if not isinstance(least, int):
+            waits.append([x.handle.data.item() for x in (triton.language.atomic_add(counter, 0), least)])
+        wait_for(counter, least)
+
+    monkeypatch.setattr(content_gradient, "wait_for", noting)
+    monkeypatch.setattr(content_gradient, "programs_beside", lambda *_: 3)
+    found = run_with_grads(chunk_carve, inputs, **options)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert [2, 2] in waits and [4, 4] in waits and all(there == least for there, least in waits if least > 0)

@@ -90,7 +90,7 @@ def main(form: str, dtype: torch.dtype, width: int) -> None:
     backends._interpreted = lambda: True  # tensors of a CPU pass
     decode_mixer.overlaps = decode_products.overlaps = lambda device: True
     content_gradient.cooperates = content_terms.cooperates = lambda device: True
-    content_terms.multiprocessors = segments.multiprocessors = lambda device: 132
+    content_gradient.multiprocessors = content_terms.multiprocessors = segments.multiprocessors = lambda device: 132
     segments.FEWEST, segments.SHORTEST = 2, 1  # so that the chain is cut here too
 
     def leaf(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -160,7 +160,9 @@ def main(form: str, dtype: torch.dtype, width: int) -> None:
                 attend()
 
     with compiling() as compiled:
-        call()
+        for beside in (False, True):
+            content_gradient.overlaps = lambda device, beside=beside: beside
+            call()
     for kernel in (future.result() for future in compiled):
         row = {"kernel": kernel.metadata.name, "shared": kernel.metadata.shared, **resources(kernel.asm["cubin"])}
         row["narrow_constants"] = narrow_constants(kernel.asm["ttir"])
