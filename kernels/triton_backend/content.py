@@ -62,16 +62,6 @@ def sum_tokens(b_x, b_ones, CT: tl.constexpr):
 
 
 @triton.jit
-def factor_before(b_steps, b_a, o_r, step, CT: tl.constexpr):
-    """The factor of columns BEFORE their own decay, from the sum of b_a that sum_tokens gives for those with it: as
-    exact as that sum, since no decay is steeper than 2^-256."""
-    if tl.bfloat16 == CT:
-        b_high = b_a.to(tl.bfloat16).to(tl.float32)
-        b_a = b_high + (b_a - b_high).to(tl.bfloat16).to(tl.float32)
-    return tl.exp2(b_steps - tl.where((((o_r >> step) & 1) == 1)[None, :], b_a, 0.0))
-
-
-@triton.jit
 def halving_mask(o_r, step, BEFORE: tl.constexpr):
     """[s, r]: whether the decay of step s is in the factor of column r at a halving: from after the upper half's end
     through r, or if BEFORE through the column before, in a lower half; from after r to the end in an upper one."""
@@ -81,6 +71,25 @@ def halving_mask(o_r, step, BEFORE: tl.constexpr):
     until = tl.where(in_lower, o_r + (0 if BEFORE else 1), (half + 1) << step)
     o_s = o_r[:, None]
     return (o_s >= after[None, :]) & (o_s < until[None, :])
+
+
+@triton.jit
+def in_lower_half(o_r, step):
+    """[1, columns]: whether a column is in a lower half."""
+    return (((o_r >> step) & 1) == 1)[None, :]
+
+
+@triton.jit
+def neighbours(o_r, step):
+    """[s, r]: whether one is in the upper, the other in the lower half of the same two."""
+    half = o_r >> step
+    return (half[:, None] ^ half[None, :]) == 1
+
+
+@triton.jit
+def both_ways(b_x):
+    """What is above the diagonal, below it too."""
+    return b_x + tl.trans(b_x)
 
 
 @triton.jit

@@ -10,22 +10,24 @@ from torch import Tensor
 from ..checks import CHUNK_TOKENS
 from .chunks import BT, sequence_chunks
 from .content import (
+    both_ways,
     content_sizes,
-    factor_before,
     halving_mask,
+    in_lower_half,
     load_before,
     load_channels,
     load_tile_channels,
+    neighbours,
     sum_tokens,
 )
-from .content_operands import RowWeights, blocks_of, content_operands
+from .content_operands import RowWeights, blocks_of, content_operands, load_erase_gates
 from .cooperation import announce, cooperates, make_counters, multiprocessors, take_place, wait_for
 from .decay import UNSHIFT
 from .gates import load_scalar_gate
 from .launching import launch
 from .overlap import end_after_launch_before, overlaps
-from .products import matmul, pairs_of_halves
-from .special import LOG2_E
+from .products import matmul
+from .special import LOG2_E, fast_exp2
 from .stages import Call, Content, DecayInputs, Factors, GradientOperands, Inputs
 from .steep import HALVINGS
 from .tiles import load_columns, load_matrix, load_rows, load_tile, store_columns, store_matrix
@@ -327,24 +329,20 @@ def steep_term_gradient(
     BEFORE: tl.constexpr, LOGITS_W: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The part of scores of erased keys whose rows are steep, from their gradient, transposed, [s, r]."""
-    b_k = load_channels(k, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
+    b_k = load_channels(k, start, o_r, m_r, i_h, H, K, o_k)
     b_w = load_scalar_gate(w, start, o_r, m_r, i_h, H, LOGITS_W)[None, :]
-    b_b = load_channels(erase_logits, start, o_r, m_r, i_h, H, K, o_k).to(tl.float32)
-    b_b = tl.where(m_r[None, :], tl.sigmoid(b_b + load_columns(terms, i_ch, K, o_k)[:, None]), 0.0)
+    b_b = load_erase_gates(erase_logits, terms, i_ch, start, o_r, m_r, i_h, H, K, o_k).to(CT)
     b_a = load_channels(log_decay, start, o_r, m_r, i_h, H, K, o_k) * LOG2_E
+    b_dT = both_ways(b_dT).to(CT)
     b_sum = tl.zeros([K], tl.float32)
     for step in tl.range(HALVINGS, disable_licm=True):
-        b_dT_pairs = tl.where(pairs_of_halves(o_r, step, True), b_dT, 0.0).to(CT)
-        m_steps = halving_mask(o_r, step, False)
-        b_steps, b_count = sum_tokens(b_a, m_steps, CT), matmul(b_b, m_steps, CT, PRECISION)
-        b_e = tl.exp2(b_steps)
-        b_ke = b_k * b_e
-        b_erase_count = b_count
-        if BEFORE:
-            b_e, b_erase_count = factor_before(b_steps, b_a, o_r, step, CT), b_count - b_b
-        b_ve = (b_w * b_k * b_e).to(CT)
-        b_sum += tl.sum(b_erase_count * b_ve.to(tl.float32) * matmul(b_ke, b_dT_pairs, CT, PRECISION), 1)
-        b_sum += tl.sum(b_count * b_ke * matmul(b_ve, tl.trans(b_dT_pairs), CT, PRECISION), 1)
+        m_steps = halving_mask(o_r, step, BEFORE)
+        b_count = matmul(b_b, m_steps, CT, PRECISION)
+        # erased keys of lower halves, keys of upper ones: either has the other's products with the same matrix
+        b_x = fast_exp2(sum_tokens(b_a, m_steps, CT)) * tl.where(in_lower_half(o_r, step), b_w, 1.0)
+        b_x = (b_k.to(tl.float32) * b_x).to(CT)
+        b_d = matmul(b_x, tl.where(neighbours(o_r, step), b_dT, 0.0), CT, PRECISION)
+        b_sum += tl.sum(b_count * b_x.to(tl.float32) * b_d, 1)
     return b_sum
 
 

@@ -27,14 +27,21 @@ from torch import Tensor
 
 from ..checks import CHUNK_TOKENS
 from .chunks import BT, chunk_rows, chunk_sequence
-from .content import factor_before, halving_mask, load_channels, load_tile_channels, sum_tokens
+from .content import (
+    both_ways,
+    in_lower_half,
+    load_channels,
+    load_tile_channels,
+    neighbours,
+    sum_tokens,
+)
 from .cooperation import announce_one_more
 from .decay import UNSHIFT
 from .gates import load_scalar_gate
 from .launching import launch
 from .overlap import let_next_launch_begin
-from .products import matmul, pairs_of_halves
-from .special import LOG2_E, fast_sigmoid
+from .products import matmul
+from .special import LOG2_E, fast_exp2, fast_sigmoid
 from .stages import HOPPER, Call, DecayInputs, Factors, GradientOperands, Inputs, Tuning
 from .steep import GROUP, HALVINGS, group_is_mild, group_of_chunks
 from .tiles import load_columns, load_matrix, load_rows, load_tile, store_columns, store_matrix
@@ -118,7 +125,7 @@ def content_operands_kernel(
 
 @triton.jit
 def steep_content_operands_kernel(
-    q, k, log_decay, erase_logits, w, terms, steep_from, do, residuals, rows_written, local, of_rows,
+    q, k, log_decay, erase_logits, w, terms, steep_from, do, residuals, rows_written, local, of_rows, halvings,
     table, scale, chunks, H, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
     BEFORE: tl.constexpr, LOGITS_W: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +137,7 @@ def steep_content_operands_kernel(
     o_k = tl.program_id(2) * BK + tl.arange(0, BK)
     for i_c in tl.range(begin, end, disable_licm=True):
         add_steep_scores(
-            q, k, log_decay, erase_logits, w, terms, steep_from, do, residuals, rows_written, local, of_rows,
+            q, k, log_decay, erase_logits, w, terms, steep_from, do, residuals, rows_written, local, of_rows, halvings,
             table, scale, i_c, i_h, H, o_k, K, V, BEFORE, LOGITS_W, CT, PRECISION,
         )  # fmt: skip
 
@@ -139,7 +146,7 @@ def steep_content_operands_kernel(
 def content_operands_in_turn_kernel(
     q, k, log_decay, erase_logits, w, terms, last, rest, steep_from, states, do,
     q_from_start, erasure, k_right, residuals, rows_written, rows_after,
-    counts, local, of_states, of_rows, ones_through, formed,
+    counts, local, of_states, of_rows, ones_through, halvings, formed,
     table, scale, content_chunk, sequences, chunks, H,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BEFORE: tl.constexpr, LOGITS_W: tl.constexpr,
     CT: tl.constexpr, PRECISION: tl.constexpr,
@@ -160,7 +167,7 @@ def content_operands_in_turn_kernel(
         )  # fmt: skip
         tl.debug_barrier()  # `local` and of_rows are read again
         add_steep_scores(
-            q, k, log_decay, erase_logits, w, terms, steep_from, do, residuals, rows_written, local, of_rows,
+            q, k, log_decay, erase_logits, w, terms, steep_from, do, residuals, rows_written, local, of_rows, halvings,
             table, scale, i_c, i_h, H, o_k, K, V, BEFORE, LOGITS_W, CT, PRECISION,
         )  # fmt: skip
         i_first = i_c - (chunks - 1 - i_back) % (content_chunk // BT)
@@ -244,7 +251,7 @@ def load_erase_gates(erase_logits, terms, i_ch, start, o_r, m_r, i_h, H, K: tl.c
 
 @triton.jit
 def add_steep_scores(
-    q, k, log_decay, erase_logits, w, terms, steep_from, do, residuals, rows_written, local, of_rows,
+    q, k, log_decay, erase_logits, w, terms, steep_from, do, residuals, rows_written, local, of_rows, halvings,
     table, scale, i_c, i_h, H, o_k, K: tl.constexpr, V: tl.constexpr,
     BEFORE: tl.constexpr, LOGITS_W: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -255,35 +262,41 @@ def add_steep_scores(
         start, o_r, m_r = chunk_rows(table, i_c)
         o_v = tl.arange(0, V)
         b_R = load_tile(residuals, i_ch, o_r, V, o_v)
-        b_dP = matmul(b_R, tl.trans(load_rows(do, start, o_r, m_r, i_h, H, V, o_v)), CT, PRECISION).to(CT)
+        b_dP = matmul(b_R, tl.trans(load_rows(do, start, o_r, m_r, i_h, H, V, o_v)), CT, PRECISION)
+        m_steep = o_r >= first_steep
+        b_dP = both_ways(tl.where((o_r[None, :] > o_r[:, None]) & m_steep[None, :], b_dP, 0.0)).to(CT)
         b_w = load_scalar_gate(w, start, o_r, m_r, i_h, H, LOGITS_W) * load_columns(rows_written, i_ch, BT, o_r)
         b_a = load_channels(log_decay, start, o_r, m_r, i_h, H, K, o_k) * LOG2_E
         b_b = load_erase_gates(erase_logits, terms, i_ch, start, o_r, m_r, i_h, H, K, o_k).to(CT)
-        b_k = load_channels(k, start, o_r, m_r, i_h, H, K, o_k)
-        b_q = load_channels(q, start, o_r, m_r, i_h, H, K, o_k)
         b_sum = tl.zeros([o_k.shape[0]], tl.float32)
         b_pairs = tl.zeros([o_k.shape[0], BT], tl.float32)
+        p_ones = halvings + (o_r[:, None] * BT + o_r[None, :])
         for step in tl.range(HALVINGS, disable_licm=True):
-            m_pairs = pairs_of_halves(o_r, step, True) & (o_r >= first_steep)[None, :]
-            m_steps = halving_mask(o_r, step, False)
-            b_steps, b_count = sum_tokens(b_a, m_steps, CT), matmul(b_b, m_steps, CT, PRECISION)
-            b_e = tl.exp2(b_steps)
-            b_ke = b_k.to(tl.float32) * b_e
-            b_qe = (b_q.to(tl.float32) * (b_e * scale)).to(CT)
-            b_dP_pairs = tl.where(m_pairs, b_dP, 0.0).to(CT)
-            b_d = b_qe.to(tl.float32) * matmul(b_ke, b_dP_pairs, CT, PRECISION)
-            b_d += b_ke * matmul(b_qe, tl.trans(b_dP_pairs), CT, PRECISION)
-            b_sum += tl.sum(b_count * b_d, 1)
-            b_ve, b_erase_count = b_ke, b_count
+            tl.debug_barrier()  # so that what is loaded here takes no registers from one halving to the next
+            b_ones = tl.load(p_ones)
+            b_k = load_channels(k, start, o_r, m_r, i_h, H, K, o_k)
+            b_q = load_channels(q, start, o_r, m_r, i_h, H, K, o_k)
+            b_steps, b_count = sum_tokens(b_a, b_ones, CT), matmul(b_b, b_ones, CT, PRECISION)
+            # queries of lower halves, keys of upper ones: either has the other's products with the same matrix
+            m_lower = in_lower_half(o_r, step)
+            b_e = fast_exp2(b_steps)
+            b_x = tl.where(m_lower, b_q, b_k).to(tl.float32) * (b_e * tl.where(m_lower, scale, 1.0))
+            b_x = b_x.to(CT)
             if BEFORE:
-                b_ve = b_k.to(tl.float32) * factor_before(b_steps, b_a, o_r, step, CT)
-                b_erase_count = b_count - b_b.to(tl.float32)
-            b_ve *= b_w[None, :]
-            m_rows = tl.trans(m_pairs)
-            b_row_count = b_count * b_qe.to(tl.float32) - b_erase_count * b_ve
-            b_row_count = matmul(b_row_count, m_rows, CT, PRECISION)
-            b_rows = matmul(b_qe.to(tl.float32) - b_ve, m_rows, CT, PRECISION)
-            b_pairs += b_ke * (b_row_count + b_count * b_rows)
+                b_ones = tl.load(p_ones + HALVINGS * BT * BT)
+            b_d = matmul(b_x, tl.where(neighbours(o_r, step), b_dP, 0.0), CT, PRECISION) * b_x.to(tl.float32)
+            b_sum += tl.sum(b_count * b_d, 1)
+            b_erase_count = b_count
+            if BEFORE:
+                b_e = fast_exp2(sum_tokens(b_a, b_ones, CT))
+                b_erase_count = matmul(b_b, b_ones, CT, PRECISION)
+            b_ones = tl.load(p_ones + 2 * HALVINGS * BT * BT, mask=m_steep[:, None], other=0.0)
+            b_v = (b_k.to(tl.float32) * (b_e * b_w[None, :])).to(CT).to(tl.float32)
+            b_row_count = (b_count * b_x.to(tl.float32) - b_erase_count * b_v).to(CT)
+            b_rows = b_count * matmul(b_x.to(tl.float32) - b_v, b_ones, CT, PRECISION)
+            b_rows = tl.dot(b_row_count, b_ones.to(CT), b_rows, input_precision=PRECISION)
+            b_pairs += b_x.to(tl.float32) * b_rows
+            p_ones += BT * BT
         store_columns(local, i_ch, K, o_k, load_columns(local, i_ch, K, o_k) + b_sum)
         # loaded again it takes no registers meanwhile
         b_M = matmul(b_pairs, load_tile(residuals, i_ch, o_r, V, o_v), CT, PRECISION)
@@ -294,6 +307,22 @@ def add_steep_scores(
 @functools.cache
 def ones_through(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.ones(CHUNK_TOKENS, CHUNK_TOKENS, device=device, dtype=dtype).triu()
+
+
+@functools.cache
+def ones_of_halvings(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[3, halvings, C, C], [s, r], of ones where the decay of step s is in the factor of column r, see halving_mask;
+    where it is in that of a column BEFORE its own; where s is of a lower half and r of the upper one before it."""
+    s, r = torch.arange(CHUNK_TOKENS)[:, None], torch.arange(CHUNK_TOKENS)
+    through, before, pairs = [], [], []
+    for step in range(HALVINGS.value):
+        half = r >> step
+        lower = half % 2 == 1
+        after, until = torch.where(lower, half << step, r + 1), torch.where(lower, r + 1, (half + 1) << step)
+        through.append((s >= after) & (s < until))
+        before.append(through[-1] & ~(lower & (s == r)))
+        pairs.append(((s >> step) - 1 == half) & ~lower)
+    return torch.stack(through + before + pairs).to(device, dtype)
 
 
 def content_rows(
@@ -346,6 +375,7 @@ def content_operands(
     count_dtype = torch.float16 if call.tile_dtype == torch.bfloat16 else torch.float32
     made = ContentOperands(tile().view(count_dtype), vector(), matrix(), matrix())
     chunks, BK, blocks = call.chunks, call.key_block(TUNING), blocks_of(call)
+    halvings = ones_of_halvings(do.device, call.tile_dtype)
     given = (
         operands.q_from_start, operands.erasure, operands.k_right, operands.residuals, rows.written, rows.after,
         *made, ones_through(do.device, call.tile_dtype),
@@ -360,14 +390,14 @@ def content_operands(
         launch(
             steep_content_operands_kernel, (triton.cdiv(chunks.count, GROUP.value), call.H, blocks),
             x.q, x.k, x.g, decay.erase_logits, x.w, decay.content, factors.steep_from, do, operands.residuals,
-            rows.written, made.local, made.of_rows, chunks.table, call.scale, chunks.count, call.H,
+            rows.written, made.local, made.of_rows, halvings, chunks.table, call.scale, chunks.count, call.H,
             LOGITS_W=call.logits_w, **options,
         )  # fmt: skip
     else:
         launch(
             content_operands_in_turn_kernel, (min(programs or 1, chunks.count * call.H * blocks),),
             x.q, x.k, x.g, decay.erase_logits, x.w, decay.content, factors.last, factors.rest, factors.steep_from,
-            states, do, *given, formed,
+            states, do, *given, halvings, formed,
             chunks.table, call.scale, content_chunk, chunks.sequences, chunks.count // chunks.sequences, call.H,
             LOGITS_W=call.logits_w, **options,
         )  # fmt: skip
