@@ -133,7 +133,8 @@ def go_back(
     if initial_count is not None:
         filled += tl.load(initial_count + i_n) // BT % slots
     filled = filled.to(tl.int32)
-    content_chunks = (filled + chunks + slots - 1) // slots
+    # none of a sequence without tokens, though its state may be within one
+    content_chunks = tl.where(chunks > 0, (filled + chunks + slots - 1) // slots, 0)
     counters += i_nh * 2
     i_ch = tl.maximum(begin + chunks - 1, 0) * H + i_h
     if CARRIES:

@@ -158,6 +158,14 @@ def test_carves_content_chunks_across_calls(form: str, content_grad: str, decay:
     })  # fmt: skip
 
 
+@pytest.mark.parametrize("form", CARVE_FORMS)
+def test_a_sequence_without_tokens_within_a_content_chunk(form: str) -> None:
+    check(form, {
+        "lengths": [1, 0, 2], "H": 1, "K": 32, "V": 32, "content_chunk": 128, "counts": [0, 70, 64],
+        "initial_state": True,
+    })  # fmt: skip
+
+
 @ALL
 @pytest.mark.parametrize("beyond_float32", [False, True])
 def test_raw_decay_and_gate_logits(form: str, beyond_float32: bool) -> None:

@@ -136,6 +136,16 @@ def test_programs_find_together_what_one_does(monkeypatch, stage, team, late):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="there programs of a launch work together by themselves")
+def test_programs_of_a_sequence_without_tokens_wait_for_nothing(monkeypatch):
+    inputs = make_inputs(
+        "previous", lengths=[1, 0], H=1, K=32, V=32, dtype=torch.float32, content_chunk=128, counts=[0, 70]
+    )
+    monkeypatch.setattr(content_gradient, "content_gradient_kernel", Programs(content_gradient, 4, 0))
+    monkeypatch.setattr(content_gradient, "team_of", lambda *_: 2)
+    run_with_grads(chunk_carve, inputs, state_type=CarveState, output_final_state=True, backend="triton")
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="there programs of two launches run side by side by themselves")
 def test_chain_waits_for_what_is_formed_beside_it(monkeypatch):
     """Three programs form the operands; how many of them the chain waits for is how many there are."""
