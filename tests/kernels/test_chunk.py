@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from support.inputs import FORMS, OpInputs, in_float64, make_inputs, run_with_grads
 from support.interpreter import DEVICE
 from support.oracle import oracle_carve, oracle_gdn2
@@ -13,6 +14,7 @@ from support.tolerances import TOLERANCES, assert_close, error
 
 from megatron_carve import kernels
 from megatron_carve.kernels import CarveState, chunk_carve, chunk_gdn2
+from megatron_carve.kernels.triton_backend import decay as decay_stage
 
 OPS = {"gdn2": chunk_gdn2, "carve": chunk_carve}
 ORACLES = {"gdn2": oracle_gdn2, "carve": oracle_carve}
@@ -121,6 +123,15 @@ def test_rows_turn_steep_where_their_factors_end(form: str, step: float) -> None
     assert error(found.cpu(), expected) < TOLERANCES["float32"].o
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="there rows follow each other")
+def test_decays_add_up_row_after_row_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs("previous", B=1, T=60, H=1, K=32, V=32, dtype=torch.float32, decay="uneven").without_content()
+    expected, _ = inputs.call(chunk_carve, backend="triton")
+    monkeypatch.setattr(decay_stage, "INTERPRETED", tl.constexpr(False))
+    found, _ = inputs.call(chunk_carve, backend="triton")
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("decay", ["ordinary", "steep", "brisk"])
 @ALL
 def test_gradients_of_small_losses_are_small_and_else_the_same(form: str, decay: str) -> None:
@@ -149,12 +160,14 @@ def test_outputs_of_small_values_are_small_and_else_as_accurate(form: str, decay
 
 @pytest.mark.parametrize("form", CARVE_FORMS)
 @pytest.mark.parametrize(
-    ("content_grad", "decay"), [("full", "ordinary"), ("full", "by chunk"), ("detached", "ordinary")]
+    ("content_grad", "decay", "content_chunk"),
+    # what goes from chunk to chunk through three of them is seen where little of it decays
+    [("full", "none", 192), ("full", "by chunk", 128), ("detached", "ordinary", 128)],
 )
-def test_carves_content_chunks_across_calls(form: str, content_grad: str, decay: str) -> None:
+def test_carves_content_chunks_across_calls(form: str, content_grad: str, decay: str, content_chunk: int) -> None:
     check(form, {
-        "B": 2, "T": 200, "H": 1, "K": 32, "V": 32, "content_chunk": 128, "counts": [5, 70], "initial_state": True,
-        "content_grad": content_grad, "decay": decay,
+        "B": 2, "T": 200, "H": 1, "K": 32, "V": 32, "content_chunk": content_chunk, "counts": [5, 70],
+        "initial_state": True, "content_grad": content_grad, "decay": decay,
     })  # fmt: skip
 
 

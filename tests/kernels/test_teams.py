@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from support.inputs import make_inputs, run_with_grads
+from support.inputs import make_inputs, named_outputs, random_loss, run_with_grads
 from support.interpreter import DEVICE
 
 from megatron_carve.kernels import CarveState, chunk_carve
@@ -148,22 +148,52 @@ def test_programs_of_a_sequence_without_tokens_wait_for_nothing(monkeypatch):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there programs of two launches run side by side by themselves")
 def test_chain_waits_for_what_is_formed_beside_it(monkeypatch):
-    """Three programs form the operands; how many of them the chain waits for is how many there are."""
-    inputs = make_inputs(
-        "previous", B=2, T=130, H=2, K=64, V=32, dtype=torch.float32, content_chunk=128, decay="uneven"
-    )
-    options = {"state_type": CarveState, "backend": "triton"}
-    monkeypatch.setitem(content_operands.TUNING, HOPPER, content_operands.TUNING[HOPPER]._replace(BK=32))
-    expected = run_with_grads(chunk_carve, inputs, **options)
-    wait_for, waits = content_gradient.wait_for, []
+    """Three programs form the operands; how many of them the chain waits for is how many there are. Either launch tells
+    where the other may begin, and end."""
+    inputs = make_inputs("previous", B=2, T=270, H=1, K=32, V=32, dtype=torch.float32, content_chunk=128)
+    monkeypatch.setitem(content_operands.TUNING, HOPPER, content_operands.TUNING[HOPPER]._replace(BK=16))
+    leaves = inputs.map_floats(lambda x: x.requires_grad_())
+    loss = random_loss(named_outputs(leaves.call(chunk_carve, backend="triton")))
+    given = [x for x in (*leaves.tensors.values(), *leaves.named.values()) if x.requires_grad]
+    wait_for, launch, waits, events = content_gradient.wait_for, content_gradient.launch, [], []
 
     def noting(counter: Any, least: Any) -> None:
         if not isinstance(least, int):
             waits.append([x.handle.data.item() for x in (triton.language.atomic_add(counter, 0), least)])
         wait_for(counter, least)
 
+    def noting_launch(*args: Any, launch_pdl: bool, **options: Any) -> None:
+        events.append(f"dependent: {launch_pdl}")
+        launch(*args, **options)
+
+    monkeypatch.setattr(content_gradient, "launch", noting_launch)
+    monkeypatch.setattr(content_operands, "let_next_launch_begin", lambda: events.append("begun"))
+    monkeypatch.setattr(content_gradient, "end_after_launch_before", lambda: events.append("ended"))
+    expected = torch.autograd.grad(loss, given, retain_graph=True)
+    assert events == ["dependent: False"]
     monkeypatch.setattr(content_gradient, "wait_for", noting)
     monkeypatch.setattr(content_gradient, "programs_beside", lambda *_: 3)
-    found = run_with_grads(chunk_carve, inputs, **options)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert [2, 2] in waits and [4, 4] in waits and all(there == least for there, least in waits if least > 0)
+    found = torch.autograd.grad(loss, given)
+    assert all(map(torch.equal, found, expected))
+    assert events[1:] == ["begun"] * 3 + ["dependent: True"] + ["ended"] * 2
+    waits = [(there, least) for there, least in waits if least > 0]
+    assert sorted(waits) == [(2, 2)] * 2 + [(4, 4)] * 4
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="Python stands in for parts of a kernel")
+def test_turns_come_in_the_order_of_the_chain(monkeypatch):
+    """Six chunks of two sequences and heads in content chunks of four, in two blocks of columns each."""
+    turns = []
+
+    def noting(*args: Any) -> None:
+        i_c, i_h, o_k = (args[i].handle.data for i in (-9, -8, -6))
+        turns.append((i_c.item(), i_h.item(), o_k[0].item()))
+
+    monkeypatch.setattr(content_operands, "block_operands", noting)
+    monkeypatch.setattr(content_operands, "add_steep_scores", lambda *_: None)
+    kernel, formed = content_operands.content_operands_in_turn_kernel, torch.zeros(12, 2, dtype=torch.int32)
+    sizes = {"scale": 1.0, "content_chunk": 256, "sequences": 2, "chunks": 6, "H": 2, "K": 32, "BK": 16, "V": 32}
+    options = {"BEFORE": False, "LOGITS_W": False, "CT": triton.language.float32, "PRECISION": "tf32"}
+    kernel[(1,)](**dict.fromkeys(kernel.arg_names, formed) | {"formed": formed} | sizes | options)
+    assert turns == [(c, h, o) for i in range(5, -1, -1) for c in (i, 6 + i) for h in (0, 1) for o in (0, 16)]
+    assert (formed[[0, 6]] == 8).all() and (formed[[4, 10]] == 4).all() and formed.sum() == 48
