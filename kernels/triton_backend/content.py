@@ -7,8 +7,9 @@ carries the gradients of the state and of the means from chunk to chunk, with op
 prepares all that wait for no later chunk, then all others follow at once. Every value head has decays of its own here,
 so that H is the number of them, and key-side tensors are given for each.
 
-A team of programs works on a head (see cooperation.py): what the chunks of a content chunk do does not depend on each
-other once their content term is known, and is found side by side.
+A team of programs works on a head (see cooperation.py). What the chunks of a content chunk do does not depend on each
+other once their content term is known: forward it is found side by side. Backward one program carries the gradients,
+and another sums up what they give the content terms.
 
 Tiles are transposed: rows are channels, which warps divide without copies, columns the BT tokens of a chunk.
 Rows that have decayed beyond the range of factors, the steep ones, take halvings of the chunk as in steep.py.

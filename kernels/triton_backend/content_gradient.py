@@ -63,7 +63,8 @@ def content_gradient_kernel(
     HAS_INITIAL: tl.constexpr, BEFORE: tl.constexpr, LOGITS_W: tl.constexpr, CT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The reverse of content_terms_kernel, a team of TEAM programs, one or two, per sequence and value head; outputs as
-    in ContentGradients, and scratch: d_terms [NC, H, K] float32, counters [N, H, 2] of zeros.
+    in ContentGradients, and scratch: d_terms [NC, H, K] float32, counters [N, H, 2] of zeros. `formed` is given where
+    content_operands_in_turn_kernel runs beside it.
 
     Of two programs one carries the state's gradient, and finds those of the means; the other forms what the chunks that
     the first has come through give the content terms.

@@ -12,9 +12,9 @@ so what it gives dz and dS of each is its product with a vector, formed here, an
 before it is known.
 
 The gradient of a content term is minus the sum of b_t da_t over its tokens. With c_r the sum of b up to a row, a decay
-from row s to row r counts c_r - c_s times in it. It is linear in do, d_row, dS and dz: do meets a vector, and d_row,
-with what it gives dS and dz, and dS without that a matrix each, which are formed here; what dz without it gives follows
-in content_gradient.py.
+from row s to row r counts c_r - c_s times in it. It is linear in do, d_row, dS and dz: what do gives, a vector, is
+formed here, and a matrix each that d_row, with what it gives dS and dz, and dS without that are multiplied with; what
+dz without it gives follows in content_gradient.py.
 """
 
 import functools

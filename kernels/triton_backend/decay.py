@@ -119,7 +119,7 @@ def sum_tile(b_before, b_x, REVERSE: tl.constexpr):
 
 @triton.jit
 def decays_along(b_sum, b_part, b_g, REVERSE: tl.constexpr, CT: tl.constexpr):
-    """(2^ such sums of log2-decays, whose first is b_sum + b_part; b_sum and b_part with the tile in them)"""
+    """(2^ the sums of sum_tile, of log2-decays, which begin with b_sum + b_part; these two with the tile in them)"""
     if tl.bfloat16 == CT:
         b_sums, b_sum = sum_tile(b_sum, b_g, REVERSE)
         b_decay = fast_exp2(b_sums)

@@ -5,8 +5,9 @@ then waits for it. As every kernel waits before it lets the next one begin, all 
 and what is written from there on, nobody still reads. A launch of another kind lets none begin before its end, but what
 it writes need not be seen before the wait either.
 
-Where a launch takes what the one before announces piece by piece (cooperation.py), that one lets it begin at once, and
-waits for nothing itself: so all its programs have their places before any of the other's has one.
+Where a launch takes what the one before announces piece by piece (cooperation.py), that one, which itself began when
+all before it was complete, lets it begin at once, and waits for nothing: so all its programs have their places before
+any of the other's has one. Nothing may be launched between the two.
 """
 
 import torch

@@ -47,6 +47,8 @@ GDN2_CASES = CASES | {
 }
 CARVE_CASES = CASES | {
     "content 128": {"B": 2, "T": 300, "H": 2, "K": 128, "V": 128, "content_chunk": 128, "counts": [5, 70]},
+    "content 192": {"B": 2, "T": 430, "H": 2, "K": 128, "V": 128, "content_chunk": 192, "decay": "none"},
+    "packed content 128": CASES["packed"] | {"content_chunk": 128, "counts": [0, 5, 70, 64, 100, 127]},
     "content of every head": {"B": 2, "T": 300, "H": 2, "K": 64, "V": 64, "content_heads": True},
     "strong erase": {"B": 2, "T": 300, "H": 2, "K": 128, "V": 128, "content_chunk": 128, "erase": "strong"},
     "detached": {"B": 2, "T": 300, "H": 2, "K": 128, "V": 128, "content_grad": "detached"},
