@@ -70,36 +70,20 @@ def content_gradient_kernel(
     the first has come through give the content terms.
     """
     i_nh, role = take_place(tickets, TEAM)
+    given = (
+        k, log_decay, erase_logits, w, content_down, content_up, terms, codes, last, steep_from, states, residuals,
+        erased, k_right, written_to_end, q_from_start, P, do,
+        rows_before, counts, local, of_states, of_rows,
+        d_final_S, d_final_mean, d_final_partial, initial_count,
+        d_states, d_written, d_output_rows, d_initial_S, d_initial_mean, d_initial_partial,
+        d_terms, formed, counters, table, first, content_chunk, scale, H, content_heads, blocks, i_nh,
+    )  # fmt: skip
     if TEAM == 1:
-        go_back(
-            k, log_decay, erase_logits, w, content_down, content_up, terms, codes, last, steep_from, states, residuals,
-            erased, k_right, written_to_end, q_from_start, P, do,
-            rows_before, counts, local, of_states, of_rows,
-            d_final_S, d_final_mean, d_final_partial, initial_count,
-            d_states, d_written, d_output_rows, d_initial_S, d_initial_mean, d_initial_partial,
-            d_terms, formed, counters, table, first, content_chunk, scale, H, content_heads, blocks, i_nh,
-            K, V, R, RP, True, d_terms is not None, HAS_INITIAL, BEFORE, LOGITS_W, CT, PRECISION,
-        )  # fmt: skip
+        go_back(*given, K, V, R, RP, True, d_terms is not None, HAS_INITIAL, BEFORE, LOGITS_W, CT, PRECISION)
     elif role == 0:
-        go_back(
-            k, log_decay, erase_logits, w, content_down, content_up, terms, codes, last, steep_from, states, residuals,
-            erased, k_right, written_to_end, q_from_start, P, do,
-            rows_before, counts, local, of_states, of_rows,
-            d_final_S, d_final_mean, d_final_partial, initial_count,
-            d_states, d_written, d_output_rows, d_initial_S, d_initial_mean, d_initial_partial,
-            d_terms, formed, counters, table, first, content_chunk, scale, H, content_heads, blocks, i_nh,
-            K, V, R, RP, True, False, HAS_INITIAL, BEFORE, LOGITS_W, CT, PRECISION,
-        )  # fmt: skip
+        go_back(*given, K, V, R, RP, True, False, HAS_INITIAL, BEFORE, LOGITS_W, CT, PRECISION)
     else:
-        go_back(
-            k, log_decay, erase_logits, w, content_down, content_up, terms, codes, last, steep_from, states, residuals,
-            erased, k_right, written_to_end, q_from_start, P, do,
-            rows_before, counts, local, of_states, of_rows,
-            d_final_S, d_final_mean, d_final_partial, initial_count,
-            d_states, d_written, d_output_rows, d_initial_S, d_initial_mean, d_initial_partial,
-            d_terms, formed, counters, table, first, content_chunk, scale, H, content_heads, blocks, i_nh,
-            K, V, R, RP, False, True, HAS_INITIAL, BEFORE, LOGITS_W, CT, PRECISION,
-        )  # fmt: skip
+        go_back(*given, K, V, R, RP, False, True, HAS_INITIAL, BEFORE, LOGITS_W, CT, PRECISION)
     if formed is not None:
         end_after_launch_before()
 
@@ -234,15 +218,11 @@ def go_back(
             for i in tl.range(i_since, i_to, disable_licm=True):
                 store_columns(d_output_rows, (begin + i) * H + i_h, V, o_v, b_d_row)
         if SUMS:
-            b_M = load_matrix(of_rows, i_first, o_k, o_v, K, V, False)
-            wait_for(counters + STEPPED, 0 if CARRIES else chunks - i_since + i_back + 1)
-            b_row = load_columns(d_output_rows, i_first, V, o_v)[None, :]
-            for i in tl.range(i_since, i_to, disable_licm=True):
-                # asked for before the one in hand is used
-                i_next = (begin + tl.minimum(i + 1, i_to - 1)) * H + i_h
-                b_next = load_matrix(of_rows, i_next, o_k, o_v, K, V, False)
-                b_sum += tl.sum(b_M.to(tl.float32) * b_row, 1)
-                b_M = b_next
+            b_sum = add_row_term_gradient(
+                b_sum, of_rows, d_output_rows,
+                counters + STEPPED, 0 if CARRIES else chunks - i_since + i_back + 1,
+                begin, i_since, i_to, i_h, H, o_k, o_v, K, V,
+            )  # fmt: skip
             store_columns(d_terms, i_first, K, o_k, b_sum)
             announce(counters + SUMMED, i_back + 1)
     if CARRIES and HAS_INITIAL:
@@ -280,6 +260,26 @@ def mean_gradient(
     b_d_term = -b_of_state - load_columns(d_terms, i_ch, K, o_k)
     b_d_code = tl.sum(b_up.to(tl.float32) * b_d_term[:, None], 0) * (1.0 - b_code * b_code)
     return tl.sum(b_down.to(tl.float32) * b_d_code[None, :], 1)
+
+
+@triton.jit
+def add_row_term_gradient(
+    b_sum, of_rows, d_output_rows, p_stepped, least_stepped, begin, i_since, i_to, i_h, H, o_k, o_v,
+    K: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """b_sum, [K], and what d_row of a content chunk, of the sequence's chunks from i_since to i_to, gives the same sum,
+    once p_stepped tells that it is there."""
+    i_first = (begin + i_since) * H + i_h
+    b_M = load_matrix(of_rows, i_first, o_k, o_v, K, V, False)
+    wait_for(p_stepped, least_stepped)
+    b_row = load_columns(d_output_rows, i_first, V, o_v)[None, :]
+    for i in tl.range(i_since, i_to, disable_licm=True):
+        # asked for before the one in hand is used
+        i_next = (begin + tl.minimum(i + 1, i_to - 1)) * H + i_h
+        b_next = load_matrix(of_rows, i_next, o_k, o_v, K, V, False)
+        b_sum += tl.sum(b_M.to(tl.float32) * b_row, 1)
+        b_M = b_next
+    return b_sum
 
 
 @triton.jit

@@ -313,7 +313,8 @@ def ones_through(device: torch.device, dtype: torch.dtype) -> Tensor:
 def ones_of_halvings(device: torch.device, dtype: torch.dtype) -> Tensor:
     """[3, halvings, C, C], [s, r], of ones where the decay of step s is in the factor of column r, see halving_mask;
     where it is in that of a column BEFORE its own; where s is of a lower half and r of the upper one before it."""
-    s, r = torch.arange(CHUNK_TOKENS)[:, None], torch.arange(CHUNK_TOKENS)
+    r = torch.arange(CHUNK_TOKENS, device=device)
+    s = r[:, None]
     through, before, pairs = [], [], []
     for step in range(HALVINGS.value):
         half = r >> step
@@ -322,7 +323,7 @@ def ones_of_halvings(device: torch.device, dtype: torch.dtype) -> Tensor:
         through.append((s >= after) & (s < until))
         before.append(through[-1] & ~(lower & (s == r)))
         pairs.append(((s >> step) - 1 == half) & ~lower)
-    return torch.stack(through + before + pairs).to(device, dtype)
+    return torch.stack(through + before + pairs).to(dtype)
 
 
 def content_rows(

@@ -409,31 +409,23 @@ def content_terms_kernel(
     TEAM: tl.constexpr = 1 if ALONE else WORKERS + STATES
     i_nh, role = take_place(tickets, TEAM)
     role = (role + (i_nh * TEAM // multiprocessors).to(tl.int32) * (TEAM // 2)) % TEAM
+    given = (
+        q, k, v, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
+        initial_S, initial_mean, initial_partial, initial_count, terms, codes, means, final_mean, final_partial,
+        erased, inverse, k_to_end, of_channels, P_sum, growth, logits, keys, queries,
+        running_mean, finished, prepared, table, first, content_chunk, ring, H, content_heads, i_nh,
+    )  # fmt: skip
     if ALONE:
         content_chunks(
-            q, k, v, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
-            initial_S, initial_mean, initial_partial, initial_count, terms, codes, means, final_mean, final_partial,
-            erased, inverse, k_to_end, of_channels, P_sum, growth, logits, keys, queries,
-            running_mean, finished, prepared,
-            table, first, content_chunk, ring, H, content_heads, i_nh, 0, 0,
-            K, BK, V, R, RP, 1, 1, True, True, BEFORE, RAW_DECAY, LOGITS_W, CT, PRECISION,
+            *given, 0, 0, K, BK, V, R, RP, 1, 1, True, True, BEFORE, RAW_DECAY, LOGITS_W, CT, PRECISION
         )  # fmt: skip
     elif role < STATES:
         content_chunks(
-            q, k, v, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
-            initial_S, initial_mean, initial_partial, initial_count, terms, codes, means, final_mean, final_partial,
-            erased, inverse, k_to_end, of_channels, P_sum, growth, logits, keys, queries,
-            running_mean, finished, prepared,
-            table, first, content_chunk, ring, H, content_heads, i_nh, 0, role,
-            K, BK, V, R, RP, WORKERS, STATES, False, True, BEFORE, RAW_DECAY, LOGITS_W, CT, PRECISION,
+            *given, 0, role, K, BK, V, R, RP, WORKERS, STATES, False, True, BEFORE, RAW_DECAY, LOGITS_W, CT, PRECISION
         )  # fmt: skip
     else:
         content_chunks(
-            q, k, v, g, erase_logits, w, A_log, dt_bias, content_down, content_up, bias,
-            initial_S, initial_mean, initial_partial, initial_count, terms, codes, means, final_mean, final_partial,
-            erased, inverse, k_to_end, of_channels, P_sum, growth, logits, keys, queries,
-            running_mean, finished, prepared,
-            table, first, content_chunk, ring, H, content_heads, i_nh, role - STATES, 0,
+            *given, role - STATES, 0,
             K, BK, V, R, RP, WORKERS, STATES, True, False, BEFORE, RAW_DECAY, LOGITS_W, CT, PRECISION,
         )  # fmt: skip
 
